@@ -1,0 +1,32 @@
+"""nextlat: next-latent prediction for any Hugging Face causal LM.
+
+The public names are imported on first use, so that `import nextlat` and `nextlat --help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nextlat.errors import NextLatError
+
+if TYPE_CHECKING:
+    from nextlat.model import ObjectiveModel, attach, llama, load
+    from nextlat.objectives import NextLatConfig, NextTokenConfig
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ObjectiveModel": "nextlat.model",
+    "attach": "nextlat.model",
+    "llama": "nextlat.model",
+    "load": "nextlat.model",
+    "NextLatConfig": "nextlat.objectives",
+    "NextTokenConfig": "nextlat.objectives",
+}
+
+__all__ = ["NextLatConfig", "NextLatError", "NextTokenConfig", "ObjectiveModel", "attach", "llama", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nextlat' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)

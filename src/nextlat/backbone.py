@@ -1,0 +1,219 @@
+"""The only file that knows the insides of `transformers` models: hidden states, embeddings, output head, packing.
+
+Nothing here goes by the names of modules or config fields. What a model does is found out on a 2 x 5 batch when it is attached, and a
+model that does something we cannot reproduce is refused there, in one sentence, instead of training something subtly else.
+
+Shapes: B rows, T tokens, D width, V vocabulary, E width of the embeddings (= D almost everywhere).
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from nextlat.batch import Batch
+from nextlat.errors import NextLatError
+
+# Relative to the largest logit; a wrong head (a cap, a scale, a missing norm) is off by far more than rounding.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class Head:
+    """The output head as a function of the hidden state: (..., D) -> (..., V), trainable or frozen.
+
+    A plain linear head has `weight` (V, D) and `bias`; any other (soft-capping, scaling by a constant) has None there and is
+    reproduced by running the model's own `forward` with its backbone replaced by the given states.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, linear: bool, frozen: bool) -> None:
+        self._lm, self._linear, self._frozen = lm, linear, frozen
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self._parameter("weight") if self._linear else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._parameter("bias") if self._linear else None
+
+    def _parameter(self, name: str) -> Tensor | None:
+        value = getattr(self._lm.get_output_embeddings(), name, None)
+        return value.detach() if self._frozen and value is not None else value
+
+    def _project(self, h: Tensor) -> Tensor:
+        weight = self._parameter("weight")
+        assert weight is not None
+        return F.linear(h, weight, self._parameter("bias"))
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self._linear:
+            return self._project(h.to(self.weight.dtype) if self.weight is not None else h)
+        dtype = next(self._lm.parameters()).dtype
+        stub: Any = _BackboneGiven(self._lm, h.reshape(1, -1, h.shape[-1]).to(dtype), self._project if self._frozen else None)
+        dummy_ids = torch.zeros(1, stub._states.shape[1], dtype=torch.long, device=h.device)
+        logits = type(self._lm).forward(stub, input_ids=dummy_ids, use_cache=False).logits
+        return logits.reshape(*h.shape[:-1], logits.shape[-1])
+
+
+class _BackboneGiven:
+    """Stands in for a causal LM inside its own `forward`: the backbone returns given states, all else is the real model's."""
+
+    def __init__(self, lm: PreTrainedModel, states: Tensor, frozen_project: Any) -> None:
+        self._lm, self._states, self._frozen_project = lm, states, frozen_project
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._lm, name)
+        if value is self._lm.base_model:
+            return lambda *args, **kwargs: _BackboneOutput(self._states)
+        if self._frozen_project is not None and value is self._lm.get_output_embeddings():
+            return self._frozen_project
+        return value
+
+
+class _BackboneOutput:
+    """What a backbone returns, with nothing in it but the states (mixture-of-experts forwards also read router logits)."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class Backbone:
+    """Hidden states, embeddings and head of a causal LM, verified at construction.
+
+    A plain object, not an `nn.Module`: registered, it would list every parameter of the LM twice.
+
+    Attributes:
+        lm: the causal LM, never modified.
+        head: h -> logits. frozen_head: the same with its parameters detached (never copied).
+        width, embedding_width, vocab_size: D, E, V as measured.
+        packs: whether documents packed into one row by `position_ids` give the states of separate documents.
+
+    Raises:
+        NextLatError: not a causal LM of transformers, an encoder-decoder, a nested head, or a head that cannot be reproduced.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self.lm = lm
+        name = type(lm).__name__
+        if not isinstance(lm, PreTrainedModel):
+            raise NextLatError(f"{name} is not a transformers model: load it with AutoModelForCausalLM.from_pretrained.")
+        if lm.config.is_encoder_decoder:
+            raise NextLatError(f"{name} is an encoder-decoder: next-latent prediction needs a decoder-only causal LM.")
+        if lm.get_output_embeddings() is None or lm.base_model is lm:
+            raise NextLatError(f"{name} has no output head of its own: load it with AutoModelForCausalLM, not AutoModel.")
+        with _quiet(lm), torch.no_grad():
+            self._probe()
+
+    def _probe(self) -> None:
+        lm, name = self.lm, type(self.lm).__name__
+        table = lm.get_input_embeddings().weight
+        ids = torch.arange(1, 11, device=table.device).view(2, 5) % table.shape[0]
+        logits = lm(input_ids=ids, use_cache=False).logits
+        h = self._states(ids)
+        self.width, self.embedding_width, self.vocab_size = h.shape[-1], self.embed(ids).shape[-1], logits.shape[-1]
+        self.head, self.frozen_head = self._find_head(h, logits)
+        with torch.enable_grad():
+            if self.frozen_head(h.detach()).requires_grad:
+                raise NextLatError(f"{name} nests layers inside its output head, which cannot be frozen for the KL: not supported.")
+        self.packs = self._packs(ids)
+
+    def _find_head(self, h: Tensor, logits: Tensor) -> tuple[Head, Head]:
+        """The model's own forward on given states is the truth; a plain linear map replaces it only where both agree at any scale.
+
+        (Freshly initialised models have tiny logits, on which soft-capping is invisible: hence the magnified states.)
+        """
+        try:
+            own = Head(self.lm, linear=False, frozen=False)
+            own_agrees = self._close(own(h), logits)
+        except Exception:  # whatever a foreign forward raises on the stand-in, the linear route is still open
+            own_agrees = False
+        try:
+            plain = Head(self.lm, linear=True, frozen=False)
+            plain_agrees = self._close(plain(h), logits)
+            for scale in (30.0, 1000.0) if own_agrees else ():
+                plain_agrees = plain_agrees and self._close(plain(h * scale), own(h * scale))
+        except (AssertionError, RuntimeError, AttributeError):
+            plain_agrees = False
+        if not (own_agrees or plain_agrees):
+            raise NextLatError(
+                f"the logits of {type(self.lm).__name__} are not a function of its final hidden state that can be reproduced: "
+                "this architecture is not supported."
+            )
+        return tuple(Head(self.lm, linear=plain_agrees, frozen=frozen) for frozen in (False, True))  # type: ignore[return-value]
+
+    def _packs(self, ids: Tensor) -> bool:
+        if "position_ids" not in inspect.signature(self.lm.base_model.forward).parameters:
+            return False
+        try:
+            positions = torch.tensor([[0, 1, 0, 1, 2]], device=ids.device).expand(2, 5)
+            packed = self._states(ids, position_ids=positions)
+            separate = torch.cat([self._states(ids[:, :2]), self._states(ids[:, 2:])], dim=1)
+            return self._close(packed, separate)
+        except Exception:  # a model that cannot even take the arguments does not pack
+            return False
+
+    @staticmethod
+    def _close(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE.get(b.dtype, 1e-4) * b.abs().max().clamp(min=1e-6))
+
+    def _states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        # use_cache=False is part of the meaning: with a cache, transformers silently attends across packed documents.
+        return self.lm.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """h_BTD, the input of the output head: after the final norm, so that `head(h) == lm(...).logits`.
+
+        Raises:
+            NextLatError: packed rows given to a model, or an attention kernel, that would attend across documents.
+        """
+        if batch.position_ids is None:
+            return self._states(batch.input_ids)
+        flash = "flash" in str(self.lm.config._attn_implementation)
+        if self.packs and not flash:
+            # Positions alone: transformers infers documents only where no attention mask is given.
+            return self._states(batch.input_ids, position_ids=batch.position_ids)
+        if not batch.packed:
+            return self._states(batch.input_ids, attention_mask=batch.valid)
+        if flash:
+            raise NextLatError(
+                "flash attention ignores document boundaries in batches of several rows: "
+                "load the model with attn_implementation='sdpa' or 'flex_attention' to train on packed rows."
+            )
+        raise NextLatError(
+            f"{type(self.lm).__name__} attends across packed documents: give one document per row, without position_ids."
+        )
+
+    def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
+        """KV-cached forward of some more tokens (B, T) of every row: (h_BTD, cache). The cache is updated in place.
+
+        With `cache=None` a new one is made. Rows are of equal length here; ragged batches are the decoding engine's business.
+        """
+        out = self.lm.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments)
+        return out[0], out.past_key_values
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """E(x): (...,) -> (..., E), by the model's own input embedding module (its scaling included, where it has one)."""
+        return self.lm.get_input_embeddings()(input_ids)
+
+
+@contextmanager
+def _quiet(lm: nn.Module) -> Iterator[None]:
+    """Dropout off while probing; every module's own training flag and the random state are put back."""
+    flags = {module: module.training for module in lm.modules()}
+    lm.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

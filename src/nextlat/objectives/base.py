@@ -1,0 +1,54 @@
+"""The contract of a training objective: what it adds to an unmodified causal LM, its loss, and how it drafts."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nextlat.backbone import Backbone
+from nextlat.batch import Batch
+from nextlat.errors import NextLatError
+from nextlat.losses import Losses
+
+
+class Objective(nn.Module):
+    """One objective around one backbone. Its parameters are its own; those of the LM stay with the LM.
+
+    Class attributes:
+        name: as in recipes and run directories.
+        max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
+        needed_at_inference: True when the LM alone does not define the model (JTP, BST).
+    """
+
+    name: ClassVar[str]
+    max_draft_length: int | None = 0
+    needed_at_inference: ClassVar[bool] = False
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+
+    @property
+    def horizon(self) -> int:
+        """d, steps beyond the next token that the training signal reaches; 0 for plain next-token prediction."""
+        return getattr(self.config, "horizon", 0)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Number of valid positions behind every normalised mean of the loss, as one fp32 vector; needs no forward pass.
+
+        Summed over the micro-batches (and ranks) of an optimiser step it is what `loss` divides by, so that gradient
+        accumulation gives exactly the loss of the undivided batch.
+        """
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
+        """The loss parts on a batch; `counts` defaults to `self.counts(batch)`."""
+        raise NotImplementedError
+
+    def next_token_logits(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., V): the distribution of the next token given the hidden state."""
+        return self.backbone.head(h)
+
+    def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """One draft step: the state after reading `token` (B,) in `state` (B, D), and the logits (B, V) of what follows."""
+        raise NextLatError(f"the objective '{self.name}' cannot draft tokens: use draft_length=0.")

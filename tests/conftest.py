@@ -1,0 +1,61 @@
+"""What the tests share: tiny random models of many families, and the real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "granite", "mixtral")
+
+_COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.2,  # large, so that different inputs give visibly different logits
+}
+_SPECIFIC = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "gpt2": {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48, "initializer_range": 0.2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
+    },
+    "gemma2": {
+        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 5.0,
+    },
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+def tiny_lm(family: str, vocab_size: int = 50, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random model of a family, small enough for exact comparisons, in eval mode and fp32."""
+    settings = {**({} if family == "gpt2" else _COMMON), **_SPECIFIC[family], "vocab_size": vocab_size, **overrides}
+    config = CONFIG_MAPPING[family](**settings)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The real data for development and tests; not part of the repository."""
+    path = Path(os.environ.get("NEXTLAT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"real data not found in {path}: set NEXTLAT_DATA to the directory that holds manhattan/ and text/")
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of them."""
+    torch.set_num_threads(1)
