@@ -11,11 +11,10 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from nextlat.errors import NextLatError
 
 
-def new_cache(config: PreTrainedConfig, *, rollback: bool) -> DynamicCache:
-    """An empty cache for a model with this config; with `rollback` it can forget tokens through `roll_back`."""
+def recording_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a model with this config, which can forget tokens through `roll_back`."""
     cache = DynamicCache(config=config)
-    if rollback:
-        cache.activate_past_recording()
+    cache.activate_past_recording()
     return cache
 
 
@@ -32,5 +31,5 @@ def check_rollback(cache: Cache) -> None:
 
 
 def roll_back(cache: Cache, tokens: int) -> None:
-    """Forget the last `tokens` tokens, 0 included; once after every forward pass of a cache made with `rollback=True`."""
+    """Forget the last `tokens` tokens, 0 included; to be called once after every forward pass of a recording cache."""
     cache.crop(-tokens)

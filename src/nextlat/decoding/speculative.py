@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nextlat.backbone import Backbone
-from nextlat.decoding.cache import check_rollback, new_cache, roll_back
+from nextlat.decoding.cache import check_rollback, recording_cache, roll_back
 from nextlat.decoding.sampling import Draw, Greedy, Sampling
 from nextlat.decoding.stats import Cycle, GenerationStats
 from nextlat.errors import NextLatError
@@ -123,7 +123,8 @@ def decode(
     """
     backbone = model.backbone
     rollback = draft_length > 0
-    h_1TD, cache = backbone.step(prompt_1T, new_cache(model.lm.config, rollback=rollback))
+    # Without drafts nothing is ever rolled back, and the model may choose its own cache.
+    h_1TD, cache = backbone.step(prompt_1T, recording_cache(model.lm.config) if rollback else None)
     if rollback:
         check_rollback(cache)
         roll_back(cache, 0)

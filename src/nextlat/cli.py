@@ -1,0 +1,201 @@
+"""The command line: train | evaluate | generate | report | demo. The only place that prints.
+
+Heavy imports stay inside the commands, so that `--help` answers at once. What the user can mend ends as one sentence and exit code 2.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from nextlat.errors import NextLatError
+
+if TYPE_CHECKING:
+    from nextlat.demo import Job
+
+
+class _Commands(typer.core.TyperGroup):
+    """What the user can mend is one sentence and exit code 2; an interrupt is 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NextLatError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            _say(str(error) or "stopped.")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Next-latent prediction for any Hugging Face causal LM: train it, measure it, see it, decode with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")] = None,
+    objective: Annotated[str | None, typer.Option(help="next-token or nextlat; default: the recipe's.")] = None,
+    horizon: Annotated[int | None, typer.Option(help="d, steps of the rollout.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initial weights and data.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure the model when it is trained.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Train a recipe; stop it anywhere, and the same command goes on where it was."""
+    from nextlat.recipe import load_recipe
+    from nextlat.run_directory import is_finished
+    from nextlat.training import train as run_training
+
+    loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
+    directory = out or Path("runs") / loaded.run_name
+    if is_finished(directory) if directory.exists() else False:
+        _say(f"{directory} is finished: it is not trained any further.")
+    run_training(loaded, directory, progress=progress)
+    if evaluate and not (directory / "results.json").exists():
+        _evaluate(directory, progress)
+    _say(f"The model is in {directory}.")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run directories.")],
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Measure finished runs: results.json in each of them, and a table here."""
+    for directory in runs:
+        _evaluate(directory, progress)
+    _report(runs, None)
+
+
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="Run directory or hub id of a model with an objective.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; for a city: source and destination, as in '12 57'.")],
+    draft_length: Annotated[int, typer.Option(help="Tokens drafted per cycle; 0 = plain decoding.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt, and say what the drafts were worth."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from nextlat.model import load
+
+    model = load(run)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run)
+    except (OSError, ValueError) as error:
+        raise NextLatError(f"{run} has no tokenizer: save one there with tokenizer.save_pretrained.") from error
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
+        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
+        raise NextLatError(f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know.")
+    sampling: dict[str, Any] = {}
+    if temperature > 0 or top_k is not None or top_p is not None:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    ids, stats = model.generate(
+        ids, max_new_tokens=max_new_tokens, draft_length=draft_length, return_stats=True, **sampling
+    )  # type: ignore[misc]
+    print(tokenizer.decode(ids[0]))
+    _say(
+        f"{stats.tokens} tokens in {stats.cycles} cycles: {stats.mean_acceptance_length:.2f} tokens a cycle, "
+        f"{stats.acceptance_rate:.0%} of the drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report"),
+) -> None:
+    """Tables, curves and maps of runs, as PNG and in one self-contained HTML page."""
+    _report(runs, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="One or several, as in --seeds 0 1 2.")] = 0,
+    more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train longer, and the word problem too.")] = False,
+) -> None:
+    """Train the same transformer twice, by next-token and by next-latent prediction, and compare what they know."""
+    from rich.console import Console
+
+    from nextlat import demo as show
+
+    jobs = show.jobs(out, [seeds, *(more_seeds or [])], full=full)
+    console = Console(stderr=True)
+    _watch(jobs, console)
+    show.collect(jobs, out)
+    _report([job.directory for job in jobs], out)
+
+
+def main() -> None:
+    """Entry point of the command `nextlat`."""
+    app()
+
+
+def _evaluate(directory: Path, progress: bool) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nextlat.evaluation import evaluate
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task(f"evaluating {directory}")
+        evaluate(
+            directory, progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+        )
+
+
+def _report(runs: list[Path], out: Path | None) -> None:
+    """The comparison of runs in the terminal, and as a page in `out`."""
+    from rich.console import Console
+
+    from nextlat import comparison
+
+    compared = comparison.compare(comparison.read_runs(runs))
+    Console().print(comparison.table(compared))
+    if out is not None:
+        from nextlat.report import write_report
+
+        _say(f"Look at {write_report(comparison.read_runs(runs), out)}.")
+
+
+def _watch(jobs: "list[Job]", console: Any) -> None:
+    """Run the demo's jobs and show how far each is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nextlat.demo import run
+
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        rows = {job.name: bars.add_task(job.name, total=job.steps, state="waiting") for job in jobs}
+        for job, step, state in run(jobs):
+            bars.update(rows[job.name], completed=step, state=state)
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)

@@ -1,0 +1,168 @@
+"""Files and directories that are either wholly there or not there at all.
+
+Everything is written under a temporary name in the directory where it is to lie, flushed to the disk, and renamed: a process
+that is killed at any moment leaves the old state or the new one, and at worst a temporary that the next run removes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from nextlat.errors import NextLatError
+
+TEMPORARY = ".nextlat-tmp-"  # prefix of every unfinished file or directory; what bears it may be deleted when nobody writes
+
+# torch.save and safetensors report a failed write in their own ways, and not as OSError.
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error", "File cannot be opened", "does not exist")
+
+
+@contextmanager
+def write_errors(path: Path, way_out: str = "free some space or choose another place") -> Iterator[None]:
+    """Turn a failed write (full disk, no permission, no such directory) into one sentence.
+
+    Raises:
+        NextLatError: naming `path`, the operating system's reason and the way out.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise NextLatError(f"cannot write {path}: {error.strerror or error}; {way_out}.") from error
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+        raise NextLatError(f"cannot write {path}: {reason}; {way_out}.") from error
+    except RuntimeError as error:
+        if not any(mark in str(error) for mark in _TORCH_WRITE_ERRORS):
+            raise
+        free = _free_space(path)
+        reason = "No space left on device" if free is not None and free < 2**20 else "the file could not be written in full"
+        raise NextLatError(f"cannot write {path}: {reason}; {way_out}.") from error
+
+
+def _free_space(path: Path) -> int | None:
+    """Bytes left where `path` lies or would lie."""
+    for place in (path, *path.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
+
+
+def sync(path: Path) -> None:
+    """Force one file, or the entries of one directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Force everything under a directory to the disk, files first, and the directory itself last."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace (or make) a text file atomically.
+
+    Raises:
+        NextLatError: the file cannot be written; the old one is untouched.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with write_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of JSON; NaN and infinity are refused, since other readers of JSON do not know them."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def staging_directory(target: Path) -> Path:
+    """Where the directory `target` is put together before it gets its name."""
+    return target.with_name(f"{TEMPORARY}{target.name}")
+
+
+def publish_directory(staging: Path, target: Path) -> None:
+    """Give a finished staging directory its name; an older directory of that name is deleted first.
+
+    Raises:
+        OSError: see `write_errors`, in which the caller has put the whole save.
+    """
+    sync_tree(staging)
+    remove(target)
+    staging.replace(target)
+    sync(target.parent)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty staging directory that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        NextLatError: something in it cannot be written; an older `target` is untouched.
+    """
+    staging = staging_directory(target)
+    with write_errors(target):
+        try:
+            remove(staging)
+            staging.mkdir(parents=True)
+            yield staging
+            publish_directory(staging, target)
+        except BaseException:
+            remove(staging)
+            raise
+
+
+def move_into(staging: Path, directory: Path, last: str) -> None:
+    """Move the files of a staging directory, each atomically, into a directory that holds other things too.
+
+    Args:
+        last: the file without which nobody takes the others for a whole; it is moved when they are safely in place.
+
+    Raises:
+        OSError: see `write_errors`.
+    """
+    sync_tree(staging)
+    files = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
+    first = [file for file in files if file != Path(last)]
+    for file in first:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        (staging / file).replace(directory / file)
+    for folder in {directory, *((directory / file).parent for file in first)}:
+        sync(folder)
+    (staging / last).replace(directory / last)
+    sync(directory)
+    remove(staging)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory with all in it; one that is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what an interrupted write left in a directory. Only for the one process that writes there."""
+    for path in directory.glob(f"{TEMPORARY}*"):
+        remove(path)

@@ -1,0 +1,136 @@
+"""Scores with their errors, and the effective rank of a set of latent states.
+
+Pure functions of arrays and tensors: nothing here knows a model or a task. Shapes: n items, N states, D width of a state.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+# Normalised singular values below this are noise of the arithmetic and are dropped (arXiv 2511.05963, effective latent rank).
+NEGLIGIBLE_SINGULAR_VALUE = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One number, its standard error over items, and what each item contributed.
+
+    Whatever the metric, `per_item` is scaled so that its mean is `value` and its standard deviation over sqrt(n) is `stderr`.
+    Scores of two models on the same items can therefore be subtracted item by item (`paired_difference`).
+
+    Attributes:
+        value: the metric.
+        stderr: one standard error over items; NaN for fewer than two items, where it is unknown.
+        per_item: (n,) float64, n = pairs, sequences or groups of sequences, as the metric says.
+    """
+
+    value: float
+    stderr: float
+    per_item: np.ndarray
+
+
+def mean_score(per_item: ArrayLike) -> Score:
+    """Mean of independent items and the standard error of that mean, std(ddof = 1) / sqrt(n).
+
+    Raises:
+        ValueError: no items, or not one number per item.
+    """
+    items = np.asarray(per_item, dtype=np.float64)
+    if items.ndim != 1 or items.size == 0:
+        raise ValueError(f"a mean needs a vector of at least one item, not an array of shape {items.shape}")
+    stderr = float(items.std(ddof=1)) / math.sqrt(items.size) if items.size > 1 else math.nan
+    return Score(float(items.mean()), stderr, items)
+
+
+def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:
+    """Pooled share sum(hits) / sum(trials) with the standard error clustered by item.
+
+    The trials of one item (the positions of one sequence) are not independent; items are. The error is that of the ratio
+    estimator (Cochran, Sampling Techniques, 3rd ed., section 2.11): the item values R + (hits - R trials) / mean(trials) have
+    mean R, and their spread is the linearised spread of R.
+
+    Args:
+        hits: (n,) successes per item.
+        trials: (n,) trials per item, at least one of them positive.
+
+    Raises:
+        ValueError: different shapes, or no trial at all.
+    """
+    hit, trial = np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
+    if hit.shape != trial.shape or trial.size == 0 or trial.sum() <= 0:
+        raise ValueError(f"a ratio needs trials: hits {hit.shape}, trials {trial.shape} with sum {trial.sum()}")
+    ratio = hit.sum() / trial.sum()
+    return mean_score(ratio + (hit - ratio * trial) / trial.mean())
+
+
+def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
+    """Score of a statistic that is no mean, from its values with each item left out (Efron & Stein 1981).
+
+    The items are the pseudo-values n value - (n - 1) value_without_i, shifted so that their mean is `value` itself: the
+    statistic is reported as defined, not bias-corrected.
+    """
+    without = np.asarray(leave_one_out, dtype=np.float64)
+    score = mean_score(value - (without.size - 1) * (without - without.mean()))
+    return Score(value, score.stderr, score.per_item)
+
+
+def paired_difference(first: Score, second: Score) -> Score:
+    """`first` minus `second` on the same items in the same order; the error is that of the paired difference.
+
+    Raises:
+        ValueError: the scores have a different number of items.
+    """
+    if first.per_item.shape != second.per_item.shape:
+        raise ValueError(f"paired scores need the same items: {first.per_item.shape} and {second.per_item.shape}")
+    return mean_score(first.per_item - second.per_item)
+
+
+def effective_rank(h_ND: Tensor) -> float:
+    """Effective rank of a matrix of states: exp of the Shannon entropy of its singular values normalised to sum 1.
+
+    Roy & Vetterli, "The effective rank" (EUSIPCO 2007), definition 1; the compactness measure of arXiv 2511.05963. States
+    are not centred. Normalised singular values under 1e-12 are dropped. Between 1 (all states on one line) and min(N, D); 0 for
+    a matrix of zeros or without rows.
+
+    The singular values are taken in float64 from the matrix (a tall one is first reduced to its QR factor, an orthogonal step,
+    so nothing is lost) and not from the D x D Gram matrix, whose eigenvalues are their squares: those would drown
+    every normalised value below about 1e-8 in rounding.
+
+    Args:
+        h_ND: (N, D) states, any floating dtype and device.
+
+    Raises:
+        ValueError: not a matrix, or a value that is not finite.
+    """
+    return rank_of_factor(triangular_factor(h_ND))
+
+
+def triangular_factor(h_ND: Tensor) -> Tensor:
+    """A matrix of at most D rows with the singular values of `h_ND`, in float64: R of its QR decomposition.
+
+    Factors of parts can be stacked: cat(R_1, R_2) has the singular values of cat(h_1, h_2).
+    """
+    if h_ND.ndim != 2:
+        raise ValueError(f"states must be a matrix (N, D), not of shape {tuple(h_ND.shape)}")
+    h_ND = h_ND.detach().to(torch.float64)
+    if not bool(h_ND.isfinite().all()):
+        raise ValueError("states must be finite: the model's hidden states contain NaN or infinity")
+    rows, width = h_ND.shape
+    return torch.linalg.qr(h_ND, mode="r").R if rows > width else h_ND
+
+
+def rank_of_factor(factor: Tensor) -> float:
+    """Effective rank of the matrix that `triangular_factor` (or a stack of its results) stands for."""
+    if factor.numel() == 0:
+        return 0.0
+    singular = torch.linalg.svdvals(factor)
+    total = singular.sum()
+    if total == 0:
+        return 0.0
+    p = singular / total
+    p = p[p > NEGLIGIBLE_SINGULAR_VALUE]
+    return math.exp(float(-(p * p.log()).sum()))

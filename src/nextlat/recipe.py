@@ -1,0 +1,417 @@
+"""Recipes: one small typed file names task, backbone, objective, optimiser, schedule and seed of a training run.
+
+TOML in, plain frozen dataclasses out. A recipe is strict: an unknown key, a wrong type or a value out of range is one sentence
+that names the place, the key and the nearest valid name; nothing is converted behind the user's back and nothing is ignored.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from nextlat.errors import NextLatError
+from nextlat.objectives import OBJECTIVES
+from nextlat.tasks import TASKS
+
+BUILT_IN = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """The transformer: from scratch (`nextlat.llama` with layers, width, heads) or `pretrained`, a directory or hub id.
+
+    `max_length` None = the longest sequence of the task; `intermediate_size` None = as in `nextlat.llama`.
+    """
+
+    layers: Count | None = None
+    width: Count | None = None
+    heads: Count | None = None
+    intermediate_size: Count | None = None
+    max_length: Count | None = None
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW. The defaults are the paper's betas (arXiv 2511.05963, appendix); `gradient_clip` 0 = none.
+
+    Weight decay spares biases and norm weights, as in every `transformers.Trainer` run.
+    """
+
+    learning_rate: Positive = 1e-4
+    weight_decay: NotNegative = 0.01
+    beta1: Below1 = 0.9
+    beta2: Below1 = 0.95
+    epsilon: Positive = 1e-8
+    gradient_clip: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Learning rate over the steps, after a linear warm-up of `warmup_steps`.
+
+    constant; wsd (constant, then linear to 0 over the last `decay_steps`); cosine or linear (to 0 over all after the warm-up).
+    """
+
+    name: Literal["constant", "wsd", "cosine", "linear"] = "constant"
+    warmup_steps: CountOrNone = 0
+    decay_steps: CountOrNone = 0
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run is kept, watched and computed; intervals are in optimiser steps.
+
+    Attributes:
+        save_every: 0 = only at the end. keep_checkpoints: the newest so many; 0 = one while training, none when finished.
+        log_every: also the window over which losses are averaged. eval_every: 0 = only at the end.
+        report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
+        precision: bf16 = autocast with fp32 weights. compile: torch.compile. threads: of torch on the CPU, 0 = leave.
+    """
+
+    save_every: CountOrNone = 0
+    keep_checkpoints: CountOrNone = 1
+    log_every: Count = 10
+    eval_every: CountOrNone = 0
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    threads: CountOrNone = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, wholly determined.
+
+    Attributes:
+        name: of the file it came from; not part of what determines the run.
+        task_name: key of `tasks.TASKS`; task: its configuration.
+        objective: key of `objectives.OBJECTIVES`; objective_config: its configuration.
+        steps: optimiser steps. batch_size: rows per optimiser step, over all processes and micro-batches.
+        gradient_accumulation: micro-batches that a batch is split in (on each process).
+        seed: of the initial weights and of the data.
+    """
+
+    name: str = field(compare=False)
+    task_name: str
+    task: Any
+    objective: str
+    objective_config: Any
+    backbone: BackboneSettings
+    steps: int
+    batch_size: int
+    gradient_accumulation: int = 1
+    seed: int = 0
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    run: RunSettings = RunSettings()
+
+    @property
+    def run_name(self) -> str:
+        """The usual name of its run directory, e.g. `city-small-nextlat-d8-s0`."""
+        horizon = getattr(self.objective_config, "horizon", None)
+        return "-".join([self.name, self.objective, *([f"d{horizon}"] if horizon else []), f"s{self.seed}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready tables, every default spelt out; `from_dict` reads it back."""
+        content = {
+            "task": {"name": self.task_name, **asdict(self.task)},
+            "objective": self.objective,
+            **{key: getattr(self, key) for key in _TOP},
+            **{key: asdict(getattr(self, key)) for key in _TABLES},
+            "objectives": {self.objective: asdict(self.objective_config)},
+        }
+        return json.loads(json.dumps(content, default=str))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], name: str = "recipe") -> "Recipe":
+        """The recipe that `to_dict` gave, e.g. `json.load(run.json)["recipe"]`.
+
+        Raises:
+            NextLatError: as for a recipe file.
+        """
+        return _build(_without_none(content), {}, name, f"recipe '{name}'")
+
+
+@dataclass(frozen=True)
+class _Top:
+    """What stands above the tables of a recipe file."""
+
+    objective: str
+    steps: Count
+    batch_size: Count
+    gradient_accumulation: Count = 1
+    seed: CountOrNone = 0
+
+
+_TOP = ("steps", "batch_size", "gradient_accumulation", "seed")
+_TABLES: dict[str, type] = {
+    "backbone": BackboneSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "run": RunSettings,
+}
+
+
+def built_in_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+
+
+def load_recipe(
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    objective: str | None = None,
+    horizon: int | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """Read a recipe, change what is asked to be changed, and check all of it.
+
+    Args:
+        name_or_path: a built-in name (`city-small`) or the path of a .toml file.
+        overrides: `key=value`, keys with dots (`optimizer.learning_rate=1e-3`), values as in TOML, quotes around plain words
+            may be left out; `key=` with nothing behind it removes the key, so that its default holds.
+        objective, horizon, seed: shorthands for overrides of the same meaning (the horizon is that of the chosen objective).
+
+    Raises:
+        NextLatError: no such recipe, not TOML, an unknown key or objective, a wrong type or range, settings that contradict.
+    """
+    path = _find(str(name_or_path))
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise NextLatError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
+    requests = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
+    requests |= {"objective": (objective, f"--objective {objective}")} if objective is not None else {}
+    requests |= {"seed": (str(seed), f"--seed {seed}")} if seed is not None else {}
+    chosen = requests.get("objective", (content.get("objective"), ""))[0]
+    if horizon is not None:
+        requests[f"objectives.{chosen}.horizon"] = (str(horizon), f"--horizon {horizon}")
+    for key, (_, source) in requests.items():
+        kind, _, rest = key.partition(".")
+        if kind == "objectives" and rest.split(".")[0] in OBJECTIVES and rest.split(".")[0] != chosen:
+            raise NextLatError(f"{source} sets '{key}', but the objective is {chosen}: leave it out or choose that objective.")
+    for key, (text, _) in requests.items():
+        _place(content, key, text)
+    return _build(content, requests, path.stem, f"recipe {path.name}")
+
+
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if name_or_path in built_in_recipes():
+        return BUILT_IN / f"{name_or_path}.toml"
+    if path.suffix == ".toml" or path.is_dir():
+        raise NextLatError(f"there is no recipe file {name_or_path}: give the path of a .toml file.")
+    raise NextLatError(f"unknown recipe '{name_or_path}': {_nearest(name_or_path, built_in_recipes())}; a path ends in .toml.")
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    if close:
+        return f"perhaps {' or '.join(close)} is meant"
+    return f"there are {', '.join(valid)}" if valid else "it takes no settings"
+
+
+def _split(item: str) -> tuple[str, str]:
+    key, equals, text = item.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise NextLatError(f"'{item}' is not an override: write key=value, e.g. optimizer.learning_rate=1e-3.")
+    return key.strip(), text.strip()
+
+
+def _place(content: dict[str, Any], key: str, text: str) -> None:
+    """Set (or with an empty text remove) one key of nested tables in place."""
+    *tables, last = key.split(".")
+    for name in tables:
+        content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            raise NextLatError(f"'{key}={text}': '{name}' is a value, not a table.")
+    if text:
+        content[last] = _value(text)
+    else:
+        content.pop(last, None)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def _without_none(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _without_none(value) for key, value in content.items() if value is not None}
+    return content
+
+
+def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: str, where: str) -> Recipe:
+    """Type every table of a recipe. `requests` (key -> text, source) says what came from the command line."""
+    reader = _Reader(requests, where)
+    tables = {key: content.pop(key, {}) for key in ("task", "objectives", *_TABLES)} if isinstance(content, dict) else {}
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise NextLatError(f"{reader.source(key)}: '{key}' must be a table.")
+    top = reader.read(_Top, content, "", extra=("task", "objectives", *_TABLES))
+    if top.objective not in OBJECTIVES:
+        raise NextLatError(
+            f"{reader.source('objective')}: unknown objective '{top.objective}': {_nearest(top.objective, [*OBJECTIVES])}."
+        )
+    task = dict(tables["task"])
+    task_name = task.pop("name", None)
+    if task_name not in TASKS:
+        told = f"unknown task '{task_name}'" if task_name is not None else "no task.name"
+        raise NextLatError(f"{reader.source('task.name')}: {told}: {_nearest(str(task_name), [*TASKS])}.")
+    objectives = {}
+    for key, table in tables["objectives"].items():
+        if key not in OBJECTIVES:
+            raise NextLatError(
+                f"{reader.source(f'objectives.{key}')}: unknown objective '{key}': {_nearest(key, [*OBJECTIVES])}."
+            )
+        objectives[key] = reader.read(OBJECTIVES[key][0], table, f"objectives.{key}")
+    recipe = Recipe(
+        name=name,
+        task_name=task_name,
+        task=reader.read(TASKS[task_name], task, "task", extra=("name",)),
+        objective=top.objective,
+        objective_config=objectives.get(top.objective) or reader.read(OBJECTIVES[top.objective][0], {}, "objectives"),
+        **{key: reader.read(kind, tables[key], key) for key, kind in _TABLES.items()},
+        **{key: getattr(top, key) for key in _TOP},
+    )
+    _check(recipe, where)
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What no single field can know."""
+    backbone, schedule = recipe.backbone, recipe.schedule
+    sizes = [f.name for f in fields(backbone) if f.name != "pretrained" and getattr(backbone, f.name) is not None]
+    if backbone.pretrained is not None and sizes:
+        problem = f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
+    elif backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
+        problem = 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
+    elif recipe.batch_size % recipe.gradient_accumulation:
+        problem = f"batch_size {recipe.batch_size} is no multiple of gradient_accumulation {recipe.gradient_accumulation}"
+    elif schedule.decay_steps and schedule.name != "wsd":
+        problem = f'schedule.decay_steps has no meaning with schedule.name = "{schedule.name}": remove it or choose wsd'
+    elif schedule.name == "wsd" and not schedule.decay_steps:
+        problem = 'schedule.name = "wsd" needs schedule.decay_steps'
+    elif schedule.warmup_steps + schedule.decay_steps > recipe.steps:
+        problem = f"schedule.warmup_steps + schedule.decay_steps exceed the {recipe.steps} steps"
+    else:
+        return
+    raise NextLatError(f"{where}: {problem}.")
+
+
+class _Reader:
+    """Turns tables into dataclasses and everything that is wrong with them into one sentence."""
+
+    def __init__(self, requests: dict[str, tuple[str, str]], where: str) -> None:
+        self.requests, self.where = requests, where
+
+    def source(self, key: str) -> str:
+        """Where a key was set: the override, or the file."""
+        for requested, (_, source) in self.requests.items():
+            if requested == key or requested.startswith(f"{key}."):
+                return source
+        return self.where
+
+    def read(self, kind: type, table: Any, place: str, extra: Sequence[str] = ()) -> Any:
+        """One dataclass from one table.
+
+        Args:
+            place: the table's dotted name, "" for the top. extra: names that are valid there besides the fields.
+        """
+        if not isinstance(table, dict):
+            raise NextLatError(f"{self.source(place)}: '{place}' must be a table.")
+        self._check_keys(kind, table, place, extra)
+        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        try:
+            return self._validate(adapter, table)
+        except ValidationError as error:
+            plain = self._as_plain_words(error, table, place)
+            if plain is not None:
+                try:
+                    return self._validate(adapter, plain)
+                except ValidationError:
+                    pass
+            raise NextLatError(self._sentence(error, table, place)) from error
+        except (ValueError, TypeError) as error:
+            raise NextLatError(f"{self.where}: [{place}] {error}.") from error
+
+    @staticmethod
+    def _validate(adapter: TypeAdapter[Any], table: dict[str, Any]) -> Any:
+        # Strict as JSON is: 1.0 or true is no int, "1" is no number, but an array may become a tuple and a word a path.
+        return adapter.validate_json(json.dumps(table, default=str), strict=True)
+
+    def _check_keys(self, kind: type, table: dict[str, Any], place: str, extra: Sequence[str]) -> None:
+        hints = get_type_hints(kind, include_extras=True)
+        valid = [f.name for f in fields(kind) if f.init]
+        for key, value in table.items():
+            full = f"{place}.{key}".lstrip(".")
+            if key not in valid:
+                table_name = f"[{place}]" if place else "a recipe"
+                raise NextLatError(f"{self.source(full)}: {table_name} has no '{key}': {_nearest(key, [*valid, *extra])}.")
+            nested = next((t for t in (hints[key], *get_args(hints[key])) if isinstance(t, type) and is_dataclass(t)), None)
+            if nested is not None and isinstance(value, dict):
+                self._check_keys(nested, value, full, ())
+
+    def _as_plain_words(self, error: ValidationError, table: dict[str, Any], place: str) -> dict[str, Any] | None:
+        """The table with overrides that do not fit as numbers taken as plain words: `task.place=10115` is a place too."""
+        changed = dict(table)
+        for problem in error.errors():
+            key = str(problem["loc"][0]) if problem["loc"] else ""
+            text = self.requests.get(f"{place}.{key}".lstrip("."), ("", ""))[0]
+            if text and problem["type"].startswith("string"):
+                changed[key] = text
+        return changed if changed != table else None
+
+    def _sentence(self, error: ValidationError, table: dict[str, Any], place: str) -> str:
+        problems = error.errors()
+        # A union such as `int | None` reports every branch: the branch that was meant is the one that is not None's.
+        problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        full = f"{place}.{key}".strip(".")
+        message = problem["msg"][0].lower() + problem["msg"][1:]
+        if problem["type"] == "missing" and len(problem["loc"]) == 1:
+            return f"{self.where}: '{full}' is missing."
+        if problem["type"] in ("value_error", "assertion_error"):
+            return f"{self.source(full)}: {full + ': ' if full else ''}{problem['ctx']['error']}."
+        message = "too few values" if problem["type"] == "missing" else message
+        return f"{self.source(full)}: '{full}' = {json.dumps(table.get(key), default=str)} is not valid: {message}."
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
+    """Dotted keys in which two recipes, as `to_dict` gives them, differ."""
+    keys = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        full = f"{place}.{key}".lstrip(".")
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differences(a, b, full)
+        elif a != b:
+            keys.append(full)
+    return keys
+
+
+def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
+    """A copy of a recipe with some of its attributes replaced, checked again (for programs that sweep)."""
+    changed = replace(recipe, **changes)
+    _check(changed, f"recipe '{recipe.name}'")
+    return changed

@@ -1,0 +1,45 @@
+"""The comparison as a table for the terminal. Nothing is printed here: the caller prints what it gets."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nextlat.report.comparison import Comparison, MetricComparison, TaskComparison, Verdict
+from nextlat.report.glossary import describe
+from nextlat.report.wording import difference_text, estimate_text, footnotes
+
+STYLES: dict[Verdict, str] = {"better": "bold green", "worse": "bold red", "within noise": "dim", "no claim": "dim"}
+ARROWS = {True: "\N{UPWARDS ARROW}", False: "\N{DOWNWARDS ARROW}", None: " "}
+
+
+def terminal_table(comparison: Comparison) -> RenderableType:
+    """One table per task: a row per metric, a column per model, under each value its difference to the baseline and the verdict."""
+    return Group(*(part for task in comparison.tasks for part in (_table(task), Text(_notes(task), style="dim"))))
+
+
+def _table(task: TaskComparison) -> Table:
+    table = Table(title=task.task, title_justify="left", title_style="bold", caption_justify="left", pad_edge=False, box=None)
+    table.add_column("", overflow="fold")
+    for label in task.models:
+        table.add_column(label, justify="right", header_style="bold")
+    for metric in task.metrics:
+        title = f"{ARROWS[metric.higher_is_better]} {describe(metric.name).title}"
+        table.add_row(title, *(_cell(metric, label) for label in task.models))
+    return table
+
+
+def _cell(metric: MetricComparison, label: str) -> Text:
+    estimate, difference = metric.estimates.get(label), metric.differences.get(label)
+    if estimate is None:
+        return Text("\N{EN DASH}", style="dim")
+    text = Text(estimate_text(metric.name, estimate))
+    if difference is not None and describe(metric.name).reference is None:
+        text.append(f"\n{difference_text(metric.name, difference)}", style="dim")
+    if difference is not None and difference.verdict != "no claim":
+        text.append(f"\n{difference.verdict}", style=STYLES[difference.verdict])
+    return text
+
+
+def _notes(task: TaskComparison) -> str:
+    arrows = f"{ARROWS[True]} higher is better, {ARROWS[False]} lower is better."
+    return "\n".join(["", arrows, *footnotes(task), ""])

@@ -1,0 +1,135 @@
+"""Numbers with their errors, and the sentences that the verdicts allow: nothing is said here that `comparison` did not find."""
+
+import math
+from dataclasses import dataclass
+
+from nextlat.report.comparison import Difference, Estimate, MetricComparison, TaskComparison, Verdict
+from nextlat.report.glossary import Term, Unit, describe
+
+_DECIMALS: dict[Unit, int] = {"share": 1, "nats": 3, "factor": 2, "number": 2}
+_SUFFIX: dict[Unit, str] = {"share": " %", "nats": "", "factor": "\N{MULTIPLICATION SIGN}", "number": ""}
+MOST_DECIMALS = 2  # more than usual, where the error is that small
+MINUS = "\N{MINUS SIGN}"
+
+
+def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = False) -> str:
+    """`97.3 ± 0.5 %`, `−16.3 ± 0.4`, `2.31×`: the value and one standard error, as many decimals as the error deserves.
+
+    Shares are given in per cent, differences of shares (signed) in points.
+    """
+    if not math.isfinite(value):
+        return "not a number"
+    scale = 100 if unit == "share" else 1
+    decimals = _DECIMALS[unit]
+    if unit == "number" and abs(value) >= 10:
+        decimals = 1
+    if error is not None and error > 0:
+        while scale * error < 0.5 * 10**-decimals and decimals < _DECIMALS[unit] + MOST_DECIMALS:
+            decimals += 1
+    text = f"{scale * value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
+    if float(text.replace(MINUS, "-")) == 0:
+        text = text.lstrip("+" + MINUS)
+    if error is not None:
+        text += f" ± {scale * error:.{decimals}f}"
+    return text + (" points" if signed and unit == "share" else _SUFFIX[unit])
+
+
+def estimate_text(name: str, estimate: Estimate) -> str:
+    """A model's cell of the table."""
+    return with_error(estimate.value, estimate.stderr, describe(name).unit)
+
+
+def difference_text(name: str, difference: Difference) -> str:
+    """The difference below it."""
+    return with_error(difference.value, difference.stderr, describe(name).unit, signed=True)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence about one metric of one model, and the verdict it rests on."""
+
+    task: str
+    metric: str
+    model: str
+    verdict: Verdict
+    text: str
+
+
+def claims(task: TaskComparison) -> list[Claim]:
+    """A sentence for every difference: what is better, then what is worse, then what cannot be told apart, or proves nothing."""
+    rank: dict[Verdict, int] = {"better": 0, "worse": 1, "within noise": 2, "no claim": 3}
+    found = [
+        Claim(task.task, metric.name, label, difference.verdict, _sentence(metric, label, difference))
+        for metric in task.metrics
+        for label, difference in metric.differences.items()
+        if describe(metric.name).headline
+    ]
+    return sorted(found, key=lambda claim: rank[claim.verdict])
+
+
+def _sentence(metric: MetricComparison, label: str, difference: Difference) -> str:
+    term = describe(metric.name)
+    ours, theirs = (with_error(value, None, term.unit) for value in (difference.ours, difference.theirs))
+    numbers = f"{ours} against {theirs} ({difference.against})"
+    change = _change(metric.name, term, difference)
+    subject = term.noun[0].upper() + term.noun[1:]
+    if difference.verdict == "within noise":
+        return f"{subject}: within the noise, {label} {numbers}, {change}."
+    if difference.verdict == "no claim":
+        if metric.higher_is_better is None:
+            return f"{subject}: {label} {numbers}; nothing is claimed about a metric whose direction is not known."
+        return f"{subject}: {label} {numbers}, {change}; a single measurement without an error, so nothing is claimed."
+    direction = "Higher" if difference.value > 0 else "Lower"
+    worse = ", which is worse" if difference.verdict == "worse" else ""
+    return f"{direction} {term.noun} with {label}{worse}: {numbers}, {change}."
+
+
+def _change(name: str, term: Term, difference: Difference) -> str:
+    text = f"a difference of {difference_text(name, difference)}"
+    seeds = difference.seeds
+    if len(seeds) == 1:
+        return text + (f" over {difference.items:,} {term.items}" if difference.items else "")
+    text += f" over {len(seeds)} seeds"
+    alone = [seed for seed, found in seeds.items() if found.verdict in ("better", "worse")]
+    signs = {seeds[seed].verdict for seed in alone}
+    if not alone or len(signs) > 1:
+        return text
+    which = "each seed" if len(alone) == len(seeds) else f"{len(alone)} of {len(seeds)} seeds"
+    return f"{text}; {signs.pop()} beyond the error over {term.items} in {which} by itself"
+
+
+def footnotes(task: TaskComparison) -> list[str]:
+    """What must be said beside the table for its numbers to be understood."""
+    seeds = {seed for runs in task.models.values() for seed in runs}
+    several = any(len(runs) > 1 for runs in task.models.values())
+    notes = [
+        "± is one standard error, "
+        + ("over seeds." if several else "over test items; it knows nothing of how another seed would have come out.")
+    ]
+    if task.baseline is not None and len(task.models) > 1:
+        rule = (
+            "outside the 95 % interval over seeds (Student's t, paired) and beyond twice the error over items"
+            if several
+            else "more than twice its standard error, paired item by item"
+        )
+        tested = sum(d.verdict != "no claim" for metric in task.metrics for d in metric.differences.values())
+        notes.append(
+            f"A difference counts as better or worse when it is {rule}; of {tested} such tests about one in twenty would "
+            "pass by chance if no difference were real."
+        )
+    names = {metric.name for metric in task.metrics}
+    if "accepted_tokens_per_cycle" in names:
+        notes.append(
+            "Accepted tokens per cycle are the mean acceptance length minus one: the NextLat paper's \N{LEFT DOUBLE QUOTATION MARK}"
+            "accepted tokens\N{RIGHT DOUBLE QUOTATION MARK}. Decoding is compared with plain KV-cached decoding of the same model."
+        )
+    if any(describe(name).counterpart for name in names):
+        notes.append("The dynamics model run alone is compared with the transformer of the baseline at the same length.")
+    differing = [
+        label for label, runs in task.models.items() for run in runs.values() if run.decoding.get("identical") is False
+    ]
+    if differing:
+        notes.append(f"Drafting changed the decoded tokens of {', '.join(dict.fromkeys(differing))}: its decoding speed is void.")
+    if seeds and not several:
+        notes.append(f"One seed ({', '.join(map(str, sorted(seeds)))}).")
+    return notes + task.caveats

@@ -1,0 +1,420 @@
+"""Self-speculative decoding: the output is the transformer's own, and every cycle costs one forward pass."""
+
+from functools import lru_cache
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from conftest import FAMILIES, tiny_lm
+from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
+from nextlat.batch import Batch
+from nextlat.decoding import Cycle, GenerationStats, decode
+from nextlat.decoding.sampling import Greedy, Sampling
+from nextlat.objectives import Objective
+
+VOCABULARY, NEW, DRAWS = 50, 24, 60
+
+
+class Oracle(Objective):
+    """Drafts the known continuation, except for the positions in `wrong`.
+
+    It finds its place in the sequence by the state it is given, which must be the true state there: a cycle that started its
+    draft anywhere else than behind the last verified token would be caught.
+    """
+
+    name = "oracle"
+    max_draft_length = None
+
+    def __init__(self, model: ObjectiveModel, sequence: Tensor, wrong: set[int]) -> None:
+        super().__init__(None, model.backbone)
+        self.sequence, self.wrong = sequence, wrong
+        self.states = model.backbone.hidden(Batch.from_inputs(sequence[None], sequence[None], None, None))[0].detach()
+
+    def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        distance, place = (self.states - state).norm(dim=-1).min(dim=0)
+        assert distance < 1e-3 * state.norm(), "the draft does not start in a state of the transformer"
+        here = int(place) + 1  # the position of `token`
+        assert here in self.wrong or token.item() == self.sequence[here], "the draft reads another token than was emitted"
+        following = (self.sequence[here + 1] + (here + 1 in self.wrong)) % VOCABULARY
+        return self.states[here][None], nn.functional.one_hot(following, VOCABULARY)[None].float()
+
+
+def hybrid_lm(family: str, layer_types: list[str], **settings: object) -> PreTrainedModel:
+    """A tiny random model with convolutional or recurrent layers beside attention."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layer_types), "initializer_range": 0.2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = CONFIG_MAPPING[family](**sizes, **heads, **ids, layer_types=layer_types, **settings)
+    torch.manual_seed(5)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@lru_cache
+def greedy_case(family: str, prompt_length: int) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    """A model, a prompt (1, T) and what transformers itself makes of it, (T + NEW + 10,)."""
+    if family == "lfm2":
+        lm = hybrid_lm("lfm2", ["conv", "full_attention", "conv"], block_multiple_of=8, tie_word_embeddings=False)
+    else:
+        # Untied: with tied random embeddings the most likely token is mostly the last one, for ever.
+        lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
+    prompt = torch.randint(VOCABULARY, (1, prompt_length), generator=torch.Generator().manual_seed(100 + prompt_length))
+    sequence = plain_greedy(lm, prompt, NEW + 10)[0]
+    assert len(set(sequence.tolist())) > 10, "a continuation that repeats itself would hide a misplaced draft"
+    return lm, prompt, sequence
+
+
+def plain_greedy(lm: PreTrainedModel, prompt: Tensor, new: int, **settings: object) -> Tensor:
+    mask = settings.pop("attention_mask", torch.ones_like(prompt))
+    return lm.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **settings)
+
+
+def oracle_model(family: str, prompt_length: int, wrong: set[int]) -> tuple[ObjectiveModel, Tensor, Tensor]:
+    lm, prompt, sequence = greedy_case(family, prompt_length)
+    model = attach(lm, NextTokenConfig())
+    model.objective = Oracle(model, sequence, wrong)
+    return model, prompt, sequence
+
+
+def wrong_positions(prompt_length: int) -> set[int]:
+    """Stretches of 0 to 6 right drafts between wrong ones, so that cycles accept none, some and all."""
+    gaps, position, wrong = [1, 1, 3, 7, 1, 5, 2, 4, 6, 1, 2], prompt_length, set()
+    for gap in gaps:
+        position += gap
+        wrong.add(position)
+    return wrong
+
+
+def expected_cycles(first: int, new: int, draft_length: int, wrong: set[int]) -> list[tuple[int, int]]:
+    """(drafted, accepted) of every cycle when exactly the positions in `wrong` are drafted wrongly; `first` = prompt length."""
+    cycles, produced = [], 1
+    while produced < new:
+        drafted = min(draft_length, new - produced - 1)
+        accepted = next((j for j in range(drafted) if first + produced + j in wrong), drafted)
+        cycles.append((drafted, accepted))
+        produced += accepted + 1
+    return cycles
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 13])  # shorter and longer than Gemma's window of 8
+@pytest.mark.parametrize("family", [*FAMILIES, "lfm2"])
+def test_greedy_equals_transformers_with_mixed_acceptance(family: str, prompt_length: int):
+    wrong = wrong_positions(prompt_length)
+    model, prompt, sequence = oracle_model(family, prompt_length, wrong)
+    seen = set()
+    for draft_length in range(9):
+        prefill, *cycles = run(model, prompt, draft_length)
+        tokens = [token for cycle in (prefill, *cycles) for token in cycle.tokens]
+        assert tokens == sequence[prompt_length : prompt_length + NEW].tolist(), f"draft length {draft_length}"
+        # One cycle too many would mean that accepted work was thrown away, one too few that a wrong draft got through.
+        expected = expected_cycles(prompt_length, NEW, draft_length, wrong)
+        assert [(len(cycle.drafted), cycle.accepted) for cycle in cycles] == expected
+        seen |= {"none" if n == 0 else "all" if n == k else "some" for k, n in expected if k > 0}
+    assert seen == {"none", "some", "all"}
+
+
+def run(model: ObjectiveModel, prompt: Tensor, draft_length: int, new: int = NEW, eos: frozenset[int] = frozenset()):
+    with torch.no_grad():
+        return list(decode(model, prompt, Greedy(), new, draft_length, eos))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_with_its_own_drafts(family: str):
+    lm, prompt = tiny_lm(family, vocab_size=VOCABULARY, seed=1), torch.arange(3, 8)[None]
+    expected = plain_greedy(lm, prompt, NEW).tolist()
+    model = attach(lm, NextLatConfig())
+    for draft_length in (0, 1, 3, 8):
+        ids, stats = model.generate(prompt, max_new_tokens=NEW, draft_length=draft_length, return_stats=True)
+        assert ids.tolist() == expected
+        assert stats.tokens == NEW == 1 + stats.cycles + stats.accepted
+
+
+@pytest.mark.parametrize("draft_length", [0, 1, 4, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_transformer_runs_once_for_the_prompt_and_once_per_cycle(family: str, draft_length: int):
+    model, prompt, _ = oracle_model(family, 5, wrong_positions(5))
+    widths: list[int] = []
+    hook = model.lm.base_model.register_forward_hook(
+        lambda _, args, kwargs, out: widths.append(out[0].shape[1]), with_kwargs=True
+    )
+    try:
+        cycles = run(model, prompt, draft_length)[1:]
+    finally:
+        hook.remove()
+    assert widths == [5] + [len(cycle.drafted) + 1 for cycle in cycles]
+
+
+def test_perfect_drafts_need_the_fewest_possible_cycles():
+    model, prompt, _ = oracle_model("llama", 5, set())
+    for draft_length in range(1, 9):
+        assert len(run(model, prompt, draft_length)[1:]) == -(-(NEW - 1) // (draft_length + 1))
+
+
+@pytest.mark.parametrize("wrong", [set(), {12, 16}])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_end_of_sequence_stops_wherever_it_falls(family: str, wrong: set[int]):
+    # Every position of the continuation plays the end once: as the first token, inside a draft, as a bonus, as a correction.
+    model, prompt, sequence = oracle_model(family, 5, wrong)
+    continuation = sequence[5:].tolist()
+    inside = 0
+    for end, draft_length in product(range(12), (1, 3, 6)):
+        eos = continuation[end]
+        stop = continuation.index(eos) + 1
+        cycles = run(model, prompt, draft_length, eos=frozenset([eos, VOCABULARY + 5]))
+        assert [token for cycle in cycles for token in cycle.tokens] == continuation[:stop]
+        inside += 0 < cycles[-1].accepted == len(cycles[-1].tokens) < len(cycles[-1].drafted)
+    assert inside >= 5
+
+
+@pytest.mark.parametrize("new", range(1, 8))
+def test_drafts_never_reach_past_max_new_tokens(new: int):
+    model, prompt, sequence = oracle_model("gpt2", 5, set())
+    for draft_length in range(9):
+        cycles = run(model, prompt, draft_length, new)
+        assert [token for cycle in cycles for token in cycle.tokens] == sequence[5 : 5 + new].tolist()
+        assert all(len(cycle.drafted) <= draft_length for cycle in cycles)
+        # The last token is never read, so a cycle may draft one less than there is room for.
+        made = 1
+        for cycle in cycles[1:]:
+            assert made + len(cycle.drafted) + 1 <= new
+            made += len(cycle.tokens)
+
+
+def test_the_last_position_of_an_absolute_table_can_be_filled():
+    lm = tiny_lm("gpt2", vocab_size=VOCABULARY, n_positions=20)
+    prompt = torch.arange(6)[None]
+    model = attach(lm, NextLatConfig())
+    for draft_length in (0, 4):
+        assert (
+            model.generate(prompt, max_new_tokens=14, draft_length=draft_length).tolist()
+            == plain_greedy(lm, prompt, 14).tolist()
+        )
+    with pytest.raises(NextLatError, match="20 positions"):
+        model.generate(prompt, max_new_tokens=15)
+
+
+@pytest.mark.parametrize("draft_length", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_left_padded_rows_come_out_as_from_transformers(family: str, draft_length: int):
+    lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5)
+    lm.generation_config.pad_token_id = 0
+    lengths = [12, 3, 7]
+    ids = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]).long()
+    ids = ids * mask
+    rows = plain_greedy(lm, ids, NEW, attention_mask=mask)
+    # Ends that let the rows stop at different times, one of them not at all.
+    eos = [rows[1, 12 + 4].item(), rows[2, 12 + 9].item()]
+    expected = plain_greedy(lm, ids, NEW, attention_mask=mask, eos_token_id=eos)
+    model = attach(lm, NextLatConfig())
+    assert (
+        model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length, eos_token_id=eos).tolist() == expected.tolist()
+    )
+    assert (expected[:, 12:] == 0).any(), "no row ended early: the test would not see a missing padding"
+
+
+def test_end_of_sequence_is_read_from_the_generation_config_unless_given():
+    lm, prompt, sequence = greedy_case("llama", 5)
+    model = attach(lm, NextLatConfig())
+    eos = sequence[5 + 3].item()
+    stop = sequence[5:].tolist().index(eos) + 1
+    lm.generation_config.eos_token_id = [eos]
+    try:
+        assert model.generate(prompt, max_new_tokens=NEW).shape[1] == 5 + stop
+        assert model.generate(prompt, max_new_tokens=NEW, eos_token_id=[]).shape[1] == 5 + NEW
+    finally:
+        lm.generation_config.eos_token_id = None
+    assert model.generate(prompt, max_new_tokens=NEW, eos_token_id=eos).shape[1] == 5 + stop
+
+
+# Sampling.
+
+SETTINGS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"temperature": 1.3, "top_k": 3},
+    "top_p": {"top_p": 0.7},
+}
+
+
+def joint(lm: PreTrainedModel, prompt: Tensor, rule: Sampling) -> Tensor:
+    """Exact probabilities (5, 5, 5) of the three tokens behind the prompt, from one uncached forward pass per prefix."""
+    p = torch.ones(5, 5, 5, dtype=torch.float64)
+    for a, b in product(range(5), repeat=2):
+        with torch.no_grad():
+            logits = lm(torch.cat([prompt, torch.tensor([[a, b]])], dim=1)).logits[0, -3:]
+        first, second, third = rule.probabilities(logits).double()
+        p[a, b] = first[a] * second[b] * third
+    return p
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sampled_tokens_follow_the_enumerated_distribution(name: str):
+    lm = tiny_lm("llama", vocab_size=5, seed=1, num_hidden_layers=1)
+    model, prompt = attach(lm, NextLatConfig()), torch.tensor([[3, 1, 4, 1]])
+    rule = Sampling(**SETTINGS[name], generator=torch.Generator().manual_seed(11))
+    expected = joint(lm, prompt, rule)
+    counts, stats = torch.zeros(5, 5, 5, dtype=torch.float64), GenerationStats()
+    for draft_length in range(1, 9):
+        for _ in range(DRAWS):
+            tokens: list[int] = []
+            # Room for drafts as long as asked for; three tokens come from one cycle or from several.
+            for cycle in decode(model, prompt, rule, draft_length + 2, draft_length):
+                tokens += cycle.tokens
+                stats.count(cycle)
+                if len(tokens) >= 3:
+                    break
+            counts[tuple(tokens[:3])] += 1
+    assert 0.05 < stats.acceptance_rate < 0.95
+    assert counts[expected == 0].sum() == 0
+    mean = expected * (counts.sum() / expected.sum())
+    thick = mean >= 5
+    observed, mean = (torch.cat([x[thick], x[~thick].sum()[None]]) for x in (counts, mean))
+    assert chisquare(observed[mean > 0], mean[mean > 0]).pvalue > 1e-4
+
+
+def test_randomness_comes_from_the_generator_alone():
+    lm, prompt, _ = greedy_case("llama", 5)
+    model = attach(lm, NextLatConfig())
+    before = torch.get_rng_state()
+
+    def sample(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(prompt, max_new_tokens=NEW, do_sample=True, draft_length=3, generator=generator)[0].tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# Around the loop.
+
+
+def test_stats_add_up():
+    model, prompt, _ = oracle_model("llama", 5, wrong_positions(5))
+    ids, stats = model.generate(prompt.repeat(2, 1), max_new_tokens=NEW, draft_length=4, return_stats=True)
+    cycles = 2 * run(model, prompt, 4)[1:]
+    assert stats.tokens == 2 * NEW == ids[:, 5:].numel()
+    assert stats.sequences == 2
+    assert stats.cycles == len(cycles)
+    assert stats.drafted == sum(len(cycle.drafted) for cycle in cycles) == sum(stats.drafted_by_position)
+    assert stats.accepted == sum(cycle.accepted for cycle in cycles) == sum(stats.accepted_by_position)
+    assert stats.mean_acceptance_length == pytest.approx(1 + stats.accepted_per_cycle)
+    assert stats.acceptance_rate == stats.accepted / stats.drafted
+    by_position = [sum(cycle.accepted > i for cycle in cycles) for i in range(4)]
+    assert stats.accepted_by_position == by_position
+    assert stats.acceptance_by_position[0] == by_position[0] / sum(len(cycle.drafted) > 0 for cycle in cycles)
+    assert stats.tokens_per_second == stats.tokens / stats.seconds > 0
+
+
+def test_stats_of_different_draft_lengths_can_be_summed():
+    a, b = GenerationStats(sequences=1, tokens=1), GenerationStats(sequences=1, tokens=1, seconds=2.0)
+    a.count(Cycle(drafted=(3, 4), accepted=1, tokens=(3, 9)))
+    b.count(Cycle(drafted=(7,), accepted=1, tokens=(7, 8)))
+    total = a + b
+    assert (total.tokens, total.cycles, total.drafted, total.accepted) == (6, 2, 3, 2)
+    assert (total.drafted_by_position, total.accepted_by_position) == ([2, 1], [2, 0])
+    assert GenerationStats().mean_acceptance_length == GenerationStats().acceptance_rate == 0
+
+
+def test_training_mode_and_gradients_do_not_disturb_decoding():
+    lm = tiny_lm("gpt2", vocab_size=VOCABULARY, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    model, prompt = attach(lm, NextLatConfig()), torch.arange(5)[None]
+    expected = plain_greedy(lm, prompt, NEW).tolist()
+    model.train()
+    model.objective.eval()
+    lm.config.use_cache = False  # as the Trainer leaves it
+    assert model.generate(prompt, max_new_tokens=NEW, draft_length=2).tolist() == expected
+    assert model.training
+    assert lm.training
+    assert not model.objective.training
+    model(prompt, labels=prompt).loss.backward()  # nothing that decoding left behind is in the way
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(do_sample: bool, poison: float):
+    model, prompt = attach(tiny_lm("llama", vocab_size=VOCABULARY), NextLatConfig()), torch.arange(1, 5)[None]
+    with torch.no_grad():
+        model.objective.dynamics.f[0].weight.fill_(poison)
+    with pytest.raises(NextLatError, match="drafter gives logits that are not finite"):
+        model.generate(prompt, max_new_tokens=5, draft_length=2, do_sample=do_sample)
+    assert model.generate(prompt, max_new_tokens=3, do_sample=do_sample).shape == (1, 7)
+    with torch.no_grad():
+        model.lm.get_output_embeddings().weight[7] = poison
+    with pytest.raises(NextLatError, match="model gives logits that are not finite"):
+        model.generate(prompt, max_new_tokens=5, draft_length=2, do_sample=do_sample)
+
+
+def test_a_forbidden_token_is_not_an_error():
+    # A model that never wants a token gives it a logit of minus infinity.
+    lm = tiny_lm("llama", vocab_size=VOCABULARY)
+    model, prompt = attach(lm, NextLatConfig()), torch.arange(1, 5)[None]
+    favourite = model.generate(prompt, max_new_tokens=1)[0, -1].item()
+    plain = model.backbone.head
+
+    def head(h: Tensor) -> Tensor:
+        return plain(h).index_fill(-1, torch.tensor([favourite]), -torch.inf)
+
+    model.objective.next_token_logits = head
+    ids = model.generate(prompt, max_new_tokens=NEW, do_sample=True, draft_length=3, generator=torch.Generator().manual_seed(0))
+    assert favourite not in ids[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"draft_length": -1}, "draft_length must not be below zero"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
+        ({"do_sample": True, "temperature": -0.5}, "temperature must be above 0"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p must lie in"),
+        ({"do_sample": True, "top_p": 1.1}, "top_p must lie in"),
+        ({"do_sample": True, "top_k": 0}, "top_k must be at least 1"),
+        ({"temperature": 0.7}, "no effect on greedy decoding"),
+        ({"top_k": 5}, "no effect on greedy decoding"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "prompt is empty"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, "shape"),
+        ({"input_ids": torch.zeros(1, 4)}, "integers"),
+        ({"input_ids": torch.tensor([[1, VOCABULARY]])}, f"token {VOCABULARY} is outside"),
+        ({"input_ids": torch.tensor([[1, -1]])}, "token -1 is outside"),
+        ({"input_ids": torch.ones(1, 120, dtype=torch.long), "max_new_tokens": 9}, "128 positions"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "row 0 is not all on its left"),
+        ({"attention_mask": torch.tensor([[0, 0, 0, 0]])}, "row 0 is empty"),
+    ],
+)
+def test_bad_requests_are_told_in_one_sentence(arguments: dict, words: str):
+    model = attach(greedy_case("llama", 5)[0], NextLatConfig())
+    with pytest.raises(NextLatError, match=words) as caught:
+        model.generate(**{"input_ids": torch.arange(4)[None], "max_new_tokens": 4} | arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_objective_that_cannot_draft_says_so_and_decodes_plainly():
+    lm, prompt, sequence = greedy_case("llama", 5)
+    model = attach(lm, NextTokenConfig())
+    with pytest.raises(NextLatError, match="'next-token' cannot draft: use draft_length=0"):
+        model.generate(prompt, max_new_tokens=5, draft_length=1)
+    assert model.generate(prompt, max_new_tokens=NEW)[0].tolist() == sequence[: 5 + NEW].tolist()
+
+
+def test_a_limited_drafter_names_its_limit():
+    model, prompt, _ = oracle_model("llama", 5, set())
+    model.objective.max_draft_length = 3
+    model.generate(prompt, max_new_tokens=6, draft_length=3)
+    with pytest.raises(NextLatError, match="at most 3 tokens"):
+        model.generate(prompt, max_new_tokens=6, draft_length=4)
+
+
+def test_a_cache_that_cannot_forget_is_refused():
+    sizes = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    lm = hybrid_lm("qwen3_next", ["linear_attention", "full_attention"], head_dim=8, mlp_only_layers=[0, 1], **sizes)
+    model, prompt = attach(lm, NextLatConfig()), torch.arange(1, 5)[None]
+    with pytest.raises(NextLatError, match="draft_length=0"):
+        model.generate(prompt, max_new_tokens=4, draft_length=2)
+    assert model.generate(prompt, max_new_tokens=NEW).tolist() == plain_greedy(lm, prompt, NEW).tolist()

@@ -1,0 +1,540 @@
+"""The street metrics against an exact world model, against models broken in one known way, and against slow references."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import tiny_lm
+from nextlat.backbone import Backbone
+from nextlat.errors import NextLatError
+from nextlat.metrics import effective_rank, paired_difference
+from nextlat.tasks.street_metrics import (
+    continuation_probabilities,
+    detour_robustness,
+    greedy_rides,
+    identical_continuations,
+    latent_rank,
+    next_token_test,
+    pair_draws,
+    sequence_compression,
+    valid_trajectories,
+)
+from nextlat.tasks.street_network import StreetNetwork
+from nextlat.tasks.street_prefixes import PrefixPairs, prefix_pairs
+from nextlat.tasks.street_rides import Prompts, ride
+from nextlat.tasks.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
+
+MAX_MOVES = 24
+
+# --- an exact world model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """What the world model remembers, one row a ride: source, destination, true intersection, moves made."""
+
+    rows: np.ndarray
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.rows = self.rows[indices.numpy()]
+
+
+class Oracle:
+    """Knows the network and where it is; drives the shortest way.
+
+    The state is (source, destination, intersection, moves made); logits: the best token 6, other legal tokens 0, all
+    others -20. `change(logits_V, source, destination, here, made)` breaks it.
+    """
+
+    def __init__(self, network: StreetNetwork, change: Callable[..., None] | None = None) -> None:
+        self.network, self.change = network, change
+        self.backbone, self.device = self, torch.device("cpu")
+        self.hops = network.hops_to(np.arange(len(network)))
+        self.rows_read = 0
+
+    def step(self, input_ids: Tensor, past: Any = None, /) -> tuple[Tensor, State]:
+        ids = input_ids.numpy()
+        self.rows_read += ids.size
+        past = past or State(np.full((len(ids), 4), -1))
+        states = np.empty((*ids.shape, 4))
+        for t in range(ids.shape[1]):
+            for s, token in zip(past.rows, ids[:, t], strict=True):
+                if s[0] < 0:
+                    s[0] = s[2] = token - FIRST_NODE
+                elif s[1] < 0:
+                    s[1], s[3] = token - FIRST_NODE, 0
+                elif FIRST_DIRECTION <= token < FIRST_NODE:
+                    s[2], s[3] = self.network.targets[s[2], token - FIRST_DIRECTION] if s[2] >= 0 else -1, s[3] + 1
+            states[:, t] = past.rows
+        return torch.from_numpy(states), past
+
+    def next_token_logits(self, h: Tensor, /) -> Tensor:
+        return torch.stack([self.logits(*map(int, state)) for state in h.reshape(-1, 4)]).view(*h.shape[:-1], -1)
+
+    def logits(self, source: int, destination: int, here: int, made: int) -> Tensor:
+        logits_V = torch.full((FIRST_NODE + len(self.network),), -20.0)
+        if here >= 0 and destination >= 0:
+            there = self.network.targets[here]
+            logits_V[FIRST_DIRECTION:FIRST_NODE][torch.from_numpy(there >= 0)] = 0.0
+            to_go = np.where((there >= 0) & (self.hops[destination, there] >= 0), self.hops[destination, there], 999)
+            best = END if here == destination else FIRST_DIRECTION + int(to_go.argmin())
+            logits_V[best] = 6.0
+            if self.change:
+                self.change(logits_V, source, destination, here, made)
+        return logits_V
+
+
+def illegal_move(network: StreetNetwork, here: int) -> int:
+    return FIRST_DIRECTION + int((network.targets[here] < 0).argmax())
+
+
+def chaotic(network: StreetNetwork, legal_only: bool = False) -> Callable[..., None]:
+    """Every intersection and moment has its own erratic wishes, among them illegal ones and a premature `end`."""
+
+    def change(logits_V: Tensor, source: int, destination: int, here: int, made: int) -> None:
+        wishes = np.random.default_rng([destination, here, made]).normal(0, 4, FIRST_NODE)
+        logits_V[END:FIRST_NODE] += torch.from_numpy(wishes[END:]).float()
+        if not legal_only:
+            logits_V[END:FIRST_NODE].clamp_(min=-8.0 + float(wishes[0]))
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def city() -> StreetNetwork:
+    return StreetNetwork.embedded(rows=5, columns=5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pairs(city: StreetNetwork) -> Pairs:
+    hops = city.hops_to(np.arange(len(city)))
+    destination, source = np.nonzero((hops > 0) & (hops <= 14))
+    keep = np.random.default_rng(0).permutation(len(source))[:120]
+    return Pairs(source[keep], destination[keep], hops[destination[keep], source[keep]])
+
+
+@pytest.fixture(scope="module")
+def prefixes(city: StreetNetwork) -> PrefixPairs:
+    return prefix_pairs(city, 80, max_moves=MAX_MOVES, max_prefix=8, seed=1)
+
+
+def random_walks(network: StreetNetwork, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slow random walks; what lies beyond a walk's end is -1, and must never be read."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 16, count)
+    nodes, moves = np.full((count, 17), -1), np.full((count, 16), -1)
+    for i in range(count):
+        nodes[i, 0] = rng.integers(len(network))
+        for t in range(lengths[i]):
+            moves[i, t] = rng.choice(np.flatnonzero(network.targets[nodes[i, t]] >= 0))
+            nodes[i, t + 1] = network.targets[nodes[i, t], moves[i, t]]
+    return lengths, nodes, moves
+
+
+# --- the exact world model scores full marks ----------------------------------------------------------------------------------
+
+
+def test_the_exact_world_model_has_full_marks(city, pairs, prefixes):
+    oracle = Oracle(city)
+    assert next_token_test(oracle, city, *random_walks(city, 60, 0)).value == 1
+    assert valid_trajectories(oracle, city, pairs, MAX_MOVES).value == 1
+    assert sequence_compression(oracle, city, prefixes, MAX_MOVES, samples=2).value == 1
+    same = identical_continuations(oracle, city, prefixes, MAX_MOVES)
+    assert same.identical.value == same.identical_valid.value == 1
+    for kind in ("random", "least_likely", "second_most_likely"):
+        score = detour_robustness(oracle, city, pairs, MAX_MOVES, probability=0.75, kind=kind)
+        assert (score.value, score.stderr) == (1, 0)
+        assert score.per_item.shape == (len(pairs),)
+
+
+# --- each metric loses exactly what a known fault costs -----------------------------------------------------------------------
+
+
+def test_next_token_test_counts_each_position_in_the_true_state(city):
+    """Illegal at one intersection, `end` at another: lost are exactly the positions there, but not `end` at a destination."""
+    lengths, nodes, moves = random_walks(city, 80, 1)
+    bad, premature = 7, 12
+
+    def change(logits_V, source, destination, here, made):
+        if here == bad:
+            logits_V[illegal_move(city, bad)] = 50
+        if here == premature:
+            logits_V[END] = 50
+
+    score = next_token_test(Oracle(city, change), city, lengths, nodes, moves, batch_size=7)
+    lost = 0
+    for n, walk in zip(lengths, nodes, strict=True):
+        lost += sum(here == bad or (here == premature != walk[n]) for here in walk[: n + 1])
+    assert lost > 20
+    assert score.value == pytest.approx(1 - lost / (lengths + 1).sum(), abs=1e-12)
+    assert 0 < score.stderr < 0.1
+
+
+def test_next_token_test_takes_a_move_or_end_at_a_destination_passed_on_the_way(city):
+    """The walk source, d, e, d: `end` is legal at both visits of d, and so is going on; a node or padding token never is."""
+    d, out = next((d, k) for d, k, e in city.edges.tolist() if d in city.targets[e])
+    e = int(city.targets[d, out])
+    back = int(np.flatnonzero(city.targets[e] == d)[0])
+    source, into = next((s, k) for s, k, t in city.edges.tolist() if t == d and s != e)
+    walk = (np.array([3]), np.array([[source, d, e, d]]), np.array([[into, out, back]]))
+
+    def share(token: int) -> float:
+        def change(logits_V, source, destination, here, made):
+            logits_V[token] = 50
+
+        return next_token_test(Oracle(city, change), city, *walk).value
+
+    assert share(END) == 2 / 4
+    assert share(FIRST_DIRECTION + out) == np.mean([city.targets[x, out] >= 0 for x in (source, d, e, d)])
+    assert share(FIRST_NODE + d) == share(PAD) == 0
+
+
+def test_valid_trajectories_lose_a_missed_end_an_early_end_and_an_illegal_move(city, pairs):
+    never_ends, too_early, lost_at = set(range(0, 6)), set(range(6, 12)), 13
+
+    def change(logits_V, source, destination, here, made):
+        if destination in never_ends:
+            logits_V[END] = -50
+        if destination in too_early and made == 1:
+            logits_V[END] = 50
+        if here == lost_at:
+            logits_V[illegal_move(city, here)] = 50
+
+    good = []
+    oracle = Oracle(city)
+    for source, destination in zip(pairs.source, pairs.destination, strict=True):
+        way = [source]
+        while way[-1] != destination:
+            way.append(city.targets[way[-1], int(oracle.logits(0, destination, way[-1], 0).argmax()) - FIRST_DIRECTION])
+        legal = lost_at not in way
+        good.append(legal and destination not in never_ends and not (destination in too_early and len(way) > 2))
+    score = valid_trajectories(Oracle(city, change), city, pairs, MAX_MOVES)
+    np.testing.assert_array_equal(score.per_item, good)
+    assert 0.2 < score.value < 0.8
+
+
+def test_the_budget_of_moves_is_exact(city, pairs):
+    """A shortest ride of n moves needs max_moves >= n; its `end` comes after them and is no move."""
+    for budget in (3, 6):
+        score = valid_trajectories(Oracle(city), city, pairs, budget)
+        np.testing.assert_array_equal(score.per_item, pairs.hops <= budget)
+
+
+def test_compression_loses_the_pairs_whose_model_remembers_the_source(city, prefixes):
+    """A model that never ends rides from even sources: told apart are exactly the pairs with one such source."""
+
+    def change(logits_V, source, destination, here, made):
+        if source % 2 == 0:
+            logits_V[END] = -50
+
+    model = Oracle(city, change)
+    even_first, even_second = prefixes.first.source % 2 == 0, prefixes.second.source % 2 == 0
+    expected = even_first == even_second
+    assert 0.2 < expected.mean() < 0.8
+    same = identical_continuations(model, city, prefixes, MAX_MOVES)
+    np.testing.assert_array_equal(same.identical.per_item, expected)
+    np.testing.assert_array_equal(same.identical_valid.per_item, ~even_first & ~even_second)
+    # With epsilon 0.1 only the shortest way is accepted. An even second source cannot follow `end`; an even first source
+    # goes on with some legal move where the second accepts only `end`.
+    np.testing.assert_array_equal(
+        sequence_compression(model, city, prefixes, MAX_MOVES, epsilon=0.1, samples=1).per_item, expected
+    )
+
+
+def test_identical_nonsense_is_identical_but_not_valid(city, prefixes):
+    def change(logits_V, source, destination, here, made):
+        logits_V[illegal_move(city, here)] = 50
+
+    same = identical_continuations(Oracle(city, change), city, prefixes, MAX_MOVES)
+    assert same.identical_valid.value == 0
+    assert same.identical.value > 0.9  # after the first illegal move the oracle has no opinion: both repeat one token
+
+
+def test_compression_asks_whether_the_second_accepts_what_the_first_says(city, prefixes):
+    """Odd sources accept every legal token, even ones only the best: accepting more is fine, proposing more is not."""
+
+    def change(logits_V, source, destination, here, made):
+        if source % 2:
+            logits_V[logits_V > -10] = 0.0
+
+    model = Oracle(city, change)
+    odd_first, odd_second = prefixes.first.source % 2 == 1, prefixes.second.source % 2 == 1
+    score = sequence_compression(model, city, prefixes, MAX_MOVES, epsilon=0.1, samples=12)
+    assert score.per_item[~odd_first & odd_second].mean() > 0.9  # a destination without `end` below epsilon apart
+    assert score.per_item[odd_first & ~odd_second].mean() == 0
+    assert score.per_item[odd_first == odd_second].mean() == 1
+
+
+@pytest.mark.parametrize(("epsilon", "expected"), [(0.01, 1.0), (0.05, 0.0)])
+def test_compression_threshold(city, prefixes, epsilon, expected):
+    """The second gives every legal token of the first a probability of a few per cent: epsilon decides."""
+    firsts = set(zip(prefixes.first.source.tolist(), prefixes.destination.tolist(), strict=True))
+    seconds = set(zip(prefixes.second.source.tolist(), prefixes.destination.tolist(), strict=True))
+    clean = np.array(
+        [
+            (a, d) not in seconds and (b, d) not in firsts
+            for a, b, d in zip(prefixes.first.source, prefixes.second.source, prefixes.destination, strict=True)
+        ]
+    )
+
+    def change(logits_V, source, destination, here, made):
+        best = int(logits_V.argmax())
+        if (source, destination) in seconds:
+            logits_V[:] = -20.0
+            logits_V[best] = 0.0
+            logits_V[PAD] = float(np.log(0.97 / 0.03))  # 3 % for the best token
+
+    score = sequence_compression(Oracle(city, change), city, prefixes, MAX_MOVES, epsilon=epsilon, samples=1)
+    assert clean.sum() > 20
+    assert score.per_item[clean].mean() == expected
+
+
+def test_detours_lose_the_pairs_that_meet_a_blind_intersection(city, pairs):
+    """Without detours the metric is valid trajectories; certain detours override every illegal wish that has an alternative."""
+
+    def change(logits_V, source, destination, here, made):
+        if here != destination:
+            logits_V[illegal_move(city, here)] = 50
+
+    model = Oracle(city, change)
+    assert detour_robustness(model, city, pairs, MAX_MOVES, probability=0).value == 0
+    rides = detour_robustness(model, city, pairs, MAX_MOVES, probability=1, kind="second_most_likely")
+    np.testing.assert_array_equal(rides.per_item, np.ones(len(pairs)))  # the runner-up is the shortest way
+
+
+def test_an_open_loop_driver_is_lost_under_detours(city, pairs):
+    """A model that recites the shortest way of its source, wherever it is, has perfect trajectories and no robustness."""
+    oracle = Oracle(city)
+
+    def recite(logits_V, source, destination, here, made):
+        at = source
+        for _ in range(made):
+            step = int(oracle.logits(0, destination, at, 0).argmax())
+            at = at if step == END else int(city.targets[at, step - FIRST_DIRECTION])
+        logits_V[:] = -20.0
+        logits_V[int(oracle.logits(0, destination, at, 0).argmax())] = 0.0
+
+    model = Oracle(city, recite)
+    assert valid_trajectories(model, city, pairs, MAX_MOVES).value == 1
+    assert detour_robustness(model, city, pairs, MAX_MOVES, probability=0.75).value < 0.1
+
+
+@pytest.mark.parametrize("kind", ["random", "least_likely", "second_most_likely"])
+@pytest.mark.parametrize("legal_only", [True, False])
+def test_detours_equal_a_slow_reference(city, pairs, kind, legal_only):
+    model = Oracle(city, chaotic(city, legal_only))
+    hops, probability, seed = city.hops_to(np.arange(len(city))), 0.4, 5
+    expected = []
+    for source, destination in zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True):
+        draws = np.random.default_rng([seed, source, destination]).random((MAX_MOVES + 1, 2))
+        here, arrived = source, False
+        for made in range(MAX_MOVES + 1):
+            logits = model.logits(source, destination, here, made)
+            token = int(logits.argmax())
+            if token == END and here == destination:
+                arrived = True
+                break
+            others = [
+                d
+                for d in range(8)
+                if city.targets[here, d] >= 0
+                and FIRST_DIRECTION + d != token
+                and 0 <= hops[destination, city.targets[here, d]] <= MAX_MOVES - made - 1
+            ]
+            if draws[made, 0] < probability and others:
+                if kind == "random":
+                    token = FIRST_DIRECTION + others[int(draws[made, 1] * len(others))]
+                else:
+                    others.sort(key=lambda d: float(logits[FIRST_DIRECTION + d]), reverse=kind == "second_most_likely")
+                    token = FIRST_DIRECTION + others[0]
+            direction = token - FIRST_DIRECTION
+            if not 0 <= direction < 8 or city.targets[here, direction] < 0 or made == MAX_MOVES:
+                break
+            here = int(city.targets[here, direction])
+        expected.append(arrived)
+    score = detour_robustness(model, city, pairs, MAX_MOVES, probability=probability, kind=kind, seed=seed, batch_size=50)
+    np.testing.assert_array_equal(score.per_item, expected)
+    assert 0 < score.value < 1
+
+
+def test_detours_refuse_what_they_do_not_know(city, pairs):
+    with pytest.raises(NextLatError, match="choose among random, least_likely, second_most_likely"):
+        detour_robustness(Oracle(city), city, pairs, MAX_MOVES, kind="worst")
+    with pytest.raises(NextLatError, match="from 0 to 1"):
+        detour_robustness(Oracle(city), city, pairs, MAX_MOVES, probability=75)
+
+
+# --- batches, draws, pairs ----------------------------------------------------------------------------------------------------
+
+
+def test_scores_do_not_depend_on_the_batch_or_on_the_other_pairs(city, pairs, prefixes):
+    model = Oracle(city, chaotic(city))
+    half = pairs[40:80]
+    for metric in (valid_trajectories, detour_robustness):
+        whole = metric(model, city, pairs, MAX_MOVES).per_item
+        np.testing.assert_array_equal(metric(model, city, pairs, MAX_MOVES, batch_size=11).per_item, whole)
+        np.testing.assert_array_equal(metric(model, city, half, MAX_MOVES).per_item, whole[40:80])
+    for batch_size in (9, 256):
+        compressed = sequence_compression(model, city, prefixes, MAX_MOVES, batch_size=batch_size, epsilon=0.002).per_item
+        same = identical_continuations(model, city, prefixes, MAX_MOVES, batch_size=batch_size).identical.per_item
+        if batch_size == 9:
+            reference = compressed, same
+    np.testing.assert_array_equal(reference[0], compressed)
+    np.testing.assert_array_equal(reference[1], same)
+
+
+def test_draws_belong_to_the_pair():
+    a = pair_draws(3, (5, 2), np.array([1, 2, 1]), np.array([4, 4, 4]))
+    assert a.shape == (3, 5, 2)
+    np.testing.assert_array_equal(a[0], a[2])
+    assert not np.array_equal(a[0], a[1])
+    assert not np.array_equal(a[0], pair_draws(4, (5, 2), np.array([1]), np.array([4]))[0])
+
+
+def test_finished_rides_leave_the_batch(city, pairs):
+    """Work is proportional to the moves driven, not to the longest ride."""
+    oracle = Oracle(city)
+    assert valid_trajectories(oracle, city, pairs, MAX_MOVES).value == 1
+    tokens_needed = int((pairs.hops + 2).sum())
+    assert tokens_needed <= oracle.rows_read < 1.2 * tokens_needed
+
+
+def test_prefix_pairs_are_what_they_claim(city):
+    count = 300
+    p = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=4)
+    hops = city.hops_to(np.arange(len(city)))
+    for prompts in (p.first, p.second):
+        np.testing.assert_array_equal(prompts.intersections(city), p.intersection)
+        np.testing.assert_array_equal(prompts.destination, p.destination)
+        assert (prompts.source != prompts.destination).all()
+        assert set(prompts.lengths) == set(range(2, 10))
+    assert len(p) == count
+    assert (p.first.source != p.second.source).all()
+    to_go = hops[p.destination, p.intersection]
+    assert (to_go.min(), to_go.max()) == (1, 6)
+    assert (to_go <= p.room(MAX_MOVES)).all()
+    again = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=4)
+    np.testing.assert_array_equal(p.first.moves, again.first.moves)
+    other = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=5)
+    assert not np.array_equal(p.intersection, other.intersection)
+    equal = prefix_pairs(city, 20, max_moves=MAX_MOVES, equal_length=True)
+    np.testing.assert_array_equal(equal.first.lengths, equal.second.lengths)
+
+
+def test_prefix_pairs_survive_places_that_no_street_leads_to():
+    """A one-way street into a pair of squares: nothing leads back to node 0, and node 3 is a dead end."""
+    targets = np.full((4, 8), -1)
+    targets[0, 2], targets[1, 2], targets[2, 6], targets[2, 2] = 1, 2, 1, 3
+    line = StreetNetwork(("a", "b", "c", "d"), np.zeros(4), np.arange(4) / 1000, targets)
+    p = prefix_pairs(line, 20, max_moves=8, max_prefix=4)
+    np.testing.assert_array_equal(p.first.intersections(line), p.intersection)
+    np.testing.assert_array_equal(p.second.intersections(line), p.intersection)
+
+
+def test_prefix_pairs_refuse_impossible_lengths_and_networks():
+    targets = np.full((2, 8), -1)
+    targets[0, 2], targets[1, 6] = 1, 0
+    two = StreetNetwork(("a", "b"), np.zeros(2), np.arange(2) / 1000, targets)
+    with pytest.raises(NextLatError, match="found 0 of 5"):
+        prefix_pairs(two, 5, max_moves=10)
+    with pytest.raises(NextLatError, match="do not fit"):
+        prefix_pairs(two, 5, max_moves=10, max_prefix=10)
+
+
+# --- a real transformer -------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """A bare transformer as a street model."""
+
+    def __init__(self, city: StreetNetwork, family: str = "llama") -> None:
+        self.lm = tiny_lm(family, vocab_size=FIRST_NODE + len(city), seed=2)
+        self.backbone, self.device = Backbone(self.lm), torch.device("cpu")
+
+    def next_token_logits(self, h: Tensor, /) -> Tensor:
+        return self.backbone.head(h)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rides_with_a_cache_equal_full_forwards(city, prefixes, family):
+    """Prefixes of many lengths in one batch, rides that finish and leave it: tokens as if each ride were alone."""
+    model, rows = Plain(city, family), np.arange(24)
+    prompts = prefixes.first[rows]
+    budget = np.random.default_rng(0).integers(8, MAX_MOVES, len(rows))
+    told = ride(model, city, prompts, budget, leave_map=True, batch_size=16)
+    assert len(set(told.lengths.tolist())) > 3
+    for i in rows:
+        ids = prompts.tokens()[i, : 2 + prompts.lengths[i]].tolist()
+        expected: list[int] = []
+        while len(expected) <= budget[i] - prompts.lengths[i]:
+            with torch.no_grad():
+                expected.append(int(model.lm(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(expected[-1])
+            if not FIRST_DIRECTION <= expected[-1] < FIRST_NODE:
+                break
+        assert told.tokens[i, : told.lengths[i]].tolist() == expected
+        assert (told.tokens[i, told.lengths[i] :] == PAD).all()
+
+
+def test_continuation_probabilities_equal_full_forwards(city, prefixes):
+    model, rows = Plain(city), np.arange(10)
+    first, second = prefixes.first[rows], prefixes.second[rows]
+    told = ride(Oracle(city), city, first, MAX_MOVES)
+    p = continuation_probabilities(model, second, told, batch_size=4)
+    for i in rows:
+        prefix = second.tokens()[i, : 2 + second.lengths[i]].tolist()
+        said = told.tokens[i, : told.lengths[i]]
+        with torch.no_grad():
+            logits = model.lm(torch.tensor([prefix + said.tolist()])).logits[0, len(prefix) - 1 : -1]
+        np.testing.assert_allclose(p[i, : len(said)], logits.softmax(-1)[np.arange(len(said)), said], rtol=1e-4)
+        assert (p[i, len(said) :] == 1).all()
+
+
+def test_latent_rank_is_the_rank_of_all_states_but_the_padding(city):
+    model = Plain(city)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, FIRST_NODE + len(city), (12, 20), generator=generator)
+    positions = torch.arange(20).remainder(7).repeat(12, 1)
+    mask = torch.ones_like(ids)
+    mask[::2, 15:] = 0
+    score = latent_rank(model, ids, positions, mask, batch_size=5, groups=4)
+    states = []
+    for row in range(12):
+        for start in range(0, 20, 7):
+            stop = min(start + 7, 20, int(mask[row].sum()))
+            if start < stop:
+                with torch.no_grad():
+                    states.append(model.lm.base_model(ids[row : row + 1, start:stop], use_cache=False)[0][0])
+    assert score.value == pytest.approx(effective_rank(torch.cat(states)), rel=1e-4)
+    assert score.per_item.shape == (4,)
+    assert 0 < score.stderr < score.value
+    garbage = ids.clone()
+    garbage[mask == 0] = 5
+    assert latent_rank(model, garbage, positions, mask, groups=4).value == pytest.approx(score.value, rel=1e-6)
+
+
+def test_two_models_are_compared_on_the_same_accidents(city, pairs):
+    """The same model twice differs by nothing at all, detours included; an oracle against a chaotic one by what is lost."""
+    good, bad = Oracle(city), Oracle(city, chaotic(city))
+    same = paired_difference(*(detour_robustness(good, city, pairs, MAX_MOVES, seed=1) for _ in range(2)))
+    assert same.value == same.stderr == 0
+    score = detour_robustness(bad, city, pairs, MAX_MOVES, seed=1)
+    assert paired_difference(detour_robustness(good, city, pairs, MAX_MOVES, seed=1), score).value == pytest.approx(
+        1 - score.value
+    )
+
+
+def test_greedy_rides_give_the_moves_of_those_that_end(city, pairs):
+    rides = greedy_rides(Oracle(city), city, pairs, MAX_MOVES)
+    for i in range(10):
+        moves = rides.moves(i)
+        assert moves is not None
+        assert len(moves) == pairs.hops[i]
+        end = Prompts(pairs.source[i : i + 1], pairs.destination[i : i + 1], np.array([moves]), np.array([len(moves)]))
+        assert end.intersections(city)[0] == pairs.destination[i]
+    assert greedy_rides(Oracle(city), city, pairs, 3).moves(int(pairs.hops.argmax())) is None
