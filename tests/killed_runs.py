@@ -1,10 +1,11 @@
 """Trains one recipe again and again in forked processes that die by SIGKILL at chosen moments; a script for test_training.
 
-Forked, so that torch is imported once. A moment is the n-th of the operations that could matter: a training step, or a call that
-changes the disk. Prints JSON: the operations of an uninterrupted run, and for every series of kills what was hit and whether the
-final files are those of the uninterrupted run, byte for byte.
+Forked, so that torch is imported once. A moment is the n-th of the operations that could matter: a training step, or a call
+that changes the disk. Prints JSON: the operations of an uninterrupted run, and for every series of kills what was hit and
+whether the final files are those of the uninterrupted run, byte for byte.
 """
 
+import gc
 import json
 import os
 import random
@@ -88,10 +89,11 @@ def result(out: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
 def main(folder: Path, series: int, seed: int) -> None:
     torch.set_num_threads(1)
     recipe = load_recipe("city-tiny", OVERRIDES)
+    gc.freeze()  # the Trainer collects garbage when it starts: not the libraries' every time
     operations = in_a_fork(recipe, folder / "whole", None)
     expected = result(folder / "whole")
     rng = random.Random(seed)
-    # One kill in every stretch of the run, so that steps, saves, rotation and the final export are all hit; then another anywhere.
+    # One kill in every stretch of the run, so that steps, saves, rotation and export are all hit; then another anywhere.
     report = []
     for number in range(series):
         out = folder / f"killed-{number}"

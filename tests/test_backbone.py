@@ -1,12 +1,14 @@
 """What a causal LM does is found out numerically, and what cannot be reproduced is refused in one sentence."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from conftest import FAMILIES, tiny_lm
 from torch import nn
 from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 import nextlat
+from conftest import FAMILIES, tiny_lm
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 
@@ -58,7 +60,7 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 0, 1]])
     h = backbone.hidden(Batch.from_inputs(ids, ids, positions, torch.ones_like(ids)))
     for row, starts in enumerate([[0, 4, 9], [0, 1, 7, 9]]):
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in pairwise(starts):
             alone = ids[row : row + 1, a:b]
             torch.testing.assert_close(h[row, a:b], backbone.hidden(Batch.from_inputs(alone, alone))[0], rtol=1e-4, atol=1e-5)
 
@@ -95,7 +97,15 @@ def test_a_model_that_ignores_positions_is_caught_before_it_trains() -> None:
 
 
 def test_what_is_no_decoder_only_causal_lm_is_refused() -> None:
-    small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20, "decoder_start_token_id": 0}
+    small = {
+        "d_model": 16,
+        "d_ff": 16,
+        "d_kv": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 20,
+        "decoder_start_token_id": 0,
+    }
     with pytest.raises(nextlat.NextLatError, match="encoder-decoder"):
         Backbone(T5ForConditionalGeneration(T5Config(**small)))
     with pytest.raises(nextlat.NextLatError, match="no output head"):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_lm
 from transformers import AutoModelForCausalLM
 
 import nextlat
+from conftest import FAMILIES, tiny_lm
 
 CONFIGS = [nextlat.NextTokenConfig(), nextlat.NextLatConfig(horizon=2, hidden_size=24)]
 

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nextlat
+from conftest import FAMILIES, tiny_lm
 from nextlat.losses import cross_entropy, row_chunks, same_head_kl
 from nextlat.objectives import OBJECTIVES, LatentDynamics
 

@@ -13,6 +13,7 @@ from conftest import tiny_lm
 from nextlat.backbone import Backbone
 from nextlat.errors import NextLatError
 from nextlat.metrics import effective_rank, paired_difference
+from nextlat.tasks.street_map import reconstruct
 from nextlat.tasks.street_metrics import (
     continuation_probabilities,
     detour_robustness,
@@ -538,3 +539,24 @@ def test_greedy_rides_give_the_moves_of_those_that_end(city, pairs):
         end = Prompts(pairs.source[i : i + 1], pairs.destination[i : i + 1], np.array([moves]), np.array([len(moves)]))
         assert end.intersections(city)[0] == pairs.destination[i]
     assert greedy_rides(Oracle(city), city, pairs, 3).moves(int(pairs.hops.argmax())) is None
+
+
+def test_the_map_of_the_exact_world_model_is_the_city(city, pairs):
+    found = reconstruct(city, greedy_rides(Oracle(city), city, pairs, MAX_MOVES, leave_map=True).sequences(pairs))
+    assert found.invented == []
+    assert found.explained == len(pairs)
+    assert len(found.used) > 0.5 * city.num_edges
+
+
+def test_a_ride_ends_where_it_leaves_the_map_unless_told_to_go_on(city, pairs):
+    def change(logits_V, source, destination, here, made):
+        if made == 0:
+            logits_V[illegal_move(city, here)] = 50
+
+    model = Oracle(city, change)
+    ended = greedy_rides(model, city, pairs[:5], MAX_MOVES)
+    assert (ended.lengths == 1).all()
+    assert not ended.arrived.any()
+    gone_on = greedy_rides(model, city, pairs[:5], MAX_MOVES, leave_map=True)
+    assert (gone_on.lengths == 2).all()  # the lost oracle then says PAD, which is no move
+    np.testing.assert_array_equal(gone_on.tokens[:, 0], ended.tokens[:, 0])

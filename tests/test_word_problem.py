@@ -42,7 +42,11 @@ def test_labels_are_running_products_with_the_accumulator_on_the_left(word: list
 
 
 def test_sequences_are_distinct_and_the_splits_disjoint() -> None:
-    for config in (SMALL, WordProblemConfig(group="Z3", length=3, sequences=1000), WordProblemConfig(length=12, sequences=3000)):
+    for config in (
+        SMALL,
+        WordProblemConfig(group="Z3", length=3, sequences=1000),
+        WordProblemConfig(length=12, sequences=3000),
+    ):
         task = WordProblem(config)
         both = np.concatenate([task._train, task._held_out])
         assert len(np.unique(both, axis=0)) == len(both) == min(config.sequences, len(task.group.names) ** config.length)

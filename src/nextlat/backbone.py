@@ -117,15 +117,17 @@ class Backbone:
 
     def _probe(self) -> None:
         lm, name = self.lm, type(self.lm).__name__
-        table = lm.get_input_embeddings().weight
-        ids = torch.arange(1, 11, device=table.device).view(2, 5) % table.shape[0]
+        table: Any = lm.get_input_embeddings()
+        ids = torch.arange(1, 11, device=table.weight.device).view(2, 5) % len(table.weight)
         logits = lm(input_ids=ids, use_cache=False).logits
         h = self._states(ids)
         self.width, self.embedding_width, self.vocab_size = h.shape[-1], self.embed(ids).shape[-1], logits.shape[-1]
         self.head, self.frozen_head = self._find_head(h, logits)
         with torch.enable_grad():
             if self.frozen_head(h.detach()).requires_grad:
-                raise NextLatError(f"{name} nests layers inside its output head, which cannot be frozen for the KL: not supported.")
+                raise NextLatError(
+                    f"{name} nests layers inside its output head, which cannot be frozen for the KL: not supported."
+                )
         self.packs = self._packs(ids)
 
     def _find_head(self, h: Tensor, logits: Tensor) -> tuple[Head, Head]:

@@ -43,11 +43,15 @@ app = typer.Typer(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="next-token or nextlat; default: the recipe's.")] = None,
     horizon: Annotated[int | None, typer.Option(help="d, steps of the rollout.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights and data.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>.")
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure the model when it is trained.")] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
@@ -94,6 +98,7 @@ def generate(
 
     from nextlat.model import load
 
+    _no_library_bars()
     model = load(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -108,9 +113,7 @@ def generate(
     if temperature > 0 or top_k is not None or top_p is not None:
         generator = torch.Generator(model.device).manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    ids, stats = model.generate(
-        ids, max_new_tokens=max_new_tokens, draft_length=draft_length, return_stats=True, **sampling
-    )  # type: ignore[misc]
+    ids, stats = model.generate(ids, max_new_tokens=max_new_tokens, draft_length=draft_length, return_stats=True, **sampling)
     print(tokenizer.decode(ids[0]))
     _say(
         f"{stats.tokens} tokens in {stats.cycles} cycles: {stats.mean_acceptance_length:.2f} tokens a cycle, "
@@ -146,36 +149,28 @@ def demo(
     _report([job.directory for job in jobs], out)
 
 
-def main() -> None:
-    """Entry point of the command `nextlat`."""
-    app()
-
-
 def _evaluate(directory: Path, progress: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
     from nextlat.evaluation import evaluate
 
+    _no_library_bars()
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task(f"evaluating {directory}")
-        evaluate(
-            directory, progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
-        )
+        evaluate(directory, progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total))
 
 
-def _report(runs: list[Path], out: Path | None) -> None:
+def _report(directories: list[Path], out: Path | None) -> None:
     """The comparison of runs in the terminal, and as a page in `out`."""
     from rich.console import Console
 
-    from nextlat import comparison
+    from nextlat.report import compare, read_runs, terminal_table, write_report
 
-    compared = comparison.compare(comparison.read_runs(runs))
-    Console().print(comparison.table(compared))
+    runs = read_runs(directories)
+    Console().print(terminal_table(compare(runs)))
     if out is not None:
-        from nextlat.report import write_report
-
-        _say(f"Look at {write_report(comparison.read_runs(runs), out)}.")
+        _say(f"Look at {write_report(runs, out)}.")
 
 
 def _watch(jobs: "list[Job]", console: Any) -> None:
@@ -199,3 +194,15 @@ def _watch(jobs: "list[Job]", console: Any) -> None:
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
+
+
+def _no_library_bars() -> None:
+    """transformers draws a bar whenever it loads weights, across ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of the command `nextlat`."""
+    app()

@@ -24,6 +24,7 @@ from nextlat.model import ObjectiveModel, load
 from nextlat.recipe import Recipe
 from nextlat.run_directory import read_record
 from nextlat.tasks import Task
+from nextlat.training import threads
 
 RESULTS, SCORES = "results.json", "scores.safetensors"
 DRAFT_LENGTH = 8  # of the decoding measurement; the adaptive length is the decoding engine's business
@@ -50,7 +51,9 @@ def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
     directory = Path(directory)
     record = read_record(directory)
     if record is None:
-        raise NextLatError(f"{directory} is not a run directory (no run.json): train one with 'nextlat train RECIPE --out {directory}'.")
+        raise NextLatError(
+            f"{directory} is not a run directory (no run.json): train one with 'nextlat train RECIPE --out {directory}'."
+        )
     if record["status"] != "finished":
         raise NextLatError(f"the run {directory} is not finished: give the command that started it again, and it goes on.")
     recipe = Recipe.from_dict(record["recipe"], record.get("recipe_name", directory.name))
@@ -73,6 +76,11 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> dict
     """
     directory = Path(directory)
     recipe, task, model = open_run(directory)
+    with threads(recipe.run.threads):
+        return _evaluate(directory, recipe, task, model, progress)
+
+
+def _evaluate(directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel, progress: Progress | None) -> dict[str, Any]:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     scores: dict[str, Score] = {}
     curves: dict[str, list[float]] = {}

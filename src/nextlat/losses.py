@@ -73,7 +73,7 @@ def cross_entropy(head: Head, h_ND: Tensor, targets_N: Tensor) -> Tensor:
     library: Any = getattr(F, "linear_cross_entropy", None)
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if library is not None and weight is not None and weight.dtype == h_ND.dtype and not _autocast(h_ND):
-        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]  # torch >= 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
         return library(h_ND, weight, targets_N, linear_bias=bias, reduction="sum", options=options)
     total = h_ND.new_zeros((), dtype=torch.promote_types(h_ND.dtype, torch.float32))
     rows = row_chunks(len(h_ND))

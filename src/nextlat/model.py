@@ -5,8 +5,8 @@ sub-folder `nextlat/`, which everyone else ignores.
 """
 
 import json
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch

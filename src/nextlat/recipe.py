@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -222,9 +223,9 @@ def _find(name_or_path: str) -> Path:
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
-        return f"perhaps {' or '.join(close)} is meant"
+        return f"perhaps {close[0]} is meant"
     return f"there are {', '.join(valid)}" if valid else "it takes no settings"
 
 
@@ -319,6 +320,11 @@ def _check(recipe: Recipe, where: str) -> None:
     raise NextLatError(f"{where}: {problem}.")
 
 
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 class _Reader:
     """Turns tables into dataclasses and everything that is wrong with them into one sentence."""
 
@@ -341,7 +347,7 @@ class _Reader:
         if not isinstance(table, dict):
             raise NextLatError(f"{self.source(place)}: '{place}' must be a table.")
         self._check_keys(kind, table, place, extra)
-        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        adapter = _adapter(kind)
         try:
             return self._validate(adapter, table)
         except ValidationError as error:

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,6 @@ from nextlat.files import TEMPORARY, remove, sync, write_errors, write_text
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
 MODEL_FILES = ("config.json", "nextlat/objective.json", "nextlat/objective.safetensors")
-STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -129,54 +129,69 @@ def last_complete_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 def model_fault(directory: Path) -> str | None:
     """What is wrong with the files of a saved model (not with the numbers in them), or None."""
+    index = directory / "model.safetensors.index.json"
+    for path in [*(directory / name for name in MODEL_FILES), *sorted(directory.rglob("*.json"))]:
+        if fault := _json_fault(path) if path.suffix == ".json" else None if path.is_file() else "is missing":
+            return f"{path.relative_to(directory)} {fault}"
+    weights = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in [*sorted(weights), "nextlat/objective.safetensors"]:
+        if fault := _safetensors_fault(directory / name):
+            return f"{name} {fault}"
+    return None
+
+
+def _json_fault(path: Path) -> str | None:
     try:
-        for name in MODEL_FILES:
-            if not (directory / name).is_file():
-                return f"{name} is missing"
-        index = directory / "model.safetensors.index.json"
-        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        for path in sorted(directory.rglob("*.json")):
-            json.loads(path.read_text(encoding="utf-8"))
-        for name in [*sorted(weights), "nextlat/objective.safetensors"]:
-            if fault := _safetensors_fault(directory / name):
-                return f"{name} {fault}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError) as error:
+        return f"is corrupt ({error})"
     return None
 
 
 def _safetensors_fault(path: Path) -> str | None:
     """The header says how long the file must be: https://huggingface.co/docs/safetensors (format)."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                return "is truncated"
+            length = struct.unpack("<Q", start)[0]
+            size = path.stat().st_size
+            if 8 + length > size:
+                return "is truncated"
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except FileNotFoundError:
         return "is missing"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            return "is truncated"
-        header = json.loads(file.read(length))
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"is corrupt ({error})"
     return None if 8 + length + end == size else "is truncated"
+
+
+def _archive_fault(path: Path) -> str | None:
+    """torch.save writes zip archives, with a checksum for every tensor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return None if archive.testzip() is None else "is corrupt"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return f"is corrupt ({error})"
 
 
 def _state_fault(checkpoint: Path) -> str | None:
     """What is wrong with the optimiser's and the Trainer's part of a checkpoint, or None."""
-    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
-    for name in STATE_FILES:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-    if not random_states:
-        return "rng_state.pth is missing"
-    try:
-        for name in ("optimizer.pt", "scheduler.pt", *random_states):
-            with zipfile.ZipFile(checkpoint / name) as archive:  # which is what torch.save writes, checksums included
-                if archive.testzip() is not None:
-                    return f"{name} is corrupt"
-        if json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] != checkpoint_step(checkpoint):
-            return "trainer_state.json is of another step"
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        return f"{type(error).__name__}: {error}"
+    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    for name in ("optimizer.pt", "scheduler.pt", *random_states):
+        if fault := _archive_fault(checkpoint / name):
+            return f"{name} {fault}"
+    if fault := _json_fault(checkpoint / "trainer_state.json"):
+        return f"trainer_state.json {fault}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    if not isinstance(state, dict) or state.get("global_step") != checkpoint_step(checkpoint):
+        return "trainer_state.json is of another step"
     return None
 
 
@@ -184,7 +199,7 @@ def rotate_checkpoints(directory: Path, newest: int, keep: int) -> None:
     """Delete all but the last `keep` checkpoints up to step `newest`, and any beyond it (a run went on from before those)."""
     found = checkpoints(directory)
     known = [path for path in found if checkpoint_step(path) <= newest]
-    kept = known[len(known) - keep :] if keep else []
+    kept = known[max(len(known) - keep, 0) :]
     for path in found:
         if path not in kept:
             # Renamed first: a directory that is half deleted must not look like a checkpoint.

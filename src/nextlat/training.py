@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,44 +101,44 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     scheduler = SCHEDULERS.get(schedule.name, "constant_with_warmup" if schedule.warmup_steps else "constant")
     decay = {"num_decay_steps": schedule.decay_steps, "decay_type": "linear"}
     on_cpu = not torch.cuda.is_available()
-    try:
-        args = TrainingArguments(
-            output_dir=str(directory),
-            max_steps=recipe.steps,
-            gradient_accumulation_steps=recipe.gradient_accumulation,
-            optim="adamw_torch_fused",
-            learning_rate=optimizer.learning_rate,
-            weight_decay=optimizer.weight_decay,
-            adam_beta1=optimizer.beta1,
-            adam_beta2=optimizer.beta2,
-            adam_epsilon=optimizer.epsilon,
-            max_grad_norm=optimizer.gradient_clip,
-            lr_scheduler_type=scheduler,
-            lr_scheduler_kwargs=decay if schedule.name == "wsd" else None,
-            warmup_steps=schedule.warmup_steps,
-            logging_strategy="steps",
-            logging_steps=run.log_every,
-            logging_nan_inf_filter=False,  # it would wait for the device at every step; the log refuses a loss gone wrong
-            eval_strategy="steps",
-            eval_steps=run.eval_every or recipe.steps,
-            save_strategy="steps",
-            save_steps=run.save_every or recipe.steps,
-            save_total_limit=None,  # NextLatTrainer deletes old checkpoints itself, after the new one is safe
-            report_to=list(run.report_to) or "none",
-            run_name=recipe.run_name,
-            disable_tqdm=True,  # NextLatTrainer has a bar of its own
-            bf16=run.precision == "bf16",
-            torch_compile=run.compile,
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,  # strict: what a task gives, the model must take
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            ddp_find_unused_parameters=False,
-        )
-    except ImportError as error:
-        raise NextLatError(f"{_first_line(error)}: install it, or change the recipe's table [run].") from error
+    for tool in run.report_to:
+        if find_spec(tool) is None:
+            raise NextLatError(f"run.report_to asks for {tool}, which is not installed: pip install {tool}, or leave it out.")
+    args = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=recipe.steps,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        optim="adamw_torch_fused",
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_epsilon=optimizer.epsilon,
+        max_grad_norm=optimizer.gradient_clip,
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=decay if schedule.name == "wsd" else None,
+        warmup_steps=schedule.warmup_steps,
+        logging_strategy="steps",
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,  # it would wait for the device at every step; the log refuses a loss gone wrong
+        eval_strategy="steps",
+        eval_steps=run.eval_every or recipe.steps,
+        save_strategy="steps",
+        save_steps=run.save_every or recipe.steps,
+        save_total_limit=None,  # NextLatTrainer deletes old checkpoints itself, after the new one is safe
+        report_to=list(run.report_to) or "none",
+        run_name=recipe.run_name,
+        disable_tqdm=True,  # NextLatTrainer has a bar of its own
+        bf16=run.precision == "bf16",
+        torch_compile=run.compile,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,  # strict: what a task gives, the model must take
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        ddp_find_unused_parameters=False,
+    )
     if args.world_size == 1:
         args._n_gpu = min(args.n_gpu, 1)  # without torchrun one GPU is used; nn.DataParallel would break the counts
     parts = recipe.gradient_accumulation * args.world_size
@@ -174,7 +175,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, out)
     first = args.process_index == 0
-    with sole_writer(out) if first else nullcontext(), _threads(recipe.run.threads):
+    with sole_writer(out) if first else nullcontext(), threads(recipe.run.threads):
         with args.main_process_first():  # the first process tidies up before the others look
             record = read_record(out)
             _check_same_run(record, recipe, out)
@@ -292,7 +293,7 @@ def _now() -> str:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
     """torch on so many CPU threads; 0 leaves it as it is."""
     before = torch.get_num_threads()
     if number:

@@ -87,7 +87,9 @@ def _ours(model: Decodable, draft_length: int, max_new_tokens: int, temperature:
 
 
 def _transformers(model: Decodable, max_new_tokens: int, temperature: float, seed: int) -> Decode:
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
 
     def decode(prompt: Tensor) -> tuple[Tensor, GenerationStats | None]:
         ids = prompt[None].to(model.lm.device)

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, N = B*T positions, D width, E embedding width, d horiz
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -57,7 +58,7 @@ class LatentDynamics(nn.Module):
         sizes = [embedding_width + width, *[hidden] * (num_layers - 1), width]
         self.norm = nn.LayerNorm(sizes[0])
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out, bias=False), nn.GELU()]
         self.f = nn.Sequential(*layers[:-1])
         for layer in self.f:
@@ -75,10 +76,10 @@ class NextLat(NextToken):
 
     name: ClassVar[str] = "nextlat"
     max_draft_length = None  # p_psi is recurrent: it drafts any number of tokens, whatever d it was trained with
-    config: NextLatConfig
 
     def __init__(self, config: NextLatConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        self.config: NextLatConfig = config
         self.dynamics = LatentDynamics(backbone.width, backbone.embedding_width, config.hidden_size, config.num_layers)
 
     def counts(self, batch: Batch) -> Tensor:

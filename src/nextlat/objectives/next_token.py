@@ -20,7 +20,6 @@ class NextToken(Objective):
     """L = L_next_token = mean_t CE(W h_t, x_{t+1})."""
 
     name: ClassVar[str] = "next-token"
-    config: NextTokenConfig
 
     def counts(self, batch: Batch) -> Tensor:
         return batch.scored().sum().float().view(1)

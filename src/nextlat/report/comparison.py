@@ -174,20 +174,24 @@ def _models(runs: list[Run], baseline: str) -> dict[str, dict[int, Run]]:
     for run in sorted(runs, key=lambda run: (run.objective != baseline, run.objective, run.horizon, run.seed)):
         group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
         if run.seed in group:
-            raise NextLatError(f"{group[run.seed].directory} and {run.directory} are runs of one recipe and seed: name one of them.")
+            raise NextLatError(
+                f"{group[run.seed].directory} and {run.directory} are runs of one recipe and seed: name one of them."
+            )
         group[run.seed] = run
     alike: dict[str, list[dict[int, Run]]] = {}
     for group in groups.values():
         run = next(iter(group.values()))
         name = TITLES.get(run.objective, run.objective) + (f" d={run.horizon}" if run.horizon else "")
         alike.setdefault(name, []).append(group)
-    models = {}
+    models: dict[str, dict[int, Run]] = {}
     for name, found in alike.items():
         recipes = [_model_recipe(next(iter(group.values()))) for group in found]
         keys = list(dict.fromkeys(key for recipe in recipes[1:] for key in differences(recipes[0], recipe)))
         first = next(iter(found[0].values()))
         if len(found) > 1 and first.objective == baseline:
-            raise NextLatError(f"the {baseline} runs are of {len(found)} recipes (they differ in {', '.join(keys)}): name those of one.")
+            raise NextLatError(
+                f"the {baseline} runs are of {len(found)} recipes (they differ in {', '.join(keys)}): name those of one."
+            )
         for recipe, group in zip(recipes, found, strict=True):
             label = ", ".join([name, *(f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys)])
             models[label if label not in models else f"{label} ({len(models)})"] = group
@@ -207,14 +211,15 @@ def _caveats(models: dict[str, dict[int, Run]], base: str | None) -> list[str]:
         return [f"There is no {BASELINE} run here, so nothing is compared."] if len(models) else []
     own = models[base]
     for label, runs in models.items():
-        recipes = [_model_recipe(next(iter(group.values()))) for group in (own, runs)]
-        for key in differences(*recipes):
+        a, b = (_model_recipe(next(iter(group.values()))) for group in (own, runs))
+        for key in differences(a, b):
             if not key.startswith("objective"):
-                a, b = (_look_up(recipe, key) for recipe in recipes)
-                found.append(f"Not trained alike: {key} is {b} for {label} and {a} for {base}.")
+                found.append(f"Not trained alike: {key} is {_look_up(b, key)} for {label} and {_look_up(a, key)} for {base}.")
         if alone := sorted(own.keys() ^ runs.keys()):
             seeds = ", ".join(map(str, alone))
-            found.append(f"Seed{'s' * (len(alone) > 1)} {seeds} of {label} or {base} not on both sides: left out of the differences.")
+            found.append(
+                f"Seed{'s' * (len(alone) > 1)} {seeds} of {label} or {base} not on both sides: left out of the differences."
+            )
     return found
 
 

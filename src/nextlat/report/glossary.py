@@ -85,7 +85,7 @@ _TERMS: dict[str, Term] = {
         items="prefix pairs",
     ),
     "identical_valid_continuations": Term(
-        "Identical and valid continuations",
+        "Identical, valid continuations",
         "share of identical and valid continuations",
         "As identical continuations, counted only if the common continuation is legal and ends at the destination.",
         OURS,
@@ -131,8 +131,6 @@ _TERMS: dict[str, Term] = {
         "tokens\N{RIGHT DOUBLE QUOTATION MARK} of the NextLat paper.",
         NEXTLAT,
         unit="number",
-        reference=0.0,
-        reference_name=PLAIN,
         headline=False,
     ),
     "decoding_speedup": Term(

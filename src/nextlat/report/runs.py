@@ -64,7 +64,9 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     for run in runs:
         first = next(other for other in runs if other.task == run.task)
         if run.record["task"]["fingerprint"] != first.record["task"]["fingerprint"]:
-            raise NextLatError(f"{first.directory} and {run.directory} were trained in different worlds: report on them separately.")
+            raise NextLatError(
+                f"{first.directory} and {run.directory} were trained in different worlds: report on them separately."
+            )
         if keys := [key for key, value in first.recipe["task"].items() if run.recipe["task"].get(key) != value]:
             raise NextLatError(
                 f"{first.directory} and {run.directory} were measured differently (task.{', task.'.join(keys)}): "
@@ -78,7 +80,9 @@ def _read_run(path: Path) -> Run:
     if record is None:
         raise NextLatError(f"{path} is not a run directory (no run.json): name one that 'nextlat train' made.")
     if record["status"] != "finished":
-        raise NextLatError(f"the run {path} is not finished: give the command that started it again, then 'nextlat evaluate {path}'.")
+        raise NextLatError(
+            f"the run {path} is not finished: give the command that started it again, then 'nextlat evaluate {path}'."
+        )
     again = f"run 'nextlat evaluate {path}' again"
     try:
         [entry] = read_results(path)

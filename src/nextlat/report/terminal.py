@@ -36,7 +36,7 @@ def _cell(metric: MetricComparison, label: str) -> Text:
     if difference is not None and describe(metric.name).reference is None:
         text.append(f"\n{difference_text(metric.name, difference)}", style="dim")
     if difference is not None and difference.verdict != "no claim":
-        text.append(f"\n{difference.verdict}", style=STYLES[difference.verdict])
+        text.append(" " if "\n" in text.plain else "\n").append(difference.verdict, style=STYLES[difference.verdict])
     return text
 
 

@@ -7,13 +7,12 @@ from nextlat.report.comparison import Difference, Estimate, MetricComparison, Ta
 from nextlat.report.glossary import Term, Unit, describe
 
 _DECIMALS: dict[Unit, int] = {"share": 1, "nats": 3, "factor": 2, "number": 2}
-_SUFFIX: dict[Unit, str] = {"share": " %", "nats": "", "factor": "\N{MULTIPLICATION SIGN}", "number": ""}
 MOST_DECIMALS = 2  # more than usual, where the error is that small
 MINUS = "\N{MINUS SIGN}"
 
 
 def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = False) -> str:
-    """`97.3 ± 0.5 %`, `−16.3 ± 0.4`, `2.31×`: the value and one standard error, as many decimals as the error deserves.
+    """`97.3 ± 0.5 %`, `−16.3 ± 0.4`, `2.31× ± 0.04`: the value and one standard error, as many decimals as the error deserves.
 
     Shares are given in per cent, differences of shares (signed) in points.
     """
@@ -29,9 +28,12 @@ def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = 
     text = f"{scale * value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
     if float(text.replace(MINUS, "-")) == 0:
         text = text.lstrip("+" + MINUS)
+    text += "\N{MULTIPLICATION SIGN}" if unit == "factor" else ""
     if error is not None:
         text += f" ± {scale * error:.{decimals}f}"
-    return text + (" points" if signed and unit == "share" else _SUFFIX[unit])
+    if unit == "share":
+        text += " points" if signed else " %"
+    return text
 
 
 def estimate_text(name: str, estimate: Estimate) -> str:
@@ -40,26 +42,32 @@ def estimate_text(name: str, estimate: Estimate) -> str:
 
 
 def difference_text(name: str, difference: Difference) -> str:
-    """The difference below it."""
+    """The difference below it; of shares in points."""
     return with_error(difference.value, difference.stderr, describe(name).unit, signed=True)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence about one metric of one model, and the verdict it rests on."""
+    """What may be said about one metric of one model: `lead` says it, `numbers` prove it, `verdict` is what both rest on."""
 
     task: str
     metric: str
     model: str
     verdict: Verdict
-    text: str
+    lead: str
+    numbers: str
+
+    @property
+    def text(self) -> str:
+        """The whole sentence."""
+        return f"{self.lead}: {self.numbers}."
 
 
 def claims(task: TaskComparison) -> list[Claim]:
     """A sentence for every difference: what is better, then what is worse, then what cannot be told apart, or proves nothing."""
     rank: dict[Verdict, int] = {"better": 0, "worse": 1, "within noise": 2, "no claim": 3}
     found = [
-        Claim(task.task, metric.name, label, difference.verdict, _sentence(metric, label, difference))
+        Claim(task.task, metric.name, label, difference.verdict, *_sentence(metric, label, difference))
         for metric in task.metrics
         for label, difference in metric.differences.items()
         if describe(metric.name).headline
@@ -67,21 +75,18 @@ def claims(task: TaskComparison) -> list[Claim]:
     return sorted(found, key=lambda claim: rank[claim.verdict])
 
 
-def _sentence(metric: MetricComparison, label: str, difference: Difference) -> str:
+def _sentence(metric: MetricComparison, label: str, difference: Difference) -> tuple[str, str]:
     term = describe(metric.name)
     ours, theirs = (with_error(value, None, term.unit) for value in (difference.ours, difference.theirs))
-    numbers = f"{ours} against {theirs} ({difference.against})"
-    change = _change(metric.name, term, difference)
-    subject = term.noun[0].upper() + term.noun[1:]
-    if difference.verdict == "within noise":
-        return f"{subject}: within the noise, {label} {numbers}, {change}."
+    numbers = f"{ours} against {theirs} ({difference.against}), {_change(metric.name, term, difference)}"
     if difference.verdict == "no claim":
-        if metric.higher_is_better is None:
-            return f"{subject}: {label} {numbers}; nothing is claimed about a metric whose direction is not known."
-        return f"{subject}: {label} {numbers}, {change}; a single measurement without an error, so nothing is claimed."
+        why = "a metric whose direction is not known" if metric.higher_is_better is None else "one measurement without an error"
+        return f"Nothing claimed about the {term.noun} of {label}", f"{numbers}; {why}"
+    if difference.verdict == "within noise":
+        return f"No difference beyond the noise in {term.noun} with {label}", numbers
     direction = "Higher" if difference.value > 0 else "Lower"
     worse = ", which is worse" if difference.verdict == "worse" else ""
-    return f"{direction} {term.noun} with {label}{worse}: {numbers}, {change}."
+    return f"{direction} {term.noun} with {label}{worse}", numbers
 
 
 def _change(name: str, term: Term, difference: Difference) -> str:
@@ -102,10 +107,10 @@ def footnotes(task: TaskComparison) -> list[str]:
     """What must be said beside the table for its numbers to be understood."""
     seeds = {seed for runs in task.models.values() for seed in runs}
     several = any(len(runs) > 1 for runs in task.models.values())
-    notes = [
-        "± is one standard error, "
-        + ("over seeds." if several else "over test items; it knows nothing of how another seed would have come out.")
-    ]
+    notes = ["± is one standard error over seeds."]
+    if not several:
+        one = f"One seed ({', '.join(map(str, sorted(seeds)))}): " if len(seeds) == 1 else ""
+        notes = [f"{one}± is one standard error over test items; it knows nothing of how another seed would have come out."]
     if task.baseline is not None and len(task.models) > 1:
         rule = (
             "outside the 95 % interval over seeds (Student's t, paired) and beyond twice the error over items"
@@ -114,7 +119,7 @@ def footnotes(task: TaskComparison) -> list[str]:
         )
         tested = sum(d.verdict != "no claim" for metric in task.metrics for d in metric.differences.values())
         notes.append(
-            f"A difference counts as better or worse when it is {rule}; of {tested} such tests about one in twenty would "
+            f"A difference counts as better or worse when it is {rule}; of {tested} such tests up to one in twenty would "
             "pass by chance if no difference were real."
         )
     names = {metric.name for metric in task.metrics}
@@ -129,7 +134,7 @@ def footnotes(task: TaskComparison) -> list[str]:
         label for label, runs in task.models.items() for run in runs.values() if run.decoding.get("identical") is False
     ]
     if differing:
-        notes.append(f"Drafting changed the decoded tokens of {', '.join(dict.fromkeys(differing))}: its decoding speed is void.")
-    if seeds and not several:
-        notes.append(f"One seed ({', '.join(map(str, sorted(seeds)))}).")
+        notes.append(
+            f"Drafting changed the decoded tokens of {', '.join(dict.fromkeys(differing))}: its decoding speed is void."
+        )
     return notes + task.caveats

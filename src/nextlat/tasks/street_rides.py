@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD
+from nextlat.tasks.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
 
 NOWHERE = -1  # the true place of a ride that took a street that does not exist
 COMPACT_BELOW = 0.85  # share of rides still under way below which the finished ones leave the batch and its cache
@@ -140,6 +140,11 @@ class Rides:
         """Direction indices of one ride, or None when it does not close with `end` (out of moves, or not a move)."""
         tokens = self.tokens[row, : self.lengths[row]]
         return [int(t) - FIRST_DIRECTION for t in tokens[:-1]] if len(tokens) and tokens[-1] == END else None
+
+    def sequences(self, pairs: Pairs) -> list[tuple[int, int, list[int] | None]]:
+        """(source, destination, moves) of each ride of these pairs, as `street_map.reconstruct` reads them."""
+        ends = zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True)
+        return [(source, destination, self.moves(row)) for row, (source, destination) in enumerate(ends)]
 
 
 def greedy(step: Step) -> np.ndarray:

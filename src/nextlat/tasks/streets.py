@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from nextlat.errors import NextLatError
 from nextlat.metrics import Score
 from nextlat.tasks import street_metrics as score
 from nextlat.tasks.base import STREAM, Metric, Task
+from nextlat.tasks.conditioned_walks import conditioned_walks
+from nextlat.tasks.street_map import reconstruct
+from nextlat.tasks.street_map_record import map_record
 from nextlat.tasks.street_network import StreetNetwork
 from nextlat.tasks.street_prefixes import PrefixPairs, prefix_pairs
 from nextlat.tasks.walks import FIRST_NODE, Pairs, WalkDataset, held_out_pairs, pack, random_walks, tokenizer
@@ -23,6 +26,7 @@ from nextlat.tasks.walks import FIRST_NODE, Pairs, WalkDataset, held_out_pairs, 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
 
+MAP = "map.json"
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
 
 
@@ -75,7 +79,9 @@ class StreetsConfig:
         elif self.place is not None:
             network = StreetNetwork.from_place(self.place)
         elif self.path is not None:
-            raise NextLatError(f"there is no directory {self.path} (nor in $NEXTLAT_DATA): set task.path to nodes.csv and edges.csv.")
+            raise NextLatError(
+                f"there is no directory {self.path} (nor in $NEXTLAT_DATA): set task.path to nodes.csv and edges.csv."
+            )
         else:
             network = StreetNetwork.embedded(
                 self.rows, self.columns, self.city_seed, self.one_way, self.missing, self.diagonal, self.park
@@ -87,6 +93,19 @@ def find_data(path: str) -> Path | None:
     """A data directory: as given, or below $NEXTLAT_DATA (default: shared/data beside the working directory)."""
     places = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
     return next((place for place in places if place.is_dir()), None)
+
+
+class PackedRows(Dataset[dict[str, Tensor]]):
+    """Rows that `pack` made, one by one."""
+
+    def __init__(self, rows: dict[str, Tensor]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: x[index] for name, x in self.rows.items()}
 
 
 class Streets(Task):
@@ -111,25 +130,24 @@ class Streets(Task):
         self.network = config.network()
         self.tokenizer = tokenizer(self.network)
         self.max_length = config.max_moves + 3
-        self.pairs: Pairs = held_out_pairs(self.network, config.held_out, max_hops=min(config.max_hops, config.max_moves), seed=1)
+        self.pairs: Pairs = held_out_pairs(
+            self.network, config.held_out, max_hops=min(config.max_hops, config.max_moves), seed=1
+        )
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        return self._dataset(seed, STREAM, exclude=self.pairs)
-
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return self._dataset(2, max(1, self.config.tests * self.max_length // (2 * self.config.row_length)))
-
-    def _dataset(self, seed: int, rows: int, exclude: Pairs | None = None) -> WalkDataset:
         config = self.config
         return WalkDataset(
             self.network,
-            rows=rows,
+            rows=STREAM,
             row_length=config.row_length,
             min_moves=config.min_moves,
             max_moves=config.max_moves,
             seed=seed,
-            exclude=exclude,
+            exclude=self.pairs,
         )
+
+    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
+        return PackedRows(pack(*self._walks, self.config.row_length))
 
     def fingerprint(self) -> str:
         return self.network.fingerprint()
@@ -140,9 +158,10 @@ class Streets(Task):
 
     @cached_property
     def _walks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One random walk for each held-out pair that is measured."""
         config = self.config
-        rng = np.random.default_rng(3)
-        return random_walks(self.network, config.tests, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng)
+        pairs, rng = self.pairs[: config.tests], np.random.default_rng(3)
+        return conditioned_walks(self.network, pairs, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng)
 
     @cached_property
     def _prefixes(self) -> PrefixPairs:
@@ -174,6 +193,16 @@ class Streets(Task):
             "detours": detours,
             "effective latent rank": lambda model: {"effective_latent_rank": self.latent_rank(model)},
         }
+
+    def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
+        """map.json: the city that the model seems to have in mind, rebuilt from its greedy rides."""
+        pairs = self.pairs[: self.config.tests]
+        rides = score.greedy_rides(model, self.network, pairs, self.config.max_moves, leave_map=True)
+        followed = [
+            (int(source), int(destination), rides.moves(row))
+            for row, (source, destination) in enumerate(zip(pairs.source, pairs.destination, strict=True))
+        ]
+        return {MAP: map_record(self.network, reconstruct(self.network, followed))}
 
     def latent_rank(self, model: "ObjectiveModel") -> Score:
         """Effective rank of the states of 256 packed rows of 256 tokens."""

@@ -1,0 +1,521 @@
+"""Training: trajectories that do not depend on how they are cut up, a run directory that survives whatever happens to it."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nextlat
+from nextlat import training
+from nextlat.errors import NextLatError
+from nextlat.recipe import Recipe, load_recipe
+from nextlat.run_directory import (
+    checkpoints,
+    is_finished,
+    last_complete_checkpoint,
+    read_metrics,
+    read_record,
+    rotate_checkpoints,
+    sole_writer,
+)
+from nextlat.tasks import TASKS
+from nextlat.trainer import FirstRows, NextLatTrainer, evaluation_loss
+from nextlat.training import Interrupted, build_model, train
+from test_files import largest_file
+
+TINY = [
+    "steps=6", "batch_size=4", "task.row_length=32", "task.tests=5", "run.save_every=2", "run.log_every=1",
+    "schedule.warmup_steps=2", "schedule.decay_steps=2", "backbone.layers=1", "backbone.width=16",
+]  # fmt: skip
+
+
+def tiny(*overrides: str, **arguments: Any) -> Recipe:
+    return load_recipe("city-tiny", [*TINY, *overrides], **arguments)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(run / "model.safetensors"), **load_file(run / "nextlat/objective.safetensors")}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    return max(float((x[name] - y[name]).abs().max()) for name in x)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(run)]
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Do something when the `number`-th forward and backward pass (from 1) begins."""
+    done = 0
+    original = NextLatTrainer.training_step
+
+    def step(self: NextLatTrainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == number:
+            action()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(NextLatTrainer, "training_step", step)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the tiny recipe."""
+    return train(tiny("run.keep_checkpoints=3"), tmp_path_factory.mktemp("runs") / "whole", progress=False)
+
+
+# ---- trajectories ----
+
+
+def test_accumulating_eight_rows_equals_eight_at_once(tmp_path: Path) -> None:
+    """Each loss part is divided by its own count over the step: rows with fewer valid positions must not weigh more."""
+    shorter = ("steps=3", "schedule.warmup_steps=1", "schedule.decay_steps=1", "run.save_every=0", "batch_size=8")
+    recipes = [tiny(*shorter, f"gradient_accumulation={n}", horizon=3) for n in (1, 8)]
+    runs = [train(recipe, tmp_path / str(n), progress=False) for n, recipe in enumerate(recipes)]
+    assert largest_difference(*runs) < 1e-6
+    for a, b in zip(*map(metrics, runs), strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-7) for key in a)
+
+
+def test_same_seed_same_bits_other_seed_other_weights(whole: Path, tmp_path: Path) -> None:
+    again = train(tiny("run.keep_checkpoints=3"), tmp_path / "again", progress=False)
+    assert largest_difference(whole, again) == 0
+    assert metrics(whole) == metrics(again)
+    assert largest_difference(whole, train(tiny(seed=1), tmp_path / "other", progress=False)) > 1e-3
+
+
+def test_objectives_start_from_the_same_transformer() -> None:
+    task = tiny().task.build()
+    torch.manual_seed(123)  # nothing may come from the surroundings
+    plain = build_model(tiny(objective="next-token"), task).lm.state_dict()
+    torch.manual_seed(321)
+    ours = build_model(tiny(), task)
+    assert all(torch.equal(plain[name], value) for name, value in ours.lm.state_dict().items())
+    dynamics = build_model(tiny(), task).objective.state_dict()
+    assert all(torch.equal(dynamics[name], value) for name, value in ours.objective.state_dict().items())
+    assert not all(torch.equal(plain[name], v) for name, v in build_model(tiny(seed=1), task).lm.state_dict().items())
+
+
+def test_kill_anywhere_and_the_same_command_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """SIGKILL at operations all over a run: steps, saves, rotation, the final export. See killed_runs.py."""
+    script = Path(__file__).with_name("killed_runs.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "4", "0"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for series in report["series"]:
+        assert series["identical"], series
+        assert series["leftovers"] == [], series
+    assert {"training_step", "save", "fsync", "replace", "rmtree"} <= set(report["operations"])
+    assert len({operation for series in report["series"] for operation in series["hit"]}) > 1
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, before = tiny("run.keep_checkpoints=3"), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match=r"stopped after step 3.*the same command goes on") as stopped:
+            train(recipe, tmp_path / "run", progress=False)
+    assert isinstance(stopped.value, KeyboardInterrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
+    assert not is_finished(tmp_path / "run")
+    with pytest.raises(NextLatError, match=r"differs in seed"):
+        train(tiny("run.keep_checkpoints=3", seed=1), tmp_path / "run", progress=False)
+    train(recipe, tmp_path / "run", progress=False)
+    assert largest_difference(whole, tmp_path / "run") == 0
+    assert metrics(whole) == metrics(tmp_path / "run")
+    assert (read_record(tmp_path / "run") or {})["resumed_at"] == [3]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from nextlat.recipe import load_recipe; from nextlat.training import train; "
+        "train(load_recipe('city-tiny', sys.argv[2:]), sys.argv[1], progress=False)"
+    )
+    (tmp_path / "main.py").write_text(code)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "main.py",
+         tmp_path / "run", *TINY],
+        check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert largest_difference(whole, tmp_path / "run") < 1e-6
+    a, b = metrics(whole), metrics(tmp_path / "run")
+    assert all(y == pytest.approx(x, rel=1e-4, abs=1e-7) for x, y in zip(a, b, strict=True))
+
+
+# ---- what is logged, and the settings that reach the optimiser ----
+
+
+def test_metrics_hold_every_part_at_every_step(whole: Path) -> None:
+    lines = read_metrics(whole)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["next_token"] + line["next_h"] + 0.1 * line["kl"], rel=1e-5)
+        assert line["grad_norm"] > 0
+    # Linear warm-up over two steps, then constant, then linearly to zero over the last two.
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0, 1.5e-3, 3e-3, 3e-3, 3e-3, 1.5e-3])
+    rows = tiny().task.build().train_dataset(0)
+    assert steps[-1]["tokens"] == sum(int(rows[i]["attention_mask"].sum()) for i in range(6 * 4))
+    assert [line["step"] for line in lines if "eval_next_token" in line] == [6]
+    seconds = [line["seconds"] for line in steps]
+    assert seconds == sorted(seconds)
+
+
+def test_logged_losses_are_means_over_the_steps_since_the_last_line(whole: Path, tmp_path: Path) -> None:
+    train(tiny("run.log_every=3", "run.eval_every=4", "run.save_every=0"), tmp_path / "run", progress=False)
+    every = [line for line in read_metrics(whole) if "loss" in line]
+    lines = read_metrics(tmp_path / "run")
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [3, 6]
+    for name in ("loss", "next_token", "next_h", "kl"):
+        means = [sum(line[name] for line in every[i : i + 3]) / 3 for i in (0, 3)]
+        assert [line[name] for line in logged] == pytest.approx(means, rel=1e-5)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (["schedule.name=constant", "schedule.decay_steps=", "schedule.warmup_steps=0"], [1, 1, 1, 1]),
+        (["schedule.name=constant", "schedule.decay_steps=", "schedule.warmup_steps=2"], [0, 0.5, 1, 1]),
+        (["schedule.name=linear", "schedule.decay_steps=", "schedule.warmup_steps=0"], [1, 0.75, 0.5, 0.25]),
+        (["schedule.name=cosine", "schedule.decay_steps=", "schedule.warmup_steps=0"], [1, 0.853553, 0.5, 0.146447]),
+        (["schedule.decay_steps=4", "schedule.warmup_steps=0"], [1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_schedules(tmp_path: Path, schedule: list[str], rates: list[float]) -> None:
+    recipe = tiny("steps=4", "run.save_every=0", "optimizer.learning_rate=1e-5", *schedule, objective="next-token")
+    train(recipe, tmp_path / "run", progress=False)
+    logged = [line["learning_rate"] / 1e-5 for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert logged == pytest.approx(rates, rel=1e-4)
+
+
+def test_gradient_clipping_acts_and_is_off_by_default(tmp_path: Path) -> None:
+    common = ["steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "run.save_every=0", "optimizer.weight_decay=0"]
+    start = {name: value.clone() for name, value in build_model(tiny(), tiny().task.build()).lm.state_dict().items()}
+    moved = {}
+    for clip in (0, 1e-12):  # so small that Adam's epsilon dominates: a clipped run all but stands still
+        run = train(tiny(*common, f"optimizer.gradient_clip={clip}"), tmp_path / str(clip), progress=False)
+        saved = load_file(run / "model.safetensors")
+        moved[clip] = max(float((saved[name] - start[name]).abs().max()) for name in saved)
+    assert moved[0] > 1e-3
+    assert moved[1e-12] < 1e-5
+
+
+def test_evaluation_loss_does_not_depend_on_the_batch() -> None:
+    recipe = tiny(horizon=3)
+    task = recipe.task.build()
+    model, rows = build_model(recipe, task), FirstRows(task.train_dataset(7), 5)
+    together = evaluation_loss(model, rows, batch_size=5)
+    assert together.keys() == {"loss", "next_token", "next_h", "kl"}
+    for batch_size in (1, 2):
+        assert evaluation_loss(model, rows, batch_size) == pytest.approx(together, rel=1e-5)
+    assert model.training  # as it was
+
+
+def test_rows_are_read_in_order_and_begin_again() -> None:
+    rows = FirstRows([{"input_ids": torch.tensor([i])} for i in range(3)], 7)  # type: ignore[arg-type]
+    assert [int(rows[i]["input_ids"]) for i in range(len(rows))] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_mixed_precision_keeps_fp32_weights_and_full_precision_can_follow(whole: Path, tmp_path: Path) -> None:
+    run = train(tiny("run.precision=bf16"), tmp_path / "bf16", progress=False)
+    assert all(value.dtype == torch.float32 for value in weights(run).values())
+    assert 0 < largest_difference(whole, run) < 0.1
+    assert largest_difference(whole, train(tiny("run.keep_checkpoints=1"), tmp_path / "fp32", progress=False)) == 0
+
+
+# ---- the run directory ----
+
+
+def test_run_directory_is_a_plain_model_without_this_package(whole: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['nextlat'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "lm, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "ids = tokenizer('3 7 N E', return_tensors='pt').input_ids\n"
+        "torch.save((ids, lm(ids).logits.detach(), lm.config.use_cache, lm.generation_config.eos_token_id), sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, whole, tmp_path / "logits.pt"], check=True, timeout=120)
+    ids, logits, use_cache, eos = torch.load(tmp_path / "logits.pt")
+    model = nextlat.load(whole)
+    with torch.no_grad():
+        assert torch.equal(logits, model(ids).logits)
+    assert torch.equal(logits, AutoModelForCausalLM.from_pretrained(whole / "checkpoint-6")(ids).logits.detach())
+    assert use_cache is True  # the Trainer switches it off while training
+    assert AutoTokenizer.from_pretrained(whole).decode([eos]) == "end"
+    assert len({path.stat().st_mode for path in whole.glob("*") if path.is_file()}) == 1  # all readable by the same people
+
+
+def test_record_says_what_was_done(whole: Path) -> None:
+    record = read_record(whole)
+    assert record is not None
+    assert (record["status"], record["steps"], record["seed"], record["resumed_at"]) == ("finished", 6, 0, [])
+    assert Recipe.from_dict(record["recipe"]) == tiny("run.keep_checkpoints=3")
+    assert record["task"] == {"name": "streets", "fingerprint": tiny().task.build().fingerprint()}
+    assert record["parameters"] == {
+        "lm": sum(value.numel() for value in load_file(whole / "model.safetensors").values()),
+        "objective": sum(value.numel() for value in load_file(whole / "nextlat/objective.safetensors").values()),
+    }
+    assert record["tokens"] == read_metrics(whole)[-2]["tokens"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"command", "git", "device", "threads", "seconds"} <= record.keys()
+
+
+def test_finished_run_is_left_as_it_is(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.rglob("*")}
+    with caplog.at_level(logging.INFO, "nextlat"):
+        assert train(tiny("run.keep_checkpoints=3"), whole, progress=False) == whole
+    assert is_finished(whole)
+    assert "is finished" in caplog.text
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.rglob("*")} == before
+
+
+def test_run_of_another_recipe_or_objective_is_refused(whole: Path) -> None:
+    with pytest.raises(NextLatError, match=r"differs in steps, optimizer.learning_rate"):
+        train(tiny("run.keep_checkpoints=3", "steps=7", "optimizer.learning_rate=1"), whole, progress=False)
+    with pytest.raises(NextLatError, match="run directory of another objective, nextlat, not next-token"):
+        train(tiny("run.keep_checkpoints=3", objective="next-token"), whole, progress=False)
+
+
+def test_finished_run_with_a_damaged_model_is_named(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    os.truncate(run / "model.safetensors", 1000)
+    with pytest.raises(NextLatError, match=r"model.safetensors is truncated"):
+        train(tiny("run.keep_checkpoints=3"), run, progress=False)
+
+
+def test_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(NextLatError, match=r"holds a config.json but no run.json"):
+        train(tiny(), tmp_path, progress=False)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(NextLatError, match=r"run.json is corrupt"):
+        train(tiny(), tmp_path, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "run.json"}
+
+
+def test_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NextLatError, match=r"cannot write .*Not a directory; choose another place"):
+        train(tiny(), tmp_path / "file" / "run", progress=False)
+    with pytest.raises(NextLatError, match=r"cannot write .*File exists"):
+        train(tiny(), tmp_path / "file", progress=False)
+
+
+def test_two_writers_in_one_directory_are_refused(tmp_path: Path) -> None:
+    with sole_writer(tmp_path), pytest.raises(NextLatError, match="another process is training"):
+        train(tiny(), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_task_that_has_changed_under_a_run_is_refused(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    monkeypatch.setattr(type(TASKS["streets"]().build()), "fingerprint", lambda self: "another city")
+    with pytest.raises(NextLatError, match="the data of task streets"):
+        train(tiny("run.keep_checkpoints=3"), run, progress=False)
+
+
+# ---- damage ----
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "model.safetensors is truncated": lambda c: os.truncate(c / "model.safetensors", 3000),
+    "model.safetensors is missing": lambda c: (c / "model.safetensors").unlink(),
+    "objective.safetensors is truncated": lambda c: os.truncate(c / "nextlat/objective.safetensors", 4),
+    "optimizer.pt is corrupt": lambda c: os.truncate(c / "optimizer.pt", 5000),
+    "scheduler.pt is missing": lambda c: (c / "scheduler.pt").unlink(),
+    "rng_state.pth is corrupt": lambda c: (c / "rng_state.pth").write_bytes(b""),
+    "trainer_state.json is missing": lambda c: (c / "trainer_state.json").unlink(),
+    "trainer_state.json is corrupt": lambda c: os.truncate(c / "trainer_state.json", 20),
+    "config.json is missing": lambda c: (c / "config.json").unlink(),
+    "trainer_state.json is of another step": lambda c: (c / "trainer_state.json").write_text('{"global_step": 5}'),
+    "objective.json is missing": lambda c: shutil.rmtree(c / "nextlat"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_damaged_checkpoint_is_named_and_passed_over(whole: Path, tmp_path: Path, fault: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert last_complete_checkpoint(run) == (run / "checkpoint-6", [])
+    DAMAGE[fault](run / "checkpoint-6")
+    good, faults = last_complete_checkpoint(run)
+    assert good == run / "checkpoint-4"
+    assert len(faults) == 1
+    assert re.match(rf"checkpoint-6 is damaged \((nextlat/)?{fault}", faults[0])
+
+
+def unfinished(whole: Path, run: Path) -> Path:
+    """A copy of a run as it stood after its last step, before the export."""
+    shutil.copytree(whole, run)
+    for name in ("model.safetensors", "config.json", "nextlat"):
+        (shutil.rmtree if name == "nextlat" else os.remove)(run / name)  # type: ignore[operator]
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    return run
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = unfinished(whole, tmp_path / "run")
+    os.truncate(run / "checkpoint-6/model.safetensors", 3000)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut off by a kill
+    train(tiny("run.keep_checkpoints=3"), run, progress=False)
+    assert "checkpoint-6 is damaged (model.safetensors is truncated)" in caplog.text
+    assert "going on from checkpoint-4" in caplog.text
+    assert largest_difference(whole, run) == 0
+    assert metrics(whole) == metrics(run)
+    assert last_complete_checkpoint(run) == (run / "checkpoint-6", [])
+
+
+def test_only_damaged_checkpoints_is_an_error_and_nothing_is_deleted(whole: Path, tmp_path: Path) -> None:
+    run = unfinished(whole, tmp_path / "run")
+    for checkpoint in checkpoints(run):
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(NextLatError, match=r"no checkpoint in .* can be used: checkpoint-6 is damaged .*checkpoint-2"):
+        train(tiny("run.keep_checkpoints=3"), run, progress=False)
+    assert len(checkpoints(run)) == 3
+
+
+def test_run_killed_before_its_first_checkpoint_starts_over(whole: Path, tmp_path: Path) -> None:
+    run = unfinished(whole, tmp_path / "run")
+    rotate_checkpoints(run, newest=0, keep=3)
+    assert checkpoints(run) == []
+    train(tiny("run.keep_checkpoints=3"), run, progress=False)
+    assert largest_difference(whole, run) == 0
+    assert metrics(whole) == metrics(run)
+
+
+def test_rotation_keeps_the_newest_and_drops_those_beyond_the_step_reached(tmp_path: Path) -> None:
+    for step in (2, 4, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-notes").mkdir()
+    rotate_checkpoints(tmp_path, newest=12, keep=9)
+    assert len(checkpoints(tmp_path)) == 4
+    rotate_checkpoints(tmp_path, newest=10, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-10", "checkpoint-notes"}
+    rotate_checkpoints(tmp_path, newest=10, keep=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-notes"}
+
+
+@pytest.mark.parametrize("limit", [4_000, 60_000], ids=["model", "optimizer"])
+def test_full_disk_during_a_save_keeps_the_last_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    sizes = [(whole / "checkpoint-6" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")]
+    assert sizes[0] < 60_000 < sizes[1]  # or the two cases are not what they are called
+    recipe, run = tiny("run.keep_checkpoints=3"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        full = largest_file(limit)
+        before_step(patch, 4, full.__enter__)
+        try:
+            with pytest.raises(NextLatError, match=r"cannot write .*checkpoint-4: .*; free some space"):
+                train(recipe, run, progress=False)
+        finally:
+            full.__exit__(None, None, None)
+    assert [path.name for path in run.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
+    assert last_complete_checkpoint(run) == (run / "checkpoint-2", [])
+    train(recipe, run, progress=False)
+    assert largest_difference(whole, run) == 0
+
+
+def test_full_disk_during_the_export_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, run = tiny("run.keep_checkpoints=3"), unfinished(whole, tmp_path / "run")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "move_into", fail)
+        with pytest.raises(NextLatError, match="No space left on device"):
+            train(recipe, run, progress=False)
+    assert not is_finished(run)
+    assert not list(run.glob(".nextlat-tmp-*"))
+    train(recipe, run, progress=False)
+    assert is_finished(run)
+    assert largest_difference(whole, run) == 0
+    assert metrics(whole) == metrics(run)
+
+
+def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(NextLatError, match=r"the loss is nan at step \d: .*lower optimizer.learning_rate"):
+        train(tiny("optimizer.learning_rate=1e30", "schedule.warmup_steps=0"), tmp_path, progress=False)
+    good, faults = last_complete_checkpoint(tmp_path)
+    assert faults == []
+    assert good is None or all(torch.isfinite(value).all() for value in weights(good).values())
+
+
+# ---- pretrained backbones, checks before anything is made ----
+
+
+def test_pretrained_backbone_starts_from_its_weights(whole: Path, tmp_path: Path) -> None:
+    sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
+    recipe = tiny(*sizes, f"backbone.pretrained={whole}", "optimizer.learning_rate=1e-12", "optimizer.weight_decay=0")
+    run = train(recipe, tmp_path / "run", progress=False)
+    before, after = (load_file(path / "model.safetensors") for path in (whole, run))
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+
+
+def test_pretrained_backbone_that_does_not_fit_is_named(whole: Path, tmp_path: Path) -> None:
+    sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
+    with pytest.raises(NextLatError, match="cannot be loaded"):
+        train(tiny(*sizes, f"backbone.pretrained={tmp_path}"), tmp_path / "run", progress=False)
+    larger_city = tiny(*sizes, f"backbone.pretrained={whole}", "task.rows=9", "task.columns=9")
+    with pytest.raises(NextLatError, match=r"knows \d+ tokens, the task streets needs"):
+        train(larger_city, tmp_path / "large", progress=False)
+
+
+def test_reporting_tool_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(NextLatError, match=r"asks for trackio, which is not installed"):
+        train(tiny("run.report_to=['trackio']"), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_named_losses_when_asked(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train(tiny("run.report_to=['tensorboard']"), tmp_path / "run", progress=False)
+    (folder,) = (run / "runs").iterdir()
+    accumulator = events.EventAccumulator(str(folder))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    assert {"train/next_token", "train/next_h", "train/kl", "eval/next_token"} <= set(tags)
+
+
+def test_progress_bar_shows_rate_and_loss_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(tiny(), tmp_path / "run", progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    last = err.strip().split("\r")[-1]
+    assert "6/6" in last
+    assert "step/s" in err or "s/step" in err
+    assert all(f"{name}=" in err for name in ("next_token", "next_h", "kl", "eval_next_token"))
+    assert "Writing model shards" not in err
