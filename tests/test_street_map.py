@@ -63,9 +63,11 @@ def test_equally_good_nodes_are_chosen_by_arrival_then_distance_then_order():
     city = grid()
     assert reconstruct(city, [(0, 6, [W, N, E])]).invented == [(0, W, 1)]  # N E can be driven from six nodes, 1 leads to 6
     assert reconstruct(city, [(0, 9, [NW])]).invented == [(0, NW, 9)]  # nothing left to drive: the destination itself
-    aside = reconstruct(city, [(0, 11, [NW])], max_miles=0.08)  # out of reach: the nearest, and of equals the first
-    nearest = sorted((round(float(city.miles(0, b)), 12), b) for b in range(1, 12))[0][1]
-    assert (aside.invented, aside.astray) == ([(0, NW, nearest)], 1)
+    aside = reconstruct(city, [(11, 0, [N])], max_miles=0.16)  # the destination is out of reach: a neighbour, not 3 or 5
+    assert [(a, direction) for a, direction, _ in aside.invented] == [(11, N)]
+    assert aside.invented[0][2] in (7, 10)
+    # No way ends at 5, but W W W can be driven from the last column, of which 3 is nearest; the neighbours follow less.
+    assert reconstruct(city, [(1, 5, [S, W, W, W])]).invented == [(1, S, 3)]
 
 
 def test_invented_streets_serve_later_rides():

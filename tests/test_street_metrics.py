@@ -423,6 +423,8 @@ def test_prefix_pairs_are_what_they_claim(city):
     np.testing.assert_array_equal(p.first.moves, again.first.moves)
     other = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=5)
     assert not np.array_equal(p.intersection, other.intersection)
+    tight = prefix_pairs(city, count, max_moves=10, max_prefix=8, seed=4)  # long prefixes leave two moves
+    assert (hops[tight.destination, tight.intersection] <= tight.room(10)).all()
     equal = prefix_pairs(city, 20, max_moves=MAX_MOVES, equal_length=True)
     np.testing.assert_array_equal(equal.first.lengths, equal.second.lengths)
 
@@ -560,3 +562,15 @@ def test_a_ride_ends_where_it_leaves_the_map_unless_told_to_go_on(city, pairs):
     gone_on = greedy_rides(model, city, pairs[:5], MAX_MOVES, leave_map=True)
     assert (gone_on.lengths == 2).all()  # the lost oracle then says PAD, which is no move
     np.testing.assert_array_equal(gone_on.tokens[:, 0], ended.tokens[:, 0])
+
+
+def test_a_ride_that_left_the_map_never_returns(city):
+    """After an illegal move the place is nowhere, not the last intersection of the list (index -1)."""
+    last = len(city) - 1
+    direction = int((city.targets[last] >= 0).argmax())
+    destination, source = int(city.targets[last, direction]), 0
+    script = np.array([illegal_move(city, source), FIRST_DIRECTION + direction, END])
+    prompts = Prompts.of_pairs(np.array([source]), np.array([destination]))
+    told = ride(Oracle(city), city, prompts, MAX_MOVES, choose=lambda step: script[step.made], leave_map=True)
+    np.testing.assert_array_equal(told.tokens[0, :3], script)
+    assert not told.arrived[0]

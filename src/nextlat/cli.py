@@ -62,9 +62,10 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
     directory = out or Path("runs") / loaded.run_name
-    if is_finished(directory) if directory.exists() else False:
-        _say(f"{directory} is finished: it is not trained any further.")
+    was_finished = is_finished(directory)
     run_training(loaded, directory, progress=progress)
+    if was_finished:
+        _say(f"{directory} is finished: it is not trained any further.")
     if evaluate and not (directory / "results.json").exists():
         _evaluate(directory, progress)
     _say(f"The model is in {directory}.")
@@ -86,7 +87,7 @@ def generate(
     run: Annotated[str, typer.Argument(help="Run directory or hub id of a model with an objective.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; for a city: source and destination, as in '12 57'.")],
     draft_length: Annotated[int, typer.Option(help="Tokens drafted per cycle; 0 = plain decoding.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: 256, or as many as the model has positions for.")] = None,
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")] = None,
@@ -109,6 +110,9 @@ def generate(
     if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
         unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
         raise NextLatError(f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know.")
+    if max_new_tokens is None:
+        positions = getattr(model.config, "max_position_embeddings", None) or 10**6
+        max_new_tokens = max(1, min(256, positions - ids.shape[1]))
     sampling: dict[str, Any] = {}
     if temperature > 0 or top_k is not None or top_p is not None:
         generator = torch.Generator(model.device).manual_seed(seed)
@@ -135,14 +139,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
     seeds: Annotated[int, typer.Option(help="One or several, as in --seeds 0 1 2.")] = 0,
     more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train longer, and the word problem too.")] = False,
 ) -> None:
     """Train the same transformer twice, by next-token and by next-latent prediction, and compare what they know."""
     from rich.console import Console
 
     from nextlat import demo as show
 
-    jobs = show.jobs(out, [seeds, *(more_seeds or [])], full=full)
+    jobs = show.jobs(out, [seeds, *(more_seeds or [])])
     console = Console(stderr=True)
     _watch(jobs, console)
     show.collect(jobs, out)
@@ -156,7 +159,8 @@ def _evaluate(directory: Path, progress: bool) -> None:
     from nextlat.evaluation import evaluate
 
     _no_library_bars()
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(f"evaluating {directory}")
         evaluate(directory, progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total))
 

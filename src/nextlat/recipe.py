@@ -78,7 +78,7 @@ class RunSettings:
         save_every: 0 = only at the end. keep_checkpoints: the newest so many; 0 = one while training, none when finished.
         log_every: also the window over which losses are averaged. eval_every: 0 = only at the end.
         report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
-        precision: bf16 = autocast with fp32 weights. compile: torch.compile. threads: of torch on the CPU, 0 = leave.
+        precision: bf16 = autocast with fp32 weights. compile: torch.compile of the layers. threads: of torch on the CPU, 0 = leave.
     """
 
     save_every: CountOrNone = 0

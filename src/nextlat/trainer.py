@@ -101,7 +101,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.received = number

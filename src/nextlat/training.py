@@ -5,6 +5,7 @@ for bit (on the CPU with the same number of threads; on other devices as far as 
 """
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,9 +47,9 @@ class Interrupted(KeyboardInterrupt):
         signal: its number. step: optimiser steps done. directory: of the run.
     """
 
-    def __init__(self, directory: Path, step: int, signal: int) -> None:
+    def __init__(self, directory: Path, step: int, number: int) -> None:
         super().__init__(f"stopped after step {step}, saved in {directory}: the same command goes on from there.")
-        self.directory, self.step, self.signal = directory, step, signal
+        self.directory, self.step, self.signal = directory, step, number
 
 
 def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
@@ -130,7 +131,6 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         run_name=recipe.run_name,
         disable_tqdm=True,  # NextLatTrainer has a bar of its own
         bf16=run.precision == "bf16",
-        torch_compile=run.compile,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         train_sampling_strategy="sequential",
@@ -225,6 +225,8 @@ def _train(
         record = {**record, "resumed_at": [*record["resumed_at"], step]}
     if first:
         write_json(out / RECORD, record)
+    if recipe.run.compile:
+        model.lm.base_model.compile()  # the layers: fixed shapes and one graph, which the losses' masked positions have not
     stop = StopSignal()
     trainer = NextLatTrainer(
         model,
@@ -240,8 +242,8 @@ def _train(
     if step < recipe.steps:
         with stop.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.received is not None and trainer.state.global_step < recipe.steps:
-            raise Interrupted(out, trainer.state.global_step, stop.received)
+        if trainer.state.global_step < recipe.steps:  # on all processes, whichever of them got the signal
+            raise Interrupted(out, trainer.state.global_step, stop.received or signal.SIGINT)
         record = {**record, "tokens": trainer.state.num_input_tokens_seen, "seconds": round(trainer.seconds, 3)}
     else:
         assert checkpoint is not None

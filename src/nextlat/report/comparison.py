@@ -8,11 +8,12 @@ ones). A verdict is given by this rule and no other:
 - several seeds: better or worse if the mean difference lies outside its 95 % interval over seeds (Student's t, the differences
   paired by seed) and, where there are items, is more than twice its standard error over items too: seeds share the items;
 - all else is within the noise.
+
+Nothing is claimed about a metric whose direction is not known, nor about the speed of drafts that changed the output.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,14 +22,13 @@ from scipy import stats
 
 from nextlat.errors import NextLatError
 from nextlat.metrics import Score, mean_score, paired_difference
-from nextlat.recipe import differences
 from nextlat.report.glossary import describe, higher_is_better, order
+from nextlat.report.models import Models, caveats, first_run, group_models
 from nextlat.report.runs import Run
 
 Verdict = Literal["better", "worse", "within noise", "no claim"]
 
 BASELINE = "next-token"
-TITLES = {"next-token": "next-token", "nextlat": "NextLat"}
 ITEM_ERRORS = 2.0  # standard errors over items beyond which a difference counts
 CONFIDENCE = 0.95  # of the interval over seeds
 
@@ -99,7 +99,7 @@ class TaskComparison:
 
     task: str
     fingerprint: str
-    models: dict[str, dict[int, Run]]
+    models: Models
     baseline: str | None
     metrics: list[MetricComparison]
     caveats: list[str]
@@ -149,90 +149,23 @@ def compare(runs: Sequence[Run], baseline: str = BASELINE) -> Comparison:
 
 
 def _compare_task(runs: list[Run], baseline: str) -> TaskComparison:
-    models = _models(runs, baseline)
-    base = next((label for label, seeds in models.items() if next(iter(seeds.values())).objective == baseline), None)
+    models = group_models(runs, baseline)
+    base = next((label for label, group in models.items() if first_run(group).objective == baseline), None)
     metrics = [
         _compare_metric(name, models, base) for name in sorted({name for run in runs for name in run.metrics}, key=order)
     ]
     fingerprint = runs[0].record["task"]["fingerprint"]
-    return TaskComparison(runs[0].task, fingerprint, models, base, metrics, _caveats(models, base))
+    return TaskComparison(runs[0].task, fingerprint, models, base, metrics, caveats(models, base))
 
 
-# ---- which runs are one model ----
-
-
-def _model_recipe(run: Run) -> dict[str, Any]:
-    """What defines a model: its recipe without the seed, and without what cannot change the result."""
-    left_out = ("seed", "gradient_accumulation", "run")
-    kept = {key: value for key, value in run.recipe.items() if key not in left_out}
-    return {**kept, "precision": run.recipe["run"]["precision"]}
-
-
-def _models(runs: list[Run], baseline: str) -> dict[str, dict[int, Run]]:
-    """label -> seed -> run, the baseline first, the others by objective and horizon."""
-    groups: dict[str, dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.objective != baseline, run.objective, run.horizon, run.seed)):
-        group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
-        if run.seed in group:
-            raise NextLatError(
-                f"{group[run.seed].directory} and {run.directory} are runs of one recipe and seed: name one of them."
-            )
-        group[run.seed] = run
-    alike: dict[str, list[dict[int, Run]]] = {}
-    for group in groups.values():
-        run = next(iter(group.values()))
-        name = TITLES.get(run.objective, run.objective) + (f" d={run.horizon}" if run.horizon else "")
-        alike.setdefault(name, []).append(group)
-    models: dict[str, dict[int, Run]] = {}
-    for name, found in alike.items():
-        recipes = [_model_recipe(next(iter(group.values()))) for group in found]
-        keys = list(dict.fromkeys(key for recipe in recipes[1:] for key in differences(recipes[0], recipe)))
-        first = next(iter(found[0].values()))
-        if len(found) > 1 and first.objective == baseline:
-            raise NextLatError(
-                f"the {baseline} runs are of {len(found)} recipes (they differ in {', '.join(keys)}): name those of one."
-            )
-        for recipe, group in zip(recipes, found, strict=True):
-            label = ", ".join([name, *(f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys)])
-            models[label if label not in models else f"{label} ({len(models)})"] = group
-    return models
-
-
-def _look_up(table: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = table
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _caveats(models: dict[str, dict[int, Run]], base: str | None) -> list[str]:
-    found = []
-    if base is None:
-        return [f"There is no {BASELINE} run here, so nothing is compared."] if len(models) else []
-    own = models[base]
-    for label, runs in models.items():
-        a, b = (_model_recipe(next(iter(group.values()))) for group in (own, runs))
-        for key in differences(a, b):
-            if not key.startswith("objective"):
-                found.append(f"Not trained alike: {key} is {_look_up(b, key)} for {label} and {_look_up(a, key)} for {base}.")
-        if alone := sorted(own.keys() ^ runs.keys()):
-            seeds = ", ".join(map(str, alone))
-            found.append(
-                f"Seed{'s' * (len(alone) > 1)} {seeds} of {label} or {base} not on both sides: left out of the differences."
-            )
-    return found
-
-
-# ---- one metric ----
-
-
-def _compare_metric(name: str, models: dict[str, dict[int, Run]], base: str | None) -> MetricComparison:
+def _compare_metric(name: str, models: Models, base: str | None) -> MetricComparison:
     term = describe(name)
     estimates = {
         label: _estimate({seed: run for seed, run in runs.items() if name in run.metrics}, name)
         for label, runs in models.items()
         if any(name in run.metrics for run in runs.values())
     }
+    _check_items(name, models, term.counterpart)
     found: dict[str, Difference] = {}
     for label, runs in models.items():
         if label == base:
@@ -249,8 +182,21 @@ def _compare_metric(name: str, models: dict[str, dict[int, Run]], base: str | No
         else:
             continue
         if pairs:
-            found[label] = _difference(name, pairs, against)
+            void = name.startswith("decoding_speedup") and any(run.decoding.get("identical") is False for run in ours.values())
+            found[label] = _difference(pairs, against, None if void else higher_is_better(name))
     return MetricComparison(name, higher_is_better(name), estimates, found)
+
+
+def _check_items(name: str, models: Models, counterpart: str | None) -> None:
+    """Whatever is paired must have been measured on the same items."""
+    runs = [run for group in models.values() for run in group.values()]
+    sizes = {len(run.scores[key].per_item): run for run in runs for key in (name, counterpart) if key in run.scores}
+    if len(sizes) > 1:
+        first, second, *_ = sizes.values()
+        raise NextLatError(
+            f"{first.directory} and {second.directory} were measured on different items ({name}): "
+            "run 'nextlat evaluate' on both again."
+        )
 
 
 def _estimate(runs: dict[int, Run], name: str) -> Estimate:
@@ -269,19 +215,12 @@ def _against_number(run: Run, name: str, reference: float) -> Pair:
 
 
 def _against_run(run: Run, name: str, other: Run, counterpart: str) -> Pair:
-    score = None
-    if name in run.scores and counterpart in other.scores:
-        try:
-            score = paired_difference(run.scores[name], other.scores[counterpart])
-        except ValueError as error:
-            raise NextLatError(
-                f"{run.directory} and {other.directory} were measured on different items ({name}): run 'nextlat evaluate' on both again."
-            ) from error
-    return run.metrics[name], other.metrics[counterpart], score
+    if name not in run.scores or counterpart not in other.scores:
+        return run.metrics[name], other.metrics[counterpart], None
+    return run.metrics[name], other.metrics[counterpart], paired_difference(run.scores[name], other.scores[counterpart])
 
 
-def _difference(name: str, pairs: dict[int, Pair], against: str) -> Difference:
-    direction = higher_is_better(name)
+def _difference(pairs: dict[int, Pair], against: str, direction: bool | None) -> Difference:
     seeds = {}
     for seed, (ours, theirs, score) in pairs.items():
         error = None if score is None else _known(score.stderr)

@@ -11,12 +11,14 @@ from pathlib import Path
 from nextlat.report.comparison import Comparison, MetricComparison, TaskComparison, Verdict
 from nextlat.report.glossary import PUBLISHED, describe
 from nextlat.report.runs import Run
+from nextlat.report.style import STYLE
 from nextlat.report.terminal import ARROWS
-from nextlat.report.wording import claims, difference_text, estimate_text, footnotes, with_error
+from nextlat.report.wording import claims, difference_text, estimate_text, footnotes, summary, with_error
 
 MARKS: dict[Verdict, str] = {"better": "▲ better", "worse": "▼ worse", "within noise": "≈ within noise", "no claim": "no claim"}
 CLASSES: dict[Verdict, str] = {"better": "better", "worse": "worse", "within noise": "noise", "no claim": "noise"}
-TASK_TITLES = {"streets": "A city", "word-problem": "Word problem"}
+NONE = "\N{EN DASH}"
+TASK_TITLES = {"streets": "Streets of a city", "word-problem": "Word problem"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ def _findings(task: TaskComparison) -> str:
     if not found:
         return ""
     items = "".join(
-        f'<li><span class="mark {CLASSES[claim.verdict]}">{MARKS[claim.verdict]}</span>'
-        f"<span><b>{escape(claim.lead)}</b>: {escape(claim.numbers)}.</span></li>\n"
+        f'<li class={CLASSES[claim.verdict]}><span class="mark {CLASSES[claim.verdict]}">{MARKS[claim.verdict]}</span>'
+        f"<span><b>{escape(claim.lead)}</b>: {_numbers(claim.numbers)}.</span></li>\n"
         for claim in found
     )
-    return f"<h2>Findings</h2>\n<ul class=findings>\n{items}</ul>\n"
+    return f"<h2>Findings</h2>\n<p>{escape(summary(task))}</p>\n<ul class=findings>\n{items}</ul>\n"
 
 
 def _table(task: TaskComparison) -> str:
@@ -95,15 +97,20 @@ def _table(task: TaskComparison) -> str:
 def _cell(metric: MetricComparison, label: str) -> str:
     estimate, difference = metric.estimates.get(label), metric.differences.get(label)
     if estimate is None:
-        return "<span class=quiet>–</span>"
-    text = f"<span class=value>{escape(estimate_text(metric.name, estimate))}</span>"
+        return f"<span class=quiet>{NONE}</span>"
+    text = f"<span class=value>{_numbers(estimate_text(metric.name, estimate))}</span>"
     if difference is None:
         return text
     if describe(metric.name).reference is None:
-        text += f"<span class=change>{escape(difference_text(metric.name, difference))}</span> "
+        text += f"<span class=change>{_numbers(difference_text(metric.name, difference))}</span> "
     if difference.verdict != "no claim":
         text += f'<span class="mark {CLASSES[difference.verdict]}">{MARKS[difference.verdict]}</span>'
     return text
+
+
+def _numbers(text: str) -> str:
+    """Numbers stay together with their signs and units at the end of a line."""
+    return escape(text).replace(" ±", "&nbsp;±").replace("± ", "±&nbsp;").replace(" %", "&nbsp;%")
 
 
 def _every_seed(task: TaskComparison) -> str:
@@ -118,7 +125,7 @@ def _every_seed(task: TaskComparison) -> str:
             difference = metric.differences.get(label)
             cells = ""
             for seed in seeds:
-                text = escape(with_error(*estimate.seeds[seed], unit)) if seed in estimate.seeds else "–"
+                text = _numbers(with_error(*estimate.seeds[seed], unit)) if seed in estimate.seeds else NONE
                 if difference is not None and seed in difference.seeds and difference.seeds[seed].verdict != "no claim":
                     found = difference.seeds[seed]
                     text += f'<br><span class="mark {CLASSES[found.verdict]}">{MARKS[found.verdict]}</span>'
@@ -141,7 +148,7 @@ def _published(task: TaskComparison) -> str:
     rows = "".join(
         f"<tr><th scope=row>{escape(method)}</th>"
         + "".join(
-            f"<td>{escape(with_error(row[name], None, describe(name).unit)) if name in row else '–'}</td>" for name in names
+            f"<td>{_numbers(with_error(row[name], None, describe(name).unit)) if name in row else NONE}</td>" for name in names
         )
         + "</tr>\n"
         for method, row in published.rows.items()
@@ -215,28 +222,34 @@ def _facts(runs: list[Run]) -> dict[str, str]:
         return ", ".join(dict.fromkeys(values))
 
     return {
-        "Recipe": each(str(run.record.get("recipe_name", "–")) for run in runs),
+        "Recipe": each(str(run.record.get("recipe_name", NONE)) for run in runs),
         "Seeds": each(str(run.seed) for run in runs),
         "Optimiser steps": f"{runs[0].recipe['steps']:,}",
         "Rows per step": f"{runs[0].recipe['batch_size']:,}",
         "Training tokens": each(_count(run.record.get("tokens")) for run in runs),
         "Parameters, transformer": _count(parameters.get("lm")),
         "Parameters, objective's own": _count(parameters.get("objective")),
-        "Seconds of training": each(f"{run.record['seconds']:,.0f}" if "seconds" in run.record else "–" for run in runs),
-        "Device": each(f"{run.record.get('device', '–')}, {run.record.get('threads', '–')} threads" for run in runs),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "–",
-        "Git commit": each(str(run.record.get("git") or "–")[:12] for run in runs),
+        "Seconds of training": each(f"{run.record['seconds']:,.0f}" if "seconds" in run.record else NONE for run in runs),
+        "Device": each(str(run.record.get("device", NONE)) for run in runs),
+        "Threads": each(str(run.record.get("threads", NONE)) for run in runs),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or NONE,
+        "Git commit": each(_commit(run.record.get("git")) for run in runs),
         "World": str(record["task"]["fingerprint"]),
     }
 
 
+def _commit(name: object) -> str:
+    """Shortened; the plus sign of changed files stays."""
+    return name[:12] + "+" * name.endswith("+") if isinstance(name, str) else NONE
+
+
 def _count(number: object) -> str:
-    return f"{number:,}" if isinstance(number, int) else "–"
+    return f"{number:,}" if isinstance(number, int) else NONE
 
 
 def _command(run: Run) -> str:
     words = [str(word) for word in run.record.get("command", [])]
-    return shlex.join(["nextlat", *words[1:]]) if words else "–"
+    return shlex.join(["nextlat", *words[1:]]) if words else NONE
 
 
 def _one_recipe(runs: dict[int, Run]) -> dict[str, object]:
@@ -252,57 +265,3 @@ def _definitions(comparison: Comparison) -> str:
             source = f" <span class=quiet>({escape(term.source)})</span>"
             items += f"<dt>{escape(term.title)}</dt><dd>{escape(term.definition)}{source}</dd>\n"
     return f"<section>\n<h2>What was measured</h2>\n<dl>\n{items}</dl>\n</section>\n"
-
-
-STYLE = """
-:root { --paper: #fff; --ink: #1a1a1a; --quiet: #666; --line: #e2e2e2; --good: #00694f; --bad: #a63c00; --shade: #f6f6f4; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #1a1a1a; --ink: #e8e8e6; --quiet: #a0a09c; --line: #383838; --good: #4fd0aa; --bad: #ff9a5c; --shade: #242423; }
-  img { filter: invert(0.898) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 54rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.015em; }
-h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.75rem 0 .75rem; }
-h2.task { font-size: 1.5rem; margin-top: 3.5rem; padding-top: 1.25rem; border-top: 2px solid var(--ink); }
-header p { color: var(--quiet); margin: 0; max-width: 42rem; }
-ul.findings { list-style: none; padding: 0; margin: 0; }
-ul.findings li { display: flex; gap: .75rem; align-items: baseline; padding: .6rem 0; border-top: 1px solid var(--line); }
-ul.findings li:last-child { border-bottom: 1px solid var(--line); }
-.mark { font-size: .78rem; white-space: nowrap; color: var(--quiet); }
-.mark.better { color: var(--good); font-weight: 600; }
-.mark.worse { color: var(--bad); font-weight: 600; }
-ul.findings .mark { flex: 0 0 6.2rem; }
-ul.findings b { font-weight: 600; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .75rem; border-top: 1px solid var(--line); vertical-align: top; text-align: right; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th:last-child, td:last-child { padding-right: 0; }
-th[scope=row] { font-weight: 400; }
-thead th, thead td { border-top: 0; border-bottom: 1px solid var(--ink); }
-tbody tr:first-child > * { border-top: 0; }
-td .value, th .change { display: block; }
-.value { white-space: nowrap; }
-.change { color: var(--quiet); font-size: .82rem; white-space: nowrap; margin-right: .5rem; }
-table.facts td { overflow-wrap: anywhere; }
-ul.notes { color: var(--quiet); font-size: .85rem; padding-left: 1.1rem; margin: .9rem 0 0; }
-.quiet { color: var(--quiet); }
-figure { margin: 2rem 0 0; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--quiet); font-size: .85rem; margin-top: .4rem; }
-.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
-.maps figure { margin: .5rem 0 0; }
-details { margin-top: 1rem; border-top: 1px solid var(--line); padding-top: .6rem; }
-summary { cursor: pointer; font-weight: 600; font-size: .95rem; }
-pre { background: var(--shade); padding: .9rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.5; }
-dt { font-weight: 600; margin-top: .8rem; }
-dd { margin: 0; }
-@media (max-width: 34rem) {
-  main { padding: 1.5rem 1rem 3rem; }
-  h1 { font-size: 1.5rem; }
-  th, td { padding: .45rem .4rem; }
-  ul.findings li { display: block; }
-}
-"""

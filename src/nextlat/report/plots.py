@@ -5,14 +5,16 @@ colour-blind.
 """
 
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -22,16 +24,20 @@ from nextlat.report.runs import Run
 from nextlat.report.terminal import ARROWS
 from nextlat.tasks.word_problem import group
 
-DPI = 150
-WIDTH = 8.0  # inches of every figure
+DPI = 200
+WIDTH = 6.2  # inches of every figure: narrow, so that its words can be read on a phone
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # the baseline's first
 INK, QUIET, FAINT = "#1a1a1a", "#6b6b6b", "#e4e4e4"
-TITLE, LABEL, TICK = 10.5, 9.0, 8.5  # points
+TITLE, LABEL, TICK = 9.5, 8.5, 8.0  # points
+PANEL_LINE = 22  # characters of a small panel's title
 
 CROSS_ENTROPY = "next_token"  # the part of the loss that every objective has
 NO_LOSS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", CROSS_ENTROPY)
-PART_TITLES = {"next_h": "Next latent state (Smooth L1)", "kl": "KL of predicted and true next-token distribution"}
-WARM_UP_SHARE = 0.05  # of the steps: the steep start, which would flatten all that follows, does not set the axis
+PART_TITLES = {"next_h": "Next latent state (Smooth L1)", "kl": "KL of predicted and true next token"}
+WARM_UP_SHARE = 0.15  # of the steps: the steep start, which would flatten all that follows, does not set the axis
+
+
+LineStyle = Literal["-"] | tuple[float, Sequence[float]]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -45,7 +51,7 @@ def learning_curves(task: TaskComparison) -> Figure | None:
     if not logs:
         return None
     parts = list(dict.fromkeys(key for _, run in logs for line in run.log for key in line if _is_part(key)))
-    figure = _figure(3.4 + 2.1 * bool(parts))
+    figure = _figure(2.6 + 1.8 * bool(parts))
     heights = [3.0, 2.0] if parts else [1.0]
     grid = figure.add_gridspec(len(heights), max(len(parts), 1), height_ratios=heights)
     top = figure.add_subplot(grid[0, :])
@@ -63,7 +69,8 @@ def learning_curves(task: TaskComparison) -> Figure | None:
     for column, part in enumerate(parts):
         ax = figure.add_subplot(grid[1, column], sharex=top)
         for color, run in logs:
-            ax.plot(*_curve(run, part), color=color, linewidth=0.8, alpha=0.8)
+            if any(part in line for line in run.log):
+                ax.plot(*_curve(run, part), color=color, linewidth=0.8, alpha=0.8)
         _finish(ax, PART_TITLES.get(part, part.replace("_", " ")))
         _fit(ax, [_curve(run, part) for _, run in logs])
         ax.set_xlabel("optimiser steps", size=LABEL, color=QUIET)
@@ -81,7 +88,7 @@ def metric_panel(task: TaskComparison) -> Figure | None:
         return None
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    figure = _figure(1.75 * rows + 0.5)
+    figure = _figure(1.5 * rows + 0.4)
     figure.legend(handles=_handles(task), loc="outside upper center", ncols=4, frameon=False, fontsize=LABEL, labelcolor=INK)
     grid = figure.add_gridspec(rows, columns)
     for place, metric in enumerate(metrics):
@@ -111,19 +118,25 @@ def _draw_metric(ax: Axes, task: TaskComparison, metric: MetricComparison) -> No
             ax.hlines(estimates[label].value, x - 0.3, x + 0.3, color=color, linewidth=2.2, alpha=0.35, zorder=2)
     if term.reference is not None:
         ax.axhline(term.reference, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
-    _finish(ax, f"{term.title} {ARROWS[metric.higher_is_better]}")
+    _finish(
+        ax,
+        "\n".join(
+            textwrap.wrap(
+                f"{term.title}\N{NO-BREAK SPACE}{ARROWS[metric.higher_is_better]}", PANEL_LINE, break_on_hyphens=False
+            )
+        ),
+    )
     ax.set_xlim(-0.6, len(task.models) - 0.4)
     ax.set_xticks([])
     ax.margins(y=0.18)
     ax.yaxis.set_major_locator(MaxNLocator(4))
     if term.unit == "share":
-        low, high = ax.get_ylim()
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.03 else 1, symbol=" %"))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
 
 
 def accuracy_by_position(task: TaskComparison) -> Figure | None:
     """Word problem: accuracy at every position of the transformers, and of the latent dynamics models run alone."""
-    ways = {"transformer": ("-", 1.2), "dynamics": ((0, (5, 1.6)), 1.5)}
+    ways: dict[str, tuple[LineStyle, float]] = {"transformer": ("-", 1.0), "dynamics": ((0, (5, 1.6)), 1.2)}
     drawn = [
         (color, way, run.curves[f"{way}_accuracy_by_position"])
         for color, run in _runs(task)
@@ -132,7 +145,7 @@ def accuracy_by_position(task: TaskComparison) -> Figure | None:
     ]
     if not drawn:
         return None
-    figure = _figure(3.6)
+    figure = _figure(3.1)
     ax = figure.add_subplot()
     for color, way, curve in drawn:
         style, width = ways[way]
@@ -150,7 +163,7 @@ def accuracy_by_position(task: TaskComparison) -> Figure | None:
         if any(found == way for _, found, _ in drawn)
     ]
     figure.legend(
-        handles=[*_handles(task), *handles], loc="outside lower center", ncols=4, frameon=False, fontsize=LABEL, labelcolor=INK
+        handles=[*_handles(task), *handles], loc="outside lower center", ncols=2, frameon=False, fontsize=LABEL, labelcolor=INK
     )
     return figure
 
@@ -159,13 +172,7 @@ def _mark_word_problem(ax: Axes, settings: dict[str, Any]) -> None:
     if "length" in settings:
         ax.axvline(settings["length"], color=QUIET, linewidth=0.9, linestyle=(0, (1, 2)))
         ax.annotate(
-            "trained up to here",
-            (settings["length"], 1.0),
-            (4, -2),
-            textcoords="offset points",
-            size=TICK,
-            color=QUIET,
-            va="top",
+            "trained up to here", (settings["length"], 0.02), (4, 0), textcoords="offset points", size=TICK, color=QUIET
         )
     if "group" in settings:
         chance = 1 / len(group(settings["group"]).names)
@@ -181,7 +188,7 @@ def acceptance(task: TaskComparison) -> Figure | None:
     drawn = [(color, run.decoding["acceptance_by_position"]) for color, run in _runs(task) if _accepts(run)]
     if not drawn:
         return None
-    figure = _figure(2.9)
+    figure = _figure(2.3)
     ax = figure.add_subplot()
     for color, shares in drawn:
         ax.plot(
@@ -206,7 +213,8 @@ def _accepts(run: Run) -> bool:
 
 
 def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.07, wspace=0.03, hspace=0.05)
+    figure = Figure(figsize=(WIDTH, height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

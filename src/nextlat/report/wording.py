@@ -42,8 +42,8 @@ def estimate_text(name: str, estimate: Estimate) -> str:
 
 
 def difference_text(name: str, difference: Difference) -> str:
-    """The difference below it; of shares in points."""
-    return with_error(difference.value, difference.stderr, describe(name).unit, signed=True)
+    """The difference below it; of shares in points, which the footnotes say."""
+    return with_error(difference.value, difference.stderr, describe(name).unit, signed=True).removesuffix(" points")
 
 
 @dataclass(frozen=True)
@@ -64,33 +64,59 @@ class Claim:
 
 
 def claims(task: TaskComparison) -> list[Claim]:
-    """A sentence for every difference: what is better, then what is worse, then what cannot be told apart, or proves nothing."""
+    """A sentence for every difference: what is better, what is worse, what cannot be told apart, what proves nothing.
+
+    Within each, what is surest (most standard errors) comes first.
+    """
     rank: dict[Verdict, int] = {"better": 0, "worse": 1, "within noise": 2, "no claim": 3}
     found = [
-        Claim(task.task, metric.name, label, difference.verdict, *_sentence(metric, label, difference))
+        (rank[difference.verdict], -abs(difference.value) / (difference.stderr or math.inf), metric, label, difference)
         for metric in task.metrics
         for label, difference in metric.differences.items()
         if describe(metric.name).headline
     ]
-    return sorted(found, key=lambda claim: rank[claim.verdict])
+    return [
+        Claim(task.task, metric.name, label, difference.verdict, *_sentence(metric, label, difference))
+        for _, _, metric, label, difference in sorted(found, key=lambda item: item[:2])
+    ]
+
+
+def summary(task: TaskComparison) -> str:
+    """How many differences fell out which way."""
+    verdicts = [claim.verdict for claim in claims(task)]
+    words: dict[Verdict, str] = {
+        "better": "better", "worse": "worse", "within noise": "within the noise", "no claim": "measured without an error",
+    }  # fmt: skip
+    counts = [
+        f"{verdicts.count(verdict)} {word}" for verdict, word in words.items() if verdict != "no claim" or verdict in verdicts
+    ]
+    others = [label for label in task.models if label != task.baseline]
+    seeds = {seed for runs in task.models.values() for seed in runs}
+    one = f" From one seed ({seeds.pop()}), with errors over test items." if len(seeds) == 1 else ""
+    return f"{', '.join(others)}: {', '.join(counts)}.{one}"
 
 
 def _sentence(metric: MetricComparison, label: str, difference: Difference) -> tuple[str, str]:
     term = describe(metric.name)
     ours, theirs = (with_error(value, None, term.unit) for value in (difference.ours, difference.theirs))
-    numbers = f"{ours} against {theirs} ({difference.against}), {_change(metric.name, term, difference)}"
+    numbers = f"{ours} against {theirs} ({difference.against}), {_change(term, difference)}"
     if difference.verdict == "no claim":
-        why = "a metric whose direction is not known" if metric.higher_is_better is None else "one measurement without an error"
-        return f"Nothing claimed about the {term.noun} of {label}", f"{numbers}; {why}"
-    if difference.verdict == "within noise":
-        return f"No difference beyond the noise in {term.noun} with {label}", numbers
+        why = (
+            "it is not known which way is better" if metric.higher_is_better is None else "without an error nothing is claimed"
+        )
+        return f"{term.noun[0].upper()}{term.noun[1:]} of {label}", f"{numbers}; {why}"
     direction = "Higher" if difference.value > 0 else "Lower"
+    if difference.verdict == "within noise":
+        alike = {found.verdict for found in difference.seeds.values()} in ({"better"}, {"worse"})
+        if alike and len(difference.seeds) > 1:
+            return f"{direction} {term.noun} with {label} in each seed here, but too unevenly for a claim beyond them", numbers
+        return f"No clear difference in {term.noun} with {label}", numbers
     worse = ", which is worse" if difference.verdict == "worse" else ""
     return f"{direction} {term.noun} with {label}{worse}", numbers
 
 
-def _change(name: str, term: Term, difference: Difference) -> str:
-    text = f"a difference of {difference_text(name, difference)}"
+def _change(term: Term, difference: Difference) -> str:
+    text = f"a difference of {with_error(difference.value, difference.stderr, term.unit, signed=True)}"
     seeds = difference.seeds
     if len(seeds) == 1:
         return text + (f" over {difference.items:,} {term.items}" if difference.items else "")
@@ -119,8 +145,8 @@ def footnotes(task: TaskComparison) -> list[str]:
         )
         tested = sum(d.verdict != "no claim" for metric in task.metrics for d in metric.differences.values())
         notes.append(
-            f"A difference counts as better or worse when it is {rule}; of {tested} such tests up to one in twenty would "
-            "pass by chance if no difference were real."
+            f"Below a value: its difference to {task.baseline} (of shares in percentage points). A difference counts as better or "
+            f"worse when it is {rule}; of {tested} such tests up to one in twenty would pass by chance if no difference were real."
         )
     names = {metric.name for metric in task.metrics}
     if "accepted_tokens_per_cycle" in names:
@@ -130,11 +156,4 @@ def footnotes(task: TaskComparison) -> list[str]:
         )
     if any(describe(name).counterpart for name in names):
         notes.append("The dynamics model run alone is compared with the transformer of the baseline at the same length.")
-    differing = [
-        label for label, runs in task.models.items() for run in runs.values() if run.decoding.get("identical") is False
-    ]
-    if differing:
-        notes.append(
-            f"Drafting changed the decoded tokens of {', '.join(dict.fromkeys(differing))}: its decoding speed is void."
-        )
     return notes + task.caveats

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from nextlat.report import plots
 from nextlat.report.comparison import TaskComparison, compare
 from nextlat.report.page import Picture, Pictures, page
 from nextlat.report.runs import MAP, Run
+from nextlat.report.wording import claims
 from nextlat.tasks.street_map import ReconstructedMap
 from nextlat.tasks.street_map_record import read_map_record
 from nextlat.tasks.street_network import StreetNetwork
@@ -43,7 +45,8 @@ def write_report(runs: Sequence[Run], directory: str | Path) -> Path:
             pictures = [
                 _draw(task, staging, "" if len(comparison.tasks) == 1 else f"-{task.task}") for task in comparison.tasks
             ]
-            content = json.dumps(comparison.to_dict(), indent=2, allow_nan=False)
+            said = [{**asdict(claim), "text": claim.text} for task in comparison.tasks for claim in claims(task)]
+            content = json.dumps({**comparison.to_dict(), "claims": said}, indent=2, allow_nan=False)
             (staging / COMPARISON).write_text(content + "\n", encoding="utf-8")
             (staging / PAGE).write_text(page(comparison, pictures), encoding="utf-8")
             move_into(staging, directory, last=PAGE)

@@ -1,0 +1,48 @@
+"""The demo's machinery, on its smallest recipe: jobs side by side, results gathered, failures told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nextlat import demo
+from nextlat.errors import NextLatError
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    recipe = (Path(demo.__file__).parent / "recipes" / "city-tiny.toml").read_text()
+    recipe = (
+        recipe.replace("steps = 60", "steps = 4")
+        .replace("tests = 50", "tests = 12")
+        .replace("decay_steps = 20", "decay_steps = 2")
+    )
+    recipe = recipe.replace("warmup_steps = 10", "warmup_steps = 1").replace("log_every = 5", "log_every = 1")
+    path = tmp_path / "tiny.toml"
+    path.write_text(recipe)
+    monkeypatch.setattr(demo, "RECIPES", (str(path),))
+    return tmp_path / "out"
+
+
+def test_the_demo_trains_both_objectives_and_gathers_the_results(tiny: Path) -> None:
+    jobs = demo.jobs(tiny, [3])
+    assert [(job.objective, job.seed) for job in jobs] == [("nextlat", 3), ("next-token", 3)]
+    states = list(demo.run(jobs))
+    assert [state for job, _, state in states if job == jobs[0]][-1] == "done"
+    entries = json.loads(demo.collect(jobs, tiny).read_text())
+    assert [entry["objective"] for entry in entries] == ["nextlat", "next-token"]
+    assert {"next_token_test", "valid_trajectories", "effective_latent_rank"} <= entries[0]["metrics"].keys()
+
+
+def test_a_job_that_fails_says_why(tiny: Path) -> None:
+    jobs = demo.jobs(tiny, [0])
+    jobs[1].directory.parent.mkdir(parents=True)
+    jobs[1].directory.write_text("in the way")
+    with pytest.raises(NextLatError, match="next-token s0' failed"):
+        list(demo.run(jobs))
+
+
+@pytest.mark.parametrize("seeds", [[-1], [1, 1]])
+def test_bad_seeds_are_refused(seeds: list[int], tmp_path: Path) -> None:
+    with pytest.raises(NextLatError, match="seeds"):
+        demo.jobs(tmp_path, seeds)

@@ -1,0 +1,249 @@
+"""The report: pictures that show every seed, and one page that needs nothing but itself and claims only what the verdicts allow."""
+
+import base64
+import errno
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from fabricated_runs import CITY, NETWORK, write_city_run, write_run, write_word_problem_run
+from nextlat.errors import NextLatError
+from nextlat.report import claims, compare, read_runs, terminal_table, write_report
+from nextlat.report import plots as figures
+from nextlat.report.comparison import TaskComparison
+from nextlat.report.wording import with_error
+from nextlat.tasks.street_map import reconstruct
+from nextlat.tasks.street_map_record import map_record, read_map_record
+
+OBJECTIVES = ("next-token", "nextlat")
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a page consists of; fails on a tag that is not closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    paths = [write_city_run(folder / f"city-{name}-{seed}", name, seed) for seed in (0, 1) for name in OBJECTIVES]
+    return paths + [write_word_problem_run(folder / f"words-{name}", name, 0) for name in OBJECTIVES]
+
+
+@pytest.fixture(scope="module")
+def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(read_runs(runs), tmp_path_factory.mktemp("report") / "new")
+
+
+@pytest.fixture
+def city(runs: list[Path]) -> TaskComparison:
+    return compare(read_runs(runs)).tasks[0]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(report: Path) -> None:
+    text = report.read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "url(" not in text
+    assert "@import" not in text
+    assert not [attrs for _, attrs in page.tags if "href" in attrs]
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    # two models x two seeds; metrics, curves and acceptance of the city; metrics, accuracy and curves of the word problem
+    assert len(images) == 4 + 3 + 3
+    for image in images:
+        head, data = str(image["src"]).split(",")
+        assert head == "data:image/png;base64"
+        assert imread(io.BytesIO(base64.b64decode(data))).shape[1] > 500
+        assert len(str(image["alt"])) > 20
+    assert any("name" in attrs and attrs["name"] == "viewport" for tag, attrs in page.tags if tag == "meta")
+
+
+def test_the_page_says_what_the_comparison_found(report: Path, runs: list[Path]) -> None:
+    words = Page(report.read_text()).words
+    comparison = compare(read_runs(runs))
+    found = [claim for task in comparison.tasks for claim in claims(task)]
+    assert {claim.verdict for claim in found} == {"better", "worse", "within noise"}
+    for claim in found:
+        assert claim.text in words
+    for needed in (
+        "another scale",
+        "52.7",
+        "minus one",
+        "nextlat train city-small --objective nextlat --seed 1",
+        "123,456",
+        "3.11.2",
+    ):
+        assert needed in words
+    stored = json.loads((report.parent / "comparison.json").read_text())
+    assert [claim["text"] for claim in stored["claims"]] == [claim.text for claim in found]
+    [rank] = [metric for metric in stored["tasks"][0]["metrics"] if metric["name"] == "effective_latent_rank"]
+    assert rank["differences"]["NextLat d=2"]["value"] == pytest.approx(-7.3, abs=1)
+
+
+def test_pictures_lie_beside_the_page(report: Path) -> None:
+    names = {path.name for path in report.parent.iterdir()}
+    assert {"maps-streets-s0.png", "maps-streets-s1.png", "learning-curves-streets.png", "accuracy-word-problem.png"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_whatever_is_in_a_run_is_escaped(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", items={"<b>metric": np.ones(3)}, record={"recipe_name": "<script>", "command": ["x", "<img src=x>"]}
+    )
+    page = Page(write_report(read_runs([run]), tmp_path / "report").read_text())
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<b>metric" in page.words
+    assert "<img src=x>" in page.words
+    assert "nothing is compared" in page.words
+
+
+@pytest.mark.parametrize("step", ["save", "draw_maps", "move_into"])
+def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
+    (run / "metrics.jsonl").unlink()
+    (run / "map.json").write_text(json.dumps(map_record(NETWORK, reconstruct(NETWORK, []))))
+    page = tmp_path / "report" / "report.html"
+    page.parent.mkdir()
+    page.write_text("old")
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"nextlat.report.{'plots.save' if step == 'save' else f'writing.{step}'}", full)
+    with pytest.raises(NextLatError, match="No space left"):
+        write_report(read_runs([run]), page.parent)
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+    assert page.read_text() == "old"
+
+
+def test_bad_places_and_maps_are_one_sentence(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
+    (run / "metrics.jsonl").unlink()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NextLatError, match="cannot write"):
+        write_report(read_runs([run]), tmp_path / "file" / "report")
+    (run / "map.json").write_text('{"used": []}')
+    with pytest.raises(NextLatError, match=r"map.json is corrupt"):
+        write_report(read_runs([run]), tmp_path / "report")
+
+
+# ---- pictures ----
+
+
+def test_learning_curves_draw_every_seed(city: TaskComparison) -> None:
+    figure = figures.learning_curves(city)
+    assert figure is not None
+    top, *parts = figure.axes
+    training = [line for line in top.lines if len(line.get_xdata()) == 40]
+    held_out = [line for line in top.lines if len(line.get_xdata()) == 4]
+    assert (len(training), len(held_out)) == (4, 4)
+    assert len({line.get_color() for line in training}) == 2
+    assert [len(ax.lines) for ax in parts] == [2, 2]  # only NextLat has these losses, at two seeds
+
+
+def test_metric_panel_draws_every_seed_at_its_value(city: TaskComparison) -> None:
+    figure = figures.metric_panel(city)
+    assert figure is not None
+    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in figure.axes]
+    assert len(titles) == len(CITY) + 2  # mean acceptance length and decoding speed, but not the metrics that repeat them
+    assert [title[-1] for title in titles[:2]] == ["\N{DOWNWARDS ARROW}", "\N{UPWARDS ARROW}"]
+    [rank] = [metric for metric in city.metrics if metric.name == "effective_latent_rank"]
+    ax = figure.axes[titles.index("Effective latent rank\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}")]
+    drawn = sorted(float(bars.lines[0].get_ydata()[0]) for bars in ax.containers)  # type: ignore[union-attr, index, arg-type]
+    assert drawn == sorted(value for estimate in rank.estimates.values() for value, _ in estimate.seeds.values())
+
+
+def test_accuracy_marks_training_length_and_chance(runs: list[Path]) -> None:
+    figure = figures.accuracy_by_position(compare(read_runs(runs)).tasks[1])
+    assert figure is not None
+    [ax] = figure.axes
+    ends = [np.asarray(line.get_xydata()) for line in ax.lines]
+    assert sum(len(line) == 24 for line in ends) == 3  # two transformers, one dynamics model
+    assert any((line[:, 0] == 8).all() for line in ends)
+    assert any((line[:, 1] == 1 / 5).all() for line in ends)
+
+
+def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    [task] = compare(read_runs([run])).tasks
+    assert figures.learning_curves(task) is figures.metric_panel(task) is figures.acceptance(task) is None
+    assert figures.accuracy_by_position(task) is None
+
+
+def test_a_map_survives_its_record() -> None:
+    reconstructed = reconstruct(NETWORK, [(0, 3, [2, 2, 0, 5]), (1, 1, None)])
+    network, again = read_map_record(json.loads(json.dumps(map_record(NETWORK, reconstructed))))
+    assert network.fingerprint() == NETWORK.fingerprint()
+    assert again.invented == reconstructed.invented
+    assert np.array_equal(again.used, reconstructed.used)
+    assert again.counts() == reconstructed.counts()
+
+
+# ---- words ----
+
+
+def test_terminal_table_fits_and_shows_the_verdicts(runs: list[Path]) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(compare(read_runs(runs))))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    row = re.search(r"Effective latent rank .*\n.*", text)
+    assert row is not None
+    assert re.search(r" 28\.\d+ ± 0\.\d+ +21\.\d+ ± 0\.\d+\n +−7\.\d+ ± 0\.\d+ better", row[0])
+    assert "minus one" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "unit", "signed", "text"),
+    [
+        (0.973, 0.005, "share", False, "97.3 ± 0.5 %"),
+        (0.99973, 0.0002, "share", False, "99.97 ± 0.02 %"),
+        (-0.021, 0.01, "share", True, "−2.1 ± 1.0 points"),
+        (-0.00001, 0.0004, "share", True, "0.00 ± 0.04 points"),
+        (28.43, 0.12, "number", False, "28.4 ± 0.1"),
+        (-1.234, None, "number", True, "−1.23"),
+        (2.3, 0.04, "factor", False, "2.30× ± 0.04"),
+        (0.98765, 0.0, "nats", False, "0.988 ± 0.000"),
+        (float("nan"), None, "number", False, "not a number"),
+    ],
+)
+def test_numbers_show_as_many_digits_as_their_error_deserves(
+    value: float, error: float | None, unit: str, signed: bool, text: str
+) -> None:
+    assert with_error(value, error, unit, signed=signed) == text  # type: ignore[arg-type]
+
+
+def test_changed_output_is_never_called_a_speedup(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(seed), seed=seed, numbers={"decoding_speedup": 3.0 + seed}, decoding={"identical": seed > 0})
+        for seed in range(3)
+    ]
+    [task] = compare(read_runs(runs)).tasks
+    assert [claim.verdict for claim in claims(task)] == ["no claim"]
