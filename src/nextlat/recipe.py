@@ -4,19 +4,18 @@ TOML in, plain frozen dataclasses out. A recipe is strict: an unknown key, a wro
 that names the place, the key and the nearest valid name; nothing is converted behind the user's back and nothing is ignored.
 """
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from nextlat.errors import NextLatError
 from nextlat.objectives import OBJECTIVES
+from nextlat.strict import Reader, nearest
 from nextlat.tasks import TASKS
 
 BUILT_IN = Path(__file__).parent / "recipes"
@@ -219,14 +218,7 @@ def _find(name_or_path: str) -> Path:
         return BUILT_IN / f"{name_or_path}.toml"
     if path.suffix == ".toml" or path.is_dir():
         raise NextLatError(f"there is no recipe file {name_or_path}: give the path of a .toml file.")
-    raise NextLatError(f"unknown recipe '{name_or_path}': {_nearest(name_or_path, built_in_recipes())}; a path ends in .toml.")
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"perhaps {close[0]} is meant"
-    return f"there are {', '.join(valid)}" if valid else "it takes no settings"
+    raise NextLatError(f"unknown recipe '{name_or_path}': {nearest(name_or_path, built_in_recipes())}; a path ends in .toml.")
 
 
 def _split(item: str) -> tuple[str, str]:
@@ -264,7 +256,7 @@ def _without_none(content: Any) -> Any:
 
 def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: str, where: str) -> Recipe:
     """Type every table of a recipe. `requests` (key -> text, source) says what came from the command line."""
-    reader = _Reader(requests, where)
+    reader = Reader(requests, where)
     tables = {key: content.pop(key, {}) for key in ("task", "objectives", *_TABLES)} if isinstance(content, dict) else {}
     for key, table in tables.items():
         if not isinstance(table, dict):
@@ -272,18 +264,18 @@ def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: 
     top = reader.read(_Top, content, "", extra=("task", "objectives", *_TABLES))
     if top.objective not in OBJECTIVES:
         raise NextLatError(
-            f"{reader.source('objective')}: unknown objective '{top.objective}': {_nearest(top.objective, [*OBJECTIVES])}."
+            f"{reader.source('objective')}: unknown objective '{top.objective}': {nearest(top.objective, [*OBJECTIVES])}."
         )
     task = dict(tables["task"])
     task_name = task.pop("name", None)
     if task_name not in TASKS:
         told = f"unknown task '{task_name}'" if task_name is not None else "no task.name"
-        raise NextLatError(f"{reader.source('task.name')}: {told}: {_nearest(str(task_name), [*TASKS])}.")
+        raise NextLatError(f"{reader.source('task.name')}: {told}: {nearest(str(task_name), [*TASKS])}.")
     objectives = {}
     for key, table in tables["objectives"].items():
         if key not in OBJECTIVES:
             raise NextLatError(
-                f"{reader.source(f'objectives.{key}')}: unknown objective '{key}': {_nearest(key, [*OBJECTIVES])}."
+                f"{reader.source(f'objectives.{key}')}: unknown objective '{key}': {nearest(key, [*OBJECTIVES])}."
             )
         objectives[key] = reader.read(OBJECTIVES[key][0], table, f"objectives.{key}")
     recipe = Recipe(
@@ -318,89 +310,6 @@ def _check(recipe: Recipe, where: str) -> None:
     else:
         return
     raise NextLatError(f"{where}: {problem}.")
-
-
-@cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-class _Reader:
-    """Turns tables into dataclasses and everything that is wrong with them into one sentence."""
-
-    def __init__(self, requests: dict[str, tuple[str, str]], where: str) -> None:
-        self.requests, self.where = requests, where
-
-    def source(self, key: str) -> str:
-        """Where a key was set: the override, or the file."""
-        for requested, (_, source) in self.requests.items():
-            if requested == key or requested.startswith(f"{key}."):
-                return source
-        return self.where
-
-    def read(self, kind: type, table: Any, place: str, extra: Sequence[str] = ()) -> Any:
-        """One dataclass from one table.
-
-        Args:
-            place: the table's dotted name, "" for the top. extra: names that are valid there besides the fields.
-        """
-        if not isinstance(table, dict):
-            raise NextLatError(f"{self.source(place)}: '{place}' must be a table.")
-        self._check_keys(kind, table, place, extra)
-        adapter = _adapter(kind)
-        try:
-            return self._validate(adapter, table)
-        except ValidationError as error:
-            plain = self._as_plain_words(error, table, place)
-            if plain is not None:
-                try:
-                    return self._validate(adapter, plain)
-                except ValidationError:
-                    pass
-            raise NextLatError(self._sentence(error, table, place)) from error
-        except (ValueError, TypeError) as error:
-            raise NextLatError(f"{self.where}: [{place}] {error}.") from error
-
-    @staticmethod
-    def _validate(adapter: TypeAdapter[Any], table: dict[str, Any]) -> Any:
-        # Strict as JSON is: 1.0 or true is no int, "1" is no number, but an array may become a tuple and a word a path.
-        return adapter.validate_json(json.dumps(table, default=str), strict=True)
-
-    def _check_keys(self, kind: type, table: dict[str, Any], place: str, extra: Sequence[str]) -> None:
-        hints = get_type_hints(kind, include_extras=True)
-        valid = [f.name for f in fields(kind) if f.init]
-        for key, value in table.items():
-            full = f"{place}.{key}".lstrip(".")
-            if key not in valid:
-                table_name = f"[{place}]" if place else "a recipe"
-                raise NextLatError(f"{self.source(full)}: {table_name} has no '{key}': {_nearest(key, [*valid, *extra])}.")
-            nested = next((t for t in (hints[key], *get_args(hints[key])) if isinstance(t, type) and is_dataclass(t)), None)
-            if nested is not None and isinstance(value, dict):
-                self._check_keys(nested, value, full, ())
-
-    def _as_plain_words(self, error: ValidationError, table: dict[str, Any], place: str) -> dict[str, Any] | None:
-        """The table with overrides that do not fit as numbers taken as plain words: `task.place=10115` is a place too."""
-        changed = dict(table)
-        for problem in error.errors():
-            key = str(problem["loc"][0]) if problem["loc"] else ""
-            text = self.requests.get(f"{place}.{key}".lstrip("."), ("", ""))[0]
-            if text and problem["type"].startswith("string"):
-                changed[key] = text
-        return changed if changed != table else None
-
-    def _sentence(self, error: ValidationError, table: dict[str, Any], place: str) -> str:
-        problems = error.errors()
-        # A union such as `int | None` reports every branch: the branch that was meant is the one that is not None's.
-        problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
-        key = str(problem["loc"][0]) if problem["loc"] else ""
-        full = f"{place}.{key}".strip(".")
-        message = problem["msg"][0].lower() + problem["msg"][1:]
-        if problem["type"] == "missing" and len(problem["loc"]) == 1:
-            return f"{self.where}: '{full}' is missing."
-        if problem["type"] in ("value_error", "assertion_error"):
-            return f"{self.source(full)}: {full + ': ' if full else ''}{problem['ctx']['error']}."
-        message = "too few values" if problem["type"] == "missing" else message
-        return f"{self.source(full)}: '{full}' = {json.dumps(table.get(key), default=str)} is not valid: {message}."
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:

@@ -233,10 +233,12 @@ class NextLatTrainer(Trainer):
         if not batches:
             return [], None
         self._steps += 1
-        counts = torch.stack([self._model.counts(**batch) for batch in batches]).sum(0).to(device)
         for batch in batches:
             mask = batch.get("attention_mask")
             self._tokens += batch["input_ids"].numel() if mask is None else mask.sum()
+        if len(batches) == 1 and self.args.world_size == 1:
+            return batches, None  # the batch is the whole step, whose own counts the loss takes anyway
+        counts = torch.stack([self._model.counts(**batch) for batch in batches]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts

@@ -37,7 +37,8 @@ thead th, thead td { border-top: 0; border-bottom: 1px solid var(--ink); }
 tbody tr:first-child > * { border-top: 0; }
 td .value, th .change { display: block; }
 .value { white-space: nowrap; }
-.change { color: var(--quiet); font-size: .82rem; white-space: nowrap; margin-right: .5rem; }
+.change { color: var(--quiet); font-size: .82rem; white-space: nowrap; }
+td .mark { margin-left: .5rem; }
 table.facts td { overflow-wrap: anywhere; }
 ul.notes { color: var(--quiet); font-size: .85rem; padding-left: 1.1rem; margin: .9rem 0 0; }
 .quiet { color: var(--quiet); }
@@ -56,7 +57,6 @@ dd { margin: 0; }
   h1 { font-size: 1.5rem; }
   table { font-size: .85rem; }
   th, td { padding: .45rem .3rem; }
-  .change { margin-right: 0; }
   td .mark { display: block; }
   ul.findings li { display: block; }
   ul.findings .mark { display: block; }

@@ -24,11 +24,11 @@ def _table(task: TaskComparison) -> Table:
         table.add_column(label, justify="right", header_style="bold")
     for metric in task.metrics:
         title = f"{ARROWS[metric.higher_is_better]} {describe(metric.name).title}"
-        table.add_row(title, *(_cell(metric, label) for label in task.models))
+        table.add_row(title, *(_cell(metric, label, beside=len(task.models) < 3) for label in task.models))
     return table
 
 
-def _cell(metric: MetricComparison, label: str) -> Text:
+def _cell(metric: MetricComparison, label: str, *, beside: bool) -> Text:
     estimate, difference = metric.estimates.get(label), metric.differences.get(label)
     if estimate is None:
         return Text("\N{EN DASH}", style="dim")
@@ -36,7 +36,8 @@ def _cell(metric: MetricComparison, label: str) -> Text:
     if difference is not None and describe(metric.name).reference is None:
         text.append(f"\n{difference_text(metric.name, difference)}", style="dim")
     if difference is not None and difference.verdict != "no claim":
-        text.append(" " if "\n" in text.plain else "\n").append(difference.verdict, style=STYLES[difference.verdict])
+        beside = beside and "\n" in text.plain
+        text.append(" " if beside else "\n").append(difference.verdict, style=STYLES[difference.verdict])
     return text
 
 

@@ -82,18 +82,27 @@ def claims(task: TaskComparison) -> list[Claim]:
 
 
 def summary(task: TaskComparison) -> str:
-    """How many differences fell out which way."""
-    verdicts = [claim.verdict for claim in claims(task)]
+    """How many differences of each model fell out which way."""
     words: dict[Verdict, str] = {
-        "better": "better", "worse": "worse", "within noise": "within the noise", "no claim": "measured without an error",
-    }  # fmt: skip
-    counts = [
-        f"{verdicts.count(verdict)} {word}" for verdict, word in words.items() if verdict != "no claim" or verdict in verdicts
-    ]
-    others = [label for label in task.models if label != task.baseline]
+        "better": "better",
+        "worse": "worse",
+        "within noise": "within the noise",
+        "no claim": "measured without an error",
+    }
+    found = claims(task)
+    parts = []
+    for label in dict.fromkeys(claim.model for claim in found):
+        verdicts = [claim.verdict for claim in found if claim.model == label]
+        counts = [
+            f"{verdicts.count(verdict)} {word}"
+            for verdict, word in words.items()
+            if verdict != "no claim" or verdict in verdicts
+        ]
+        parts.append(f"{label}: {', '.join(counts)}.")
     seeds = {seed for runs in task.models.values() for seed in runs}
-    one = f" From one seed ({seeds.pop()}), with errors over test items." if len(seeds) == 1 else ""
-    return f"{', '.join(others)}: {', '.join(counts)}.{one}"
+    if len(seeds) == 1:
+        parts.append(f"From one seed ({seeds.pop()}), with errors over test items.")
+    return " ".join(parts)
 
 
 def _sentence(metric: MetricComparison, label: str, difference: Difference) -> tuple[str, str]:
