@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_lm
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import nextlat
+from conftest import tiny_lm
 from nextlat.cli import app
 
 TINY = [

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import tiny_lm
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from conftest import tiny_lm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,13 +13,13 @@ from conftest import tiny_lm
 from nextlat.backbone import Backbone
 from nextlat.errors import NextLatError
 from nextlat.metrics import effective_rank, paired_difference
+from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.street_map import reconstruct
 from nextlat.tasks.street_metrics import (
     continuation_probabilities,
     detour_robustness,
     greedy_rides,
     identical_continuations,
-    latent_rank,
     next_token_test,
     pair_draws,
     sequence_compression,

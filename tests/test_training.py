@@ -164,6 +164,23 @@ def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
     assert all(y == pytest.approx(x, rel=1e-4, abs=1e-7) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when it imports its compiler
+def test_compiled_layers_train_the_same(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.nn.Module.compile
+    compiled: list[str] = []
+
+    def without_code_generation(self: torch.nn.Module) -> None:
+        compiled.append(type(self).__name__)
+        original(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code_generation)
+    run = train(tiny("run.compile=true"), tmp_path / "run", progress=False)
+    assert compiled == ["LlamaModel"]
+    assert largest_difference(whole, run) < 1e-6
+    assert load_file(run / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
+
+
 # ---- what is logged, and the settings that reach the optimiser ----
 
 

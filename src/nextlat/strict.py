@@ -26,7 +26,12 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 
 class Reader:
-    """Turns tables into dataclasses and everything that is wrong with them into one sentence."""
+    """Turns tables into dataclasses and everything that is wrong with them into one sentence.
+
+    Args:
+        requests: keys that were set on the command line -> their text and how to name them in a sentence.
+        where: how to name the place of all other keys, e.g. "recipe city-small.toml".
+    """
 
     def __init__(self, requests: dict[str, tuple[str, str]], where: str) -> None:
         self.requests, self.where = requests, where
@@ -43,6 +48,9 @@ class Reader:
 
         Args:
             place: the table's dotted name, "" for the top. extra: names that are valid there besides the fields.
+
+        Raises:
+            NextLatError: an unknown key, a missing one, a wrong type or a value out of range.
         """
         if not isinstance(table, dict):
             raise NextLatError(f"{self.source(place)}: '{place}' must be a table.")

@@ -17,6 +17,7 @@ from nextlat.metrics import Score
 from nextlat.tasks import street_metrics as score
 from nextlat.tasks.base import STREAM, Metric, Task
 from nextlat.tasks.conditioned_walks import conditioned_walks
+from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.street_map import reconstruct
 from nextlat.tasks.street_map_record import map_record
 from nextlat.tasks.street_network import StreetNetwork
@@ -212,4 +213,4 @@ class Streets(Task):
         rng = np.random.default_rng(5)
         drawn = random_walks(self.network, walks, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng)
         rows = pack(*drawn, length, LATENT_ROWS)
-        return score.latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
+        return latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])

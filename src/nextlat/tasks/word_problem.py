@@ -27,6 +27,7 @@ from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.metrics import Score, mean_score
 from nextlat.tasks.base import STREAM, Metric, Task
+from nextlat.tasks.latent_rank import latent_rank
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
@@ -108,6 +109,7 @@ class WordProblem(Task):
         self.higher_is_better = {
             f"{who}_accuracy_{n}": True for who in ("transformer", "dynamics") for n in self._test_lengths()
         }
+        self.higher_is_better["effective_latent_rank"] = False
         self._train, self._held_out = _split(_distinct(len(self.group.names), config))
 
     def _test_lengths(self) -> list[int]:
@@ -144,7 +146,14 @@ class WordProblem(Task):
         return []  # the labels are products, not inputs: there is nothing to continue
 
     def metrics(self) -> Mapping[str, Metric]:
-        return {"word problem": self.accuracies}
+        return {
+            "word problem": self.accuracies,
+            "effective latent rank": lambda model: {"effective_latent_rank": self.latent_rank(model)},
+        }
+
+    def latent_rank(self, model: "ObjectiveModel") -> Score:
+        """Effective rank of the states of the held-out rows of the training length."""
+        return latent_rank(model, self.rows(self._held_out[: self.config.tests])["input_ids"][:, :-1])
 
     @torch.inference_mode()
     def accuracies(self, model: "ObjectiveModel") -> dict[str, Score | list[float]]:
