@@ -22,6 +22,7 @@ from nextlat.tasks.street_metrics import (
     identical_continuations,
     next_token_test,
     pair_draws,
+    sampled_rides,
     sequence_compression,
     valid_trajectories,
 )
@@ -574,3 +575,21 @@ def test_a_ride_that_left_the_map_never_returns(city):
     told = ride(Oracle(city), city, prompts, MAX_MOVES, choose=lambda step: script[step.made], leave_map=True)
     np.testing.assert_array_equal(told.tokens[0, :3], script)
     assert not told.arrived[0]
+
+
+def test_sampled_rides_stay_among_the_tokens_above_the_cut(city, pairs):
+    """The oracle gives every illegal token next to nothing: what is drawn from it is legal, varied, and the same every time."""
+    rides = sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=1)
+    for (source, _, moves), row in zip(rides.sequences(pairs), range(len(pairs)), strict=True):
+        here = source
+        for move in moves or []:
+            here = city.targets[here, move]
+            assert here >= 0
+        if moves is not None and rides.arrived[row]:
+            assert here == pairs.destination[row]
+    again = sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=1, batch_size=7)
+    assert (rides.tokens == again.tokens).all()
+    assert (sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=2).tokens != rides.tokens).any()
+    greedy = greedy_rides(Oracle(city), city, pairs, MAX_MOVES)
+    certain = sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=0.9, seed=1)  # only the best token is above this cut
+    assert (certain.tokens == greedy.tokens).all()

@@ -77,6 +77,27 @@ def greedy_rides(
     return ride(model, network, prompts, max_moves, leave_map=leave_map, batch_size=batch_size)
 
 
+def sampled_rides(
+    model: SequenceModel,
+    network: StreetNetwork,
+    pairs: Pairs,
+    max_moves: int,
+    *,
+    epsilon: float = 0.01,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Rides:
+    """One ride a pair that the model holds possible: every token drawn among those of probability above `epsilon`.
+
+    The cut is that of the compression test (`sequence_compression`). Rides that leave the true map are driven on: these are what the
+    map in the model's head is rebuilt from, mistakes that it would make now and then included.
+    """
+    draws = pair_draws(seed, (max_moves + 1,), np.arange(len(pairs)), pairs.source, pairs.destination)
+    prompts = Prompts.of_pairs(pairs.source, pairs.destination)
+    choose = partial(_sample, epsilon=epsilon, draws=draws, begun=prompts.lengths)
+    return ride(model, network, prompts, max_moves, choose=choose, leave_map=True, batch_size=batch_size)
+
+
 def valid_trajectories(
     model: SequenceModel, network: StreetNetwork, pairs: Pairs, max_moves: int, *, batch_size: int = 256
 ) -> Score:

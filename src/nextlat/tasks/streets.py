@@ -27,7 +27,7 @@ from nextlat.tasks.walks import FIRST_NODE, Pairs, WalkDataset, held_out_pairs, 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
 
-MAP = "map.json"
+MAP, MAP_RIDES = "map.json", 1000
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
 
 
@@ -196,14 +196,11 @@ class Streets(Task):
         }
 
     def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """map.json: the city that the model seems to have in mind, rebuilt from its greedy rides."""
-        pairs = self.pairs[: self.config.tests]
-        rides = score.greedy_rides(model, self.network, pairs, self.config.max_moves, leave_map=True)
-        followed = [
-            (int(source), int(destination), rides.moves(row))
-            for row, (source, destination) in enumerate(zip(pairs.source, pairs.destination, strict=True))
-        ]
-        return {MAP: map_record(self.network, reconstruct(self.network, followed))}
+        """map.json: the city in the model's head, rebuilt from 1,000 rides or more that it holds possible (`sampled_rides`)."""
+        times = -(-MAP_RIDES // len(self.pairs))
+        pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
+        rides = score.sampled_rides(model, self.network, pairs, self.config.max_moves)
+        return {MAP: map_record(self.network, reconstruct(self.network, rides.sequences(pairs)))}
 
     def latent_rank(self, model: "ObjectiveModel") -> Score:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
