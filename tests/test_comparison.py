@@ -149,6 +149,15 @@ def test_decoding_is_compared_with_plain_decoding(tmp_path: Path) -> None:
     assert (found.theirs, found.verdict, found.against) == (1.0, "better", "plain KV-cached decoding")
 
 
+def test_changed_output_is_never_called_a_speedup(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(seed), seed=seed, numbers={"decoding_speedup": 3.0 + seed}, decoding={"identical": seed > 0})
+        for seed in range(3)
+    ]
+    [task] = compare(read_runs(runs)).tasks
+    assert [claim.verdict for claim in claims(task)] == ["no claim"]
+
+
 def test_dynamics_alone_is_compared_with_the_baselines_transformer(tmp_path: Path) -> None:
     ours: Items = {"transformer_accuracy_24": half(-20), "dynamics_accuracy_24": half(50)}
     task = compared(tmp_path, {0: ours}, {0: {"transformer_accuracy_24": half()}}, task="word-problem")

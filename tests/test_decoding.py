@@ -17,7 +17,7 @@ from nextlat.decoding import Cycle, GenerationStats, decode
 from nextlat.decoding.sampling import Greedy, Sampling
 from nextlat.objectives import Objective
 
-VOCABULARY, NEW, DRAWS = 50, 24, 40
+VOCABULARY, NEW, DRAWS = 50, 24, 25
 
 
 class Oracle(Objective):
@@ -127,7 +127,7 @@ def test_greedy_equals_transformers_with_its_own_drafts(family: str):
     lm, prompt = tiny_lm(family, vocab_size=VOCABULARY, seed=1), torch.arange(3, 8)[None]
     expected = plain_greedy(lm, prompt, NEW).tolist()
     model = attach(lm, NextLatConfig())
-    for draft_length in (0, 1, 3, 8):
+    for draft_length in (1, 5):
         ids, stats = model.generate(prompt, max_new_tokens=NEW, draft_length=draft_length, return_stats=True)
         assert ids.tolist() == expected
         assert stats.tokens == NEW == 1 + stats.cycles + stats.accepted
@@ -296,7 +296,7 @@ def test_the_drafters_choices_appear_as_often_as_the_transformer_wants():
     model, prompt = five_token_model()
     rule = Sampling(generator=torch.Generator().manual_seed(5))
     count, mean, variance = torch.zeros(3, 5, dtype=torch.float64)
-    for draft_length in (1, 2, 3, 8) * 5:
+    for draft_length in (1, 2, 3, 8) * 3:
         tokens, first = prompt[0].tolist(), []
         for cycle in decode(model, prompt, rule, 120, draft_length):
             first += [len(tokens)] if cycle.drafted else []

@@ -102,6 +102,18 @@ def test_same_seed_same_bits_other_seed_other_weights(whole: Path, tmp_path: Pat
     assert largest_difference(whole, train(tiny(seed=1), tmp_path / "other", progress=False)) > 1e-3
 
 
+def test_rows_prepared_in_another_process_are_the_same(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("run.workers=1")
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted) as stopped:
+            train(recipe, tmp_path / "run", progress=False)
+    assert (stopped.value.step, stopped.value.signal) == (3, signal.SIGTERM)
+    train(recipe, tmp_path / "run", progress=False)
+    assert largest_difference(whole, tmp_path / "run") == 0
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
 def test_objectives_start_from_the_same_transformer() -> None:
     task = tiny().task.build()
     torch.manual_seed(123)  # nothing may come from the surroundings
@@ -118,7 +130,7 @@ def test_kill_anywhere_and_the_same_command_ends_with_the_same_weights(tmp_path:
     """SIGKILL at operations all over a run: steps, saves, rotation, the final export. See killed_runs.py."""
     script = Path(__file__).with_name("killed_runs.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "4", "0"], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, script, tmp_path, "4", "0"], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -157,7 +169,7 @@ def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "main.py",
          tmp_path / "run", *TINY],
-        check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True, capture_output=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert largest_difference(whole, tmp_path / "run") < 1e-6
     a, b = metrics(whole), metrics(tmp_path / "run")
@@ -275,7 +287,7 @@ def test_run_directory_is_a_plain_model_without_this_package(whole: Path, tmp_pa
         "ids = tokenizer('3 7 N E', return_tensors='pt').input_ids\n"
         "torch.save((ids, lm(ids).logits.detach(), lm.config.use_cache, lm.generation_config.eos_token_id), sys.argv[2])\n"
     )
-    subprocess.run([sys.executable, "-c", code, whole, tmp_path / "logits.pt"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, whole, tmp_path / "logits.pt"], check=True, timeout=600)
     ids, logits, use_cache, eos = torch.load(tmp_path / "logits.pt")
     model = nextlat.load(whole)
     with torch.no_grad():

@@ -163,6 +163,11 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what an interrupted write left in a directory. Only for the one process that writes there."""
-    for path in directory.glob(f"{TEMPORARY}*"):
-        remove(path)
+    """Delete what an interrupted write left in a directory. Only for the one process that writes there.
+
+    Raises:
+        NextLatError: it cannot be deleted.
+    """
+    with write_errors(directory):
+        for path in directory.glob(f"{TEMPORARY}*"):
+            remove(path)

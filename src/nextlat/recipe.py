@@ -78,6 +78,7 @@ class RunSettings:
         log_every: also the window over which losses are averaged. eval_every: 0 = only at the end.
         report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
         precision: bf16 = autocast with fp32 weights. compile: torch.compile of the layers. threads: of torch on the CPU, 0 = leave.
+        workers: processes that prepare rows while the device computes; rows come in order, so that one is as good as many.
     """
 
     save_every: CountOrNone = 0
@@ -88,6 +89,7 @@ class RunSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     threads: CountOrNone = 0
+    workers: CountOrNone = 0
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def sole_writer(directory: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such lock; two runs in one directory are then not noticed
         yield
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    with write_errors(directory, "choose another place"):
+        descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,13 +201,14 @@ def rotate_checkpoints(directory: Path, newest: int, keep: int) -> None:
     found = checkpoints(directory)
     known = [path for path in found if checkpoint_step(path) <= newest]
     kept = known[max(len(known) - keep, 0) :]
-    for path in found:
-        if path not in kept:
-            # Renamed first: a directory that is half deleted must not look like a checkpoint.
-            doomed = path.with_name(f"{TEMPORARY}{path.name}-old")
-            remove(doomed)
-            path.replace(doomed)
-            remove(doomed)
+    with write_errors(directory):
+        for path in found:
+            if path not in kept:
+                # Renamed first: a directory that is half deleted must not look like a checkpoint.
+                doomed = path.with_name(f"{TEMPORARY}{path.name}-old")
+                remove(doomed)
+                path.replace(doomed)
+                remove(doomed)
 
 
 class MetricsLog:

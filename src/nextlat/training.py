@@ -133,6 +133,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         bf16=run.precision == "bf16",
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=run.workers,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,  # strict: what a task gives, the model must take
         seed=recipe.seed,
@@ -194,7 +195,9 @@ def _check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) ->
     if record is None:
         refuse_foreign_directory(out)
         return
-    keys = differences(record["recipe"], recipe.to_dict())
+    keys = differences(
+        Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict()
+    )  # settings newer than the run have defaults
     if "objective" in keys:
         raise NextLatError(
             f"{out} is the run directory of another objective, {record['recipe']['objective']}, not {recipe.objective}: "

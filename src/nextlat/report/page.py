@@ -155,8 +155,8 @@ def _published(task: TaskComparison) -> str:
     )
     return (
         "<details><summary>Published figures, on another scale</summary>\n"
-        f"<p>Not comparable number by number: {escape(published.setting)} ({escape(published.source)}). What can be compared is which "
-        "method is ahead.</p>\n"
+        f"<p>Not comparable number by number, these are of {escape(published.setting)} ({escape(published.source)}). "
+        "What can be compared is which method is ahead.</p>\n"
         f"<div class=scroll><table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div></details>\n"
     )
 

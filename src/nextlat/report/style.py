@@ -49,7 +49,7 @@ figcaption { color: var(--quiet); font-size: .85rem; margin-top: .4rem; }
 .maps figure { margin: .5rem 0 0; }
 details { margin-top: 1rem; border-top: 1px solid var(--line); padding-top: .6rem; }
 summary { cursor: pointer; font-weight: 600; font-size: .95rem; }
-pre { background: var(--shade); padding: .9rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.5; }
+pre { background: var(--shade); padding: .9rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; line-height: 1.5; }
 dt { font-weight: 600; margin-top: .8rem; }
 dd { margin: 0; }
 @media (max-width: 34rem) {
