@@ -46,11 +46,11 @@ def test_everything_trainable_moves_and_the_frozen_stays(family: str, config: ob
 def test_save_and_load_round_trip(family: str, config: object, tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm(family), config)
     model.save_pretrained(tmp_path)
-    again = nextlat.load(tmp_path)
+    again = nextlat.load(tmp_path, attn_implementation="eager")  # Gemma 2 has no other that caps its attention logits
     assert again.objective.name == model.objective.name and again.objective.config == config
     torch.testing.assert_close(again(**batch_of()).loss, model(**batch_of()).loss, rtol=0, atol=1e-6)
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # serving engines read every one of these
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ids = batch_of()["input_ids"]
     torch.testing.assert_close(plain(ids).logits, model(ids).logits)
 

@@ -96,7 +96,7 @@ def test_the_page_says_what_the_comparison_found(report: Path, runs: list[Path])
     for needed in (
         "another scale",
         "52.7",
-        "minus one",
+        "minus the transformer's own token",
         "nextlat train city-small --objective nextlat --seed 1",
         "123,456",
         "3.11.2",
@@ -219,7 +219,7 @@ def test_terminal_table_fits_and_shows_the_verdicts(runs: list[Path]) -> None:
     row = re.search(r"Effective latent rank .*\n.*", text)
     assert row is not None
     assert re.search(r" 28\.\d+ ± 0\.\d+ +21\.\d+ ± 0\.\d+\n +−7\.\d+ ± 0\.\d+ better", row[0])
-    assert "minus one" in text
+    assert "minus the transformer's own" in text
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ _TERMS: dict[str, Term] = {
     "accepted_tokens_per_cycle": Term(
         "Accepted tokens per cycle",
         "number of accepted tokens per cycle",
-        "Mean acceptance length minus one, the transformer's own token not counted: the \N{LEFT DOUBLE QUOTATION MARK}accepted "
+        "Drafted tokens accepted per forward pass, the transformer's own token not counted: the \N{LEFT DOUBLE QUOTATION MARK}accepted "
         "tokens\N{RIGHT DOUBLE QUOTATION MARK} of the NextLat paper.",
         NEXTLAT,
         unit="number",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nextlat.report.comparison import Comparison, MetricComparison, TaskComparison, Verdict
 from nextlat.report.glossary import PUBLISHED, describe
+from nextlat.report.models import TITLES
 from nextlat.report.runs import Run
 from nextlat.report.style import STYLE
 from nextlat.report.terminal import ARROWS
@@ -40,10 +41,11 @@ class Pictures:
 
 def page(comparison: Comparison, pictures: Sequence[Pictures]) -> str:
     """The whole HTML document; `pictures` go with `comparison.tasks`."""
-    labels = list(dict.fromkeys(label for task in comparison.tasks for label in task.models))
+    runs = [run for task in comparison.tasks for group in task.models.values() for run in group.values()]
+    objectives = list(dict.fromkeys(TITLES.get(run.objective, run.objective) for run in runs))
     base = next((task.baseline for task in comparison.tasks if task.baseline is not None), None)
-    others = [label for label in labels if label != base]
-    title = ", ".join(others or labels) + (f" against {base}" if base is not None and others else "")
+    others = [name for name in objectives if name != base]
+    title = ", ".join(others or objectives) + (f" against {base}" if base is not None and others else "")
     sections = "".join(
         _task(task, shown, alone=len(comparison.tasks) == 1) for task, shown in zip(comparison.tasks, pictures, strict=True)
     )

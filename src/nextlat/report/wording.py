@@ -11,20 +11,15 @@ MOST_DECIMALS = 2  # more than usual, where the error is that small
 MINUS = "\N{MINUS SIGN}"
 
 
-def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = False) -> str:
+def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = False, decimals: int | None = None) -> str:
     """`97.3 ± 0.5 %`, `−16.3 ± 0.4`, `2.31× ± 0.04`: the value and one standard error, as many decimals as the error deserves.
 
-    Shares are given in per cent, differences of shares (signed) in points.
+    Shares are given in per cent, differences of shares (signed) in points. `decimals` None = as `decimals_for` says.
     """
     if not math.isfinite(value):
         return "not a number"
     scale = 100 if unit == "share" else 1
-    decimals = _DECIMALS[unit]
-    if unit == "number" and abs(value) >= 10:
-        decimals = 1
-    if error is not None and error > 0:
-        while scale * error < 0.5 * 10**-decimals and decimals < _DECIMALS[unit] + MOST_DECIMALS:
-            decimals += 1
+    decimals = decimals_for(value, error, unit) if decimals is None else decimals
     text = f"{scale * value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
     if float(text.replace(MINUS, "-")) == 0:
         text = text.lstrip("+" + MINUS)
@@ -34,6 +29,15 @@ def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = 
     if unit == "share":
         text += " points" if signed else " %"
     return text
+
+
+def decimals_for(value: float, error: float | None, unit: Unit) -> int:
+    """Those usual for the unit, or more where the error would be written as zero."""
+    usual = 1 if unit == "number" and abs(value) >= 10 else _DECIMALS[unit]
+    if error is None or not error > 0:
+        return usual
+    scale = 100 if unit == "share" else 1
+    return max(usual, min(_DECIMALS[unit] + MOST_DECIMALS, math.ceil(-math.log10(2 * scale * error))))
 
 
 def estimate_text(name: str, estimate: Estimate) -> str:
@@ -107,7 +111,8 @@ def summary(task: TaskComparison) -> str:
 
 def _sentence(metric: MetricComparison, label: str, difference: Difference) -> tuple[str, str]:
     term = describe(metric.name)
-    ours, theirs = (with_error(value, None, term.unit) for value in (difference.ours, difference.theirs))
+    decimals = decimals_for(max(difference.ours, difference.theirs), difference.stderr, term.unit)
+    ours, theirs = (with_error(value, None, term.unit, decimals=decimals) for value in (difference.ours, difference.theirs))
     numbers = f"{ours} against {theirs} ({difference.against}), {_change(term, difference)}"
     if difference.verdict == "no claim":
         why = (
@@ -160,8 +165,9 @@ def footnotes(task: TaskComparison) -> list[str]:
     names = {metric.name for metric in task.metrics}
     if "accepted_tokens_per_cycle" in names:
         notes.append(
-            "Accepted tokens per cycle are the mean acceptance length minus one: the NextLat paper's \N{LEFT DOUBLE QUOTATION MARK}"
-            "accepted tokens\N{RIGHT DOUBLE QUOTATION MARK}. Decoding is compared with plain KV-cached decoding of the same model."
+            "Accepted tokens per cycle are the NextLat paper's \N{LEFT DOUBLE QUOTATION MARK}accepted tokens\N{RIGHT DOUBLE QUOTATION MARK}: "
+            "the mean acceptance length minus the transformer's own token, which every cycle adds that no drafted end closes. "
+            "Decoding is compared with plain KV-cached decoding of the same model."
         )
     if any(describe(name).counterpart for name in names):
         notes.append("The dynamics model run alone is compared with the transformer of the baseline at the same length.")
