@@ -137,3 +137,12 @@ def test_probing_leaves_the_model_as_it_was() -> None:
     assert [m.training for m in lm.modules()] == flags
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in lm.parameters())
+
+
+def test_a_model_without_a_key_value_cache_is_refused_where_it_would_decode() -> None:
+    lm = tiny_lm("llama")
+    backbone = Backbone(lm)
+    forward = lm.model.forward
+    lm.model.forward = lambda past_key_values=None, use_cache=None, **rest: forward(use_cache=False, **rest)
+    with pytest.raises(nextlat.NextLatError, match="keeps no key-value cache"):
+        backbone.step(torch.randint(50, (1, 4)))

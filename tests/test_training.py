@@ -322,6 +322,15 @@ def test_finished_run_is_left_as_it_is(whole: Path, caplog: pytest.LogCaptureFix
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.rglob("*")} == before
 
 
+def test_setting_that_came_with_a_later_version_is_no_difference(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    record = json.loads((run / "run.json").read_text())
+    del record["recipe"]["run"]["workers"]
+    (run / "run.json").write_text(json.dumps(record))
+    assert train(tiny("run.keep_checkpoints=3"), run, progress=False) == run
+
+
 def test_run_of_another_recipe_or_objective_is_refused(whole: Path) -> None:
     with pytest.raises(NextLatError, match=r"differs in steps, optimizer.learning_rate"):
         train(tiny("run.keep_checkpoints=3", "steps=7", "optimizer.learning_rate=1"), whole, progress=False)

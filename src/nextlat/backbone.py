@@ -200,9 +200,15 @@ class Backbone:
         """KV-cached forward of some more tokens (B, T) of every row: (h_BTD, cache). The cache is updated in place.
 
         With `cache=None` a new one is made. Rows are of equal length here; ragged batches are the decoding engine's business.
+
+        Raises:
+            NextLatError: the model keeps no such cache (a purely recurrent one).
         """
         out = self.lm.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments)
-        return out[0], out.past_key_values
+        kept = getattr(out, "past_key_values", None)
+        if kept is None:
+            raise NextLatError(f"{type(self.lm).__name__} keeps no key-value cache: it can be trained here, but not decoded.")
+        return out[0], kept
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """E(x): (...,) -> (..., E), by the model's own input embedding module (its scaling included, where it has one)."""

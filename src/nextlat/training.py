@@ -195,9 +195,8 @@ def _check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) ->
     if record is None:
         refuse_foreign_directory(out)
         return
-    keys = differences(
-        Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict()
-    )  # settings newer than the run have defaults
+    # Read back first, so that a setting which came with a later version has its default and is no difference.
+    keys = differences(Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict())
     if "objective" in keys:
         raise NextLatError(
             f"{out} is the run directory of another objective, {record['recipe']['objective']}, not {recipe.objective}: "
