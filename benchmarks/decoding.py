@@ -114,7 +114,7 @@ def print_table(ways: dict[str, dict[str, Any]]) -> None:
             f"{way:<13}{row['tokens_per_second']:>9.0f}  {ratio(row['against_transformers']):<20}"
             f"{ratio(row['against_draft_length_0']):<20}{row['tokens_per_cycle']:>12.2f}  {by_position}"
         )
-    print("tokens/cycle counts the transformer's own token; the paper's 'accepted tokens' are this minus one")
+    print("tokens/cycle counts the transformer's own token; the paper's 'accepted tokens' do not")
 
 
 def machine(model: ObjectiveModel) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class GenerationStats:
     def mean_acceptance_length(self) -> float:
         """Tokens per cycle, the bonus or residual token included (1 for plain decoding; 0 without a cycle).
 
-        The "accepted tokens" that the NextLat paper reports are this minus one: see `accepted_per_cycle`.
+        The "accepted tokens" that the NextLat paper reports leave out the transformer's own: see `accepted_per_cycle`. They are
+        this minus one, except that a cycle which a drafted end-of-sequence token closes has no token of the transformer's own.
         """
         return (self.tokens - self.sequences) / self.cycles if self.cycles else 0.0
 
