@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from nextlat.decoding.sampling import Sampling, Scores
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "granite", "mixtral")
 
@@ -44,6 +46,18 @@ def tiny_lm(family: str, vocab_size: int = 50, seed: int = 0, **overrides: objec
     config = CONFIG_MAPPING[family](**settings)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def sampling(
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int | None = None
+) -> Sampling:
+    """The rule that `generate(do_sample=True, ...)` makes of these settings."""
+    processors = [
+        *([TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []),
+        *([TopKLogitsWarper(top_k)] if top_k is not None else []),
+        *([TopPLogitsWarper(top_p)] if top_p is not None else []),
+    ]
+    return Sampling(Scores(processors), None if seed is None else torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Self-speculative decoding: the output is the transformer's own, and every cycle costs one forward pass."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import FAMILIES, tiny_lm
+from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.batch import Batch
-from nextlat.decoding import Cycle, GenerationStats, decode
+from nextlat.decoding import Cycle, GenerationStats, Pass, Stopping, decode
 from nextlat.decoding.sampling import Greedy, Sampling
 from nextlat.objectives import Objective
 
@@ -21,27 +22,36 @@ VOCABULARY, NEW, DRAWS = 50, 24, 25
 
 
 class Oracle(Objective):
-    """Drafts the known continuation, except for the positions in `wrong`.
+    """Drafts the known continuation of each row, except for the positions in `wrong`.
 
-    It finds its place in the sequence by the state it is given, which must be the true state there: a cycle that started its
-    draft anywhere else than behind the last verified token would be caught.
+    It finds its place by the state it is given, which must be the true state there: a cycle that started its draft anywhere else
+    than behind the last verified token would be caught. (In a batch, rows that have ended or have no room left stand anywhere.)
     """
 
     name = "oracle"
     max_draft_length = None
 
-    def __init__(self, model: ObjectiveModel, sequence: Tensor, wrong: set[int]) -> None:
+    def __init__(self, model: ObjectiveModel, sequences: Sequence[Tensor], wrong: set[int]) -> None:
         super().__init__(None, model.backbone)
-        self.sequence, self.wrong = sequence, wrong
-        self.states = model.backbone.hidden(Batch.from_inputs(sequence[None], sequence[None], None, None))[0].detach()
+        self.sequences, self.wrong, self.strict = sequences, wrong, len(sequences) == 1
+        self.states = [model.backbone.states(sequence[None])[0].detach() for sequence in sequences]
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        distance, place = (self.states - state).norm(dim=-1).min(dim=0)
-        assert distance < 1e-3 * state.norm(), "the draft does not start in a state of the transformer"
+        rows = [self.draft_row(h, x.item()) for h, x in zip(state, token, strict=True)]
+        return torch.stack([h for h, _ in rows]), nn.functional.one_hot(torch.stack([x for _, x in rows]), VOCABULARY).float()
+
+    def draft_row(self, state: Tensor, token: int) -> tuple[Tensor, Tensor]:
+        distances = [(states - state).norm(dim=-1).min(dim=0) for states in self.states]
+        row = min(range(len(distances)), key=lambda b: distances[b].values)
+        (distance, place), sequence = distances[row], self.sequences[row]
+        lost = distance >= 1e-3 * state.norm() or int(place) + 2 >= len(sequence)
         here = int(place) + 1  # the position of `token`
-        assert here in self.wrong or token.item() == self.sequence[here], "the draft reads another token than was emitted"
-        following = (self.sequence[here + 1] + (here + 1 in self.wrong)) % VOCABULARY
-        return self.states[here][None], nn.functional.one_hot(following, VOCABULARY)[None].float()
+        if lost or (here not in self.wrong and token != sequence[here]):
+            assert not self.strict, (
+                "the draft does not start in a state of the transformer, or reads another token than was emitted"
+            )
+            return state, torch.tensor(0)
+        return self.states[row][here], (sequence[here + 1] + (here + 1 in self.wrong)) % VOCABULARY
 
 
 def hybrid_lm(family: str, layer_types: list[str], **settings: object) -> PreTrainedModel:
@@ -76,7 +86,7 @@ def plain_greedy(lm: PreTrainedModel, prompt: Tensor, new: int, **settings: obje
 def oracle_model(family: str, prompt_length: int, wrong: set[int]) -> tuple[ObjectiveModel, Tensor, Tensor]:
     lm, prompt, sequence = greedy_case(family, prompt_length)
     model = attach(lm, NextTokenConfig())
-    model.objective = Oracle(model, sequence, wrong)
+    model.objective = Oracle(model, [sequence], wrong)
     return model, prompt, sequence
 
 
@@ -119,7 +129,7 @@ def test_greedy_equals_transformers_with_mixed_acceptance(family: str, prompt_le
 
 def run(model: ObjectiveModel, prompt: Tensor, draft_length: int, new: int = NEW, eos: frozenset[int] = frozenset()):
     with torch.no_grad():
-        return list(decode(model, prompt, Greedy(), new, draft_length, eos))
+        return [done.cycles[0] for done in decode(model, list(prompt), Greedy(), Stopping(new, eos), draft_length)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,6 +147,7 @@ def test_greedy_equals_transformers_with_its_own_drafts(family: str):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_transformer_runs_once_for_the_prompt_and_once_per_cycle(family: str, draft_length: int):
     model, prompt, _ = oracle_model(family, 5, wrong_positions(5))
+    run(model, prompt, 0)  # what is tried out once is over
     widths: list[int] = []
     hook = model.lm.base_model.register_forward_hook(
         lambda _, args, kwargs, out: widths.append(out[0].shape[1]), with_kwargs=True
@@ -225,7 +236,7 @@ def test_end_of_sequence_is_read_from_the_generation_config_unless_given():
     lm.generation_config.eos_token_id = [eos]
     try:
         assert model.generate(prompt, max_new_tokens=NEW).shape[1] == 5 + stop
-        assert model.generate(prompt, max_new_tokens=NEW, eos_token_id=[]).shape[1] == 5 + NEW
+        assert model.generate(prompt, max_new_tokens=NEW, eos_token_id=None).shape[1] == 5 + NEW
     finally:
         lm.generation_config.eos_token_id = None
     assert model.generate(prompt, max_new_tokens=NEW, eos_token_id=eos).shape[1] == 5 + stop
@@ -256,7 +267,7 @@ def joint(lm: PreTrainedModel, prompt: Tensor, rule: Sampling) -> Tensor:
     for a, b in product(range(5), repeat=2):
         with torch.no_grad():
             logits = lm(torch.cat([prompt, torch.tensor([[a, b]])], dim=1)).logits[0, -3:]
-        first, second, third = rule.probabilities(logits).double()
+        first, second, third = rule.scores(logits[None])[0].double().softmax(dim=-1)
         p[a, b] = first[a] * second[b] * third
     return p
 
@@ -265,16 +276,16 @@ def joint(lm: PreTrainedModel, prompt: Tensor, rule: Sampling) -> Tensor:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampled_tokens_follow_the_enumerated_distribution(name: str):
     model, prompt = five_token_model()
-    rule = Sampling(**SETTINGS[name], generator=torch.Generator().manual_seed(11))
+    rule = sampling(**SETTINGS[name], seed=11)
     expected = joint(model.lm, prompt, rule)
     counts, stats = torch.zeros(5, 5, 5, dtype=torch.float64), GenerationStats()
     for draft_length in range(1, 9):
         for _ in range(DRAWS):
             tokens: list[int] = []
             # Room for drafts as long as asked for; three tokens come from one cycle or from several.
-            for cycle in decode(model, prompt, rule, draft_length + 2, draft_length):
-                tokens += cycle.tokens
-                stats.count(cycle)
+            for done in decode(model, list(prompt), rule, Stopping(draft_length + 2), draft_length):
+                tokens += done.cycles[0].tokens
+                stats.count(done)
                 if len(tokens) >= 3:
                     break
             counts[tuple(tokens[:3])] += 1
@@ -294,11 +305,12 @@ def test_the_drafters_choices_appear_as_often_as_the_transformer_wants():
     forward pass gives. The counts minus the sums of these probabilities are a martingale of known variance.
     """
     model, prompt = five_token_model()
-    rule = Sampling(generator=torch.Generator().manual_seed(5))
+    rule = sampling(seed=5)
     count, mean, variance = torch.zeros(3, 5, dtype=torch.float64)
     for draft_length in (1, 2, 3, 8) * 3:
         tokens, first = prompt[0].tolist(), []
-        for cycle in decode(model, prompt, rule, 120, draft_length):
+        for done in decode(model, list(prompt), rule, Stopping(120), draft_length):
+            [cycle] = done.cycles
             first += [len(tokens)] if cycle.drafted else []
             tokens += cycle.tokens
         ids, first = torch.tensor([tokens]), torch.tensor(first)
@@ -348,8 +360,8 @@ def test_stats_add_up():
 
 def test_stats_of_different_draft_lengths_can_be_summed():
     a, b = GenerationStats(sequences=1, tokens=1), GenerationStats(sequences=1, tokens=1, seconds=2.0)
-    a.count(Cycle(drafted=(3, 4), accepted=1, tokens=(3, 9)))
-    b.count(Cycle(drafted=(7,), accepted=1, tokens=(7, 8)))
+    a.count(Pass((Cycle(drafted=(3, 4), accepted=1, tokens=(3, 9)),)))
+    b.count(Pass((Cycle(drafted=(7,), accepted=1, tokens=(7, 8)), None)))
     total = a + b
     assert (total.tokens, total.cycles, total.drafted, total.accepted) == (6, 2, 3, 2)
     assert (total.drafted_by_position, total.accepted_by_position) == ([2, 1], [2, 0])
@@ -378,7 +390,7 @@ def test_logits_that_are_not_finite_are_an_error(do_sample: bool, poison: float)
         model.objective.dynamics.f[0].weight.fill_(poison)
     with pytest.raises(NextLatError, match="drafter gives logits that are not finite"):
         model.generate(prompt, max_new_tokens=5, draft_length=2, do_sample=do_sample)
-    assert model.generate(prompt, max_new_tokens=3, do_sample=do_sample).shape == (1, 7)
+    assert model.generate(prompt, max_new_tokens=3, do_sample=do_sample, draft_length=0).shape == (1, 7)
     with torch.no_grad():
         model.lm.get_output_embeddings().weight[7] = poison
     with pytest.raises(NextLatError, match="model gives logits that are not finite"):
@@ -404,14 +416,21 @@ def test_a_forbidden_token_is_not_an_error():
     ("arguments", "words"),
     [
         ({"draft_length": -1}, "draft_length must not be below zero"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
-        ({"do_sample": True, "temperature": -0.5}, "temperature must be above 0"),
-        ({"do_sample": True, "top_p": 0.0}, "top_p must lie in"),
-        ({"do_sample": True, "top_p": 1.1}, "top_p must lie in"),
-        ({"do_sample": True, "top_k": 0}, "top_k must be at least 1"),
-        ({"temperature": 0.7}, "no effect on greedy decoding"),
-        ({"top_k": 5}, "no effect on greedy decoding"),
+        ({"draft_length": "long"}, "whole number or 'auto'"),
+        ({"draft_length": 1.5}, "whole number or 'auto'"),
+        ({"max_new_tokens": 0}, "max_new_tokens.* must be greater than 0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature.* strictly positive"),
+        ({"do_sample": True, "top_k": -1}, "top_k.* strictly positive"),
+        ({"do_sample": True, "min_p": 2.0}, r"min_p.* in the \[0, 1\] interval"),
+        ({"num_beams": 4}, "num_beams=4 is not supported"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported"),
+        ({"guidance_scale": 1.5}, "guidance_scale=1.5 is not supported"),
+        ({"output_attentions": True}, "output_attentions=True is not supported"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
+        ({"assistant_model": object()}, "assistant_model is not supported"),
+        ({"stop_strings": ["b"]}, "stop_strings needs the tokenizer"),
+        ({"tempreature": 2.0}, "tempreature"),
+        ({"streamer": object(), "input_ids": torch.ones(2, 3, dtype=torch.long)}, "a streamer shows one sequence, not 2"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "prompt is empty"),
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, "shape"),
         ({"input_ids": torch.zeros(1, 4)}, "integers"),
@@ -420,7 +439,10 @@ def test_a_forbidden_token_is_not_an_error():
         ({"input_ids": torch.ones(1, 120, dtype=torch.long), "max_new_tokens": 9}, "128 positions"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "row 0 is not all on its left"),
-        ({"attention_mask": torch.tensor([[0, 0, 0, 0]])}, "row 0 is empty"),
+        (
+            {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [0] * 3])},
+            "row 1 is empty",
+        ),
     ],
 )
 def test_bad_requests_are_told_in_one_sentence(arguments: dict, words: str):

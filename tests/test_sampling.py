@@ -1,17 +1,15 @@
-"""Draws and the acceptance test of speculative sampling, against enumerated probabilities and against transformers."""
+"""Draws and the acceptance test of speculative sampling, against enumerated probabilities; processors and their prefixes."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from nextlat.decoding.sampling import Draw, Greedy, Sampling, draw, probabilities, residual, verify
-from nextlat.errors import NextLatError
+from conftest import sampling
+from nextlat.decoding.sampling import Draw, Greedy, Past, Sampling, Scores, draw, race, residual, verify
 
 V = 5
 SETTINGS = {
@@ -46,12 +44,21 @@ class ToyLanguage:
 
     def joint(self, rule: Sampling) -> Tensor:
         """Exact distribution (V, V, V) of the three tokens behind the context (0, 1)."""
-        p = rule.probabilities(self.target).double()
+        p = probabilities(rule, self.target).double()
         first, second = p[0, 1], p[1]
         return first[:, None, None] * second[:, :, None] * p
 
 
-Verify = Callable[[Tensor, list[Draw]], tuple[Tensor, Tensor, Tensor]]
+def probabilities(rule: Sampling, logits: Tensor) -> Tensor:
+    """Distribution that the rule draws from, of the shape of `logits` (..., V)."""
+    return rule.scores(logits.reshape(1, -1, V)).softmax(dim=-1).view(logits.shape)
+
+
+def some_draw(rule: Sampling, weights: Tensor) -> Tensor:
+    return draw(weights, race(weights.shape, weights.device, rule.generator))
+
+
+Verify = Callable[..., tuple[Tensor, Tensor]]
 
 
 def speculate(
@@ -64,13 +71,15 @@ def speculate(
     end = torch.full((rows,), 2)
     counts = []
     while (active := (end < 5).nonzero().squeeze(1)).numel():
+        noise = rule.noise(len(active), length, V, torch.device("cpu"))
         before, last = sequence[active, end[active] - 2], sequence[active, end[active] - 1]
         drafts, target = [], [language.target[before, last]]
-        for _ in range(length):
-            drafts.append(draft(language.drafter[before, last]))
+        for place in range(length):
+            drafts.append(draft(rule.scores(language.drafter[before, last][:, None])[:, 0], noise, place))
             before, last = last, drafts[-1].tokens
             target.append(language.target[before, last])
-        accepted, following, _ = check(torch.stack(target, dim=1), drafts)
+        scores = rule.scores(torch.stack(target, dim=1))
+        accepted, following = check(scores, drafts, noise, torch.full_like(active, length))
         counts.append(accepted)
         for j, drawn in enumerate(drafts):
             kept = (accepted > j) & (end[active] + j < 5)
@@ -83,7 +92,7 @@ def speculate(
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("length", range(9))
 def test_output_distribution_is_exact_for_every_draft_length(name: str, length: int):
-    rule = Sampling(**SETTINGS[name], generator=torch.Generator().manual_seed(100 + length))
+    rule = sampling(**SETTINGS[name], seed=100 + length)
     language = ToyLanguage(seed=3)
     tokens, accepted = speculate(language, rule, length, rows=20_000)
     assert p_value(tokens, language.joint(rule)) > 1e-4
@@ -95,8 +104,8 @@ def test_output_distribution_is_exact_for_every_draft_length(name: str, length: 
 def biased_by_softmax_q(rule: Sampling):
     """The fault: the drafter's most likely token is drafted, but verified as if it had been drawn from the softmax."""
 
-    def draft(logits: Tensor) -> Draw:
-        return Draw(logits.argmax(dim=-1), rule.probabilities(logits), logits.amax(dim=-1))
+    def draft(scores: Tensor, noise: object, place: int) -> Draw:
+        return Draw(scores.argmax(dim=-1), scores.softmax(dim=-1))
 
     return draft, rule.verify
 
@@ -104,13 +113,12 @@ def biased_by_softmax_q(rule: Sampling):
 def biased_by_dropping(rule: Sampling):
     """The fault: a drafted token of low probability is thrown away, with all behind it, and p is drawn from instead."""
 
-    def check(logits: Tensor, drafts: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+    def check(scores: Tensor, drafts: list[Draw], *rest) -> tuple[Tensor, Tensor]:
         q = torch.stack([drawn.q.gather(-1, drawn.tokens[:, None])[:, 0] for drawn in drafts], dim=1)
         length = (q > 0.2).long().cumprod(dim=1).sum(dim=1)
-        accepted, following, peak = rule.verify(logits, drafts)
-        row = torch.arange(len(logits))
-        fresh = draw(rule.probabilities(logits[row, length]), rule.generator)
-        return accepted.minimum(length), torch.where(accepted < length, following, fresh), peak
+        accepted, following = rule.verify(scores, drafts, *rest)
+        fresh = some_draw(rule, scores[torch.arange(len(scores)), length].softmax(dim=-1))
+        return accepted.minimum(length), torch.where(accepted < length, following, fresh)
 
     return rule.draw, check
 
@@ -118,9 +126,9 @@ def biased_by_dropping(rule: Sampling):
 def biased_by_drawing_from_p(rule: Sampling):
     """The fault: after a rejection the token is drawn from p instead of the residual."""
 
-    def check(logits: Tensor, drafts: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-        accepted, _, peak = rule.verify(logits, drafts)
-        return accepted, draw(rule.probabilities(logits[torch.arange(len(logits)), accepted]), rule.generator), peak
+    def check(scores: Tensor, drafts: list[Draw], *rest) -> tuple[Tensor, Tensor]:
+        accepted, _ = rule.verify(scores, drafts, *rest)
+        return accepted, some_draw(rule, scores[torch.arange(len(scores)), accepted].softmax(dim=-1))
 
     return rule.draw, check
 
@@ -128,20 +136,69 @@ def biased_by_drawing_from_p(rule: Sampling):
 def biased_by_one_position(rule: Sampling):
     """The fault: the token behind the accepted ones is taken from the last position instead of the first rejected one."""
 
-    def check(logits: Tensor, drafts: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-        accepted, following, peak = rule.verify(logits, drafts)
-        late = draw(rule.probabilities(logits[:, -1]), rule.generator)
-        return accepted, torch.where(accepted < len(drafts), late, following), peak
+    def check(scores: Tensor, drafts: list[Draw], *rest) -> tuple[Tensor, Tensor]:
+        accepted, following = rule.verify(scores, drafts, *rest)
+        late = some_draw(rule, scores[:, -1].softmax(dim=-1))
+        return accepted, torch.where(accepted < len(drafts), late, following)
 
     return rule.draw, check
 
 
-@pytest.mark.parametrize("fault", [biased_by_softmax_q, biased_by_dropping, biased_by_drawing_from_p, biased_by_one_position])
+def biased_by_a_late_limit(rule: Sampling):
+    """The fault: a row's own limit cuts its accepted tokens, but the next one still comes from the residual there."""
+
+    def check(scores: Tensor, drafts: list[Draw], noise, most: Tensor) -> tuple[Tensor, Tensor]:
+        q = torch.stack([drawn.q for drawn in drafts], dim=1)
+        accepted, following = rule.verify(scores, drafts, noise, most)
+        at_limit, row = accepted.clamp(max=1), torch.arange(len(scores))
+        wrong = some_draw(rule, residual(scores[row, at_limit].softmax(dim=-1), q[row, at_limit]))
+        return at_limit, torch.where(accepted > 1, wrong, following)
+
+    return rule.draw, check
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        biased_by_softmax_q,
+        biased_by_dropping,
+        biased_by_drawing_from_p,
+        biased_by_one_position,
+        biased_by_a_late_limit,
+    ],
+)
 def test_the_test_above_sees_every_known_fault(fault: Callable):
-    rule = Sampling(generator=torch.Generator().manual_seed(7))
+    rule = sampling(seed=7)
     language = ToyLanguage(seed=3)
     tokens, _ = speculate(language, rule, 3, 20_000, *fault(rule))
     assert p_value(tokens, language.joint(rule)) < 1e-12
+
+
+def acceptance(p: Tensor, q: Tensor, generator: torch.Generator, drafted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The acceptance test on drafts drawn from q (rows, K, V), or on the given ones."""
+    if drafted is None:
+        drafted = draw(q, race(q.shape, q.device, generator))
+    uniform = torch.rand(drafted.shape, generator=generator)
+    return verify(p, q, drafted, uniform, race((len(p), V), p.device, generator))
+
+
+def test_each_row_has_its_own_limit_and_stays_exact():
+    # What lies behind a row's limit counts for nothing: the token there comes from p, as if no draft had been made.
+    generator = torch.Generator().manual_seed(3)
+    rows = 40_000
+    p, q = torch.randn(2, 1, 3, V, generator=generator).softmax(dim=-1)
+    p, q = p.expand(rows, 3, V), q[:, :2].expand(rows, 2, V)
+    drafted, most = draw(q, race(q.shape, q.device, generator)), torch.arange(rows) % 3
+    uniform, times = torch.rand(rows, 2, generator=generator), race((rows, V), p.device, generator)
+    accepted, following = verify(p, q, drafted, uniform, times, most)
+    assert (accepted <= most).all()
+    for limit in range(3):
+        of_row = most == limit
+        reached = of_row & (accepted == limit)
+        assert 0.05 < reached.sum() / of_row.sum()
+        assert p_value(following[reached][:, None], p[0, limit]) > 1e-4
+        first = torch.where(accepted > 0, drafted[:, 0], following)[of_row]
+        assert p_value(first[:, None], p[0, 0]) > 1e-4
 
 
 def test_acceptance_probability_is_one_minus_total_variation():
@@ -150,7 +207,7 @@ def test_acceptance_probability_is_one_minus_total_variation():
     p, q = torch.rand(2, 1, 1, V, generator=generator).softmax(dim=-1)
     rows = 50_000
     p, q = (p * 3).softmax(-1).expand(rows, 2, V), q.expand(rows, 1, V)
-    accepted, _ = verify(p, q, draw(q, generator), generator)
+    accepted, _ = acceptance(p, q, generator)
     expected = torch.minimum(p[0, 0], q[0, 0]).sum()
     assert abs(accepted.float().mean() - expected) < 4 * (0.25 / rows) ** 0.5
 
@@ -159,14 +216,14 @@ def test_equal_distributions_accept_everything():
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(1000, 5, V, generator=generator).softmax(dim=-1)
     q = p[:, :-1]
-    accepted, _ = verify(p, q, draw(q, generator), generator)
+    accepted, _ = acceptance(p, q, generator)
     assert accepted.eq(4).all()
 
 
 def test_a_token_that_the_target_excludes_is_never_accepted():
     p = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0]).expand(1000, 2, V)
     q = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]).expand(1000, 1, V)
-    accepted, following = verify(p, q, torch.full((1000, 1), 4), torch.Generator().manual_seed(0))
+    accepted, following = acceptance(p, q, torch.Generator().manual_seed(0), torch.full((1000, 1), 4))
     assert accepted.eq(0).all()
     assert set(following.tolist()) == {0, 1}
 
@@ -186,68 +243,57 @@ def test_residual_of_equal_distributions_is_p():
 
 def test_draw_follows_the_weights_and_never_takes_a_zero():
     weights = torch.tensor([0.0, 3.0, 1.0, 0.0, 4.0])
-    tokens = draw(weights.expand(40_000, V), torch.Generator().manual_seed(0))
-    assert p_value(tokens[:, None], weights / 8) > 1e-4
+    weights = weights.expand(40_000, V)
+    tokens = draw(weights, race(weights.shape, weights.device, torch.Generator().manual_seed(0)))
+    assert p_value(tokens[:, None], weights[0] / 8) > 1e-4
     assert set(tokens.tolist()) == {1, 2, 4}
 
 
-@given(
-    logits=st.lists(
-        st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 0.7, 2.0, 6.0]), min_size=6, max_size=6), min_size=1, max_size=3
-    ),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    top_k=st.sampled_from([None, 1, 2, 4, 6, 50]),
-    top_p=st.sampled_from([None, 0.05, 0.5, 0.9, 1.0]),
-)
-@settings(max_examples=150, deadline=None)
-def test_probabilities_are_those_of_transformers(logits, temperature, top_k, top_p):
-    scores = torch.tensor(logits)
-    # Ties at the edge of top-p are cut by sort order in both; a tiny slope makes the comparison well defined.
-    scores = scores + torch.arange(6) * 1e-3 if top_p not in (None, 1.0) else scores
-    expected = scores
-    if temperature != 1.0:
-        expected = TemperatureLogitsWarper(temperature)(None, expected)
-    if top_k is not None:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p is not None and top_p < 1.0:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    torch.testing.assert_close(probabilities(scores, temperature, top_k, top_p), expected.softmax(dim=-1))
+class LastTokenForbidden(LogitsProcessor):
+    """The token just read may not come again, in any row but the one of a number."""
+
+    def __init__(self, spared: int) -> None:
+        self.spared = spared
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        out = scores.scatter(1, input_ids[:, -1:], -torch.inf)
+        out[self.spared] = scores[self.spared]
+        return out
 
 
-def test_probabilities_take_any_leading_shape():
+def test_every_position_of_every_row_is_shown_its_own_prefix():
     logits = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0))
-    whole = probabilities(logits, 0.7, 3, 0.8)
-    for i in range(2):
-        torch.testing.assert_close(whole[i], probabilities(logits[i], 0.7, 3, 0.8))
+    rows = [torch.tensor([0, 1]), torch.tensor([4, 4, 4])]
+    read = torch.tensor([[2, 3, 2, 0], [1, 1, 0, 2]])  # logits belong to the last three tokens of each
+    found = Scores([RepetitionPenaltyLogitsProcessor(2.0), LastTokenForbidden(2)], batch=4, first=1)(logits, Past(rows, read))
+    for b in range(2):
+        for k in range(3):
+            prefix = [*rows[b].tolist(), *read[b, : k + 2].tolist()]
+            expected = logits[b, k].clone()
+            for token in set(prefix):
+                expected[token] = expected[token] / 2 if expected[token] > 0 else expected[token] * 2
+            if b + 1 != 2:
+                expected[prefix[-1]] = -torch.inf
+            torch.testing.assert_close(found[b, k], expected)
+
+
+def test_processors_that_look_at_the_scores_alone_need_no_prefix():
+    assert not sampling(temperature=0.5, top_k=3, top_p=0.9).scores.need_past
+    assert Scores([RepetitionPenaltyLogitsProcessor(2.0)]).need_past
 
 
 def test_greedy_accepts_by_equality_and_not_by_probability():
     # The drafted token is nearly as likely as the target's choice; a ratio test would keep it most of the time.
     target = torch.tensor([[[1.0, 0.99, 0.0], [0.0, 5.0, 0.0]]]).repeat(200, 1, 1)
-    drafts = [Draw(torch.ones(200, dtype=torch.long), None, torch.ones(200))]
-    accepted, following, _ = Greedy().verify(target, drafts)
+    drafts = [Draw(torch.ones(200, dtype=torch.long), None)]
+    accepted, following = Greedy().verify(target, drafts, None, torch.ones(200))
     assert accepted.eq(0).all()
     assert following.eq(0).all()
 
 
-def test_greedy_counts_only_the_leading_matches():
-    target = torch.eye(4)[torch.tensor([[1, 2, 3, 0]])]
-    drafts = [Draw(torch.tensor([token]), None, torch.ones(1)) for token in (1, 0, 3)]
-    accepted, following, _ = Greedy().verify(target, drafts)
-    assert (accepted.item(), following.item()) == (1, 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.5}, "top_p"),
-    ],
-)
-def test_settings_out_of_range_are_named(arguments: dict, word: str):
-    with pytest.raises(NextLatError, match=word):
-        Sampling(**arguments)
+def test_greedy_counts_only_the_leading_matches_within_the_limit():
+    target = torch.eye(4)[torch.tensor([[1, 2, 3, 0], [1, 2, 3, 0], [1, 2, 3, 0]])]
+    drafts = [Draw(torch.tensor(tokens), None) for tokens in ([1, 1, 1], [0, 2, 2], [3, 3, 3])]
+    accepted, following = Greedy().verify(target, drafts, None, torch.tensor([3, 3, 2]))
+    assert accepted.tolist() == [1, 3, 2]
+    assert following.tolist() == [2, 0, 3]

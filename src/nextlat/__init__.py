@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
+    from nextlat.decoding import speculative
     from nextlat.model import ObjectiveModel, attach, llama, load
     from nextlat.objectives import NextLatConfig, NextTokenConfig
 
@@ -19,11 +20,12 @@ _HOME = {
     "attach": "nextlat.model",
     "llama": "nextlat.model",
     "load": "nextlat.model",
+    "speculative": "nextlat.decoding",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
 }
 
-__all__ = ["NextLatConfig", "NextLatError", "NextTokenConfig", "ObjectiveModel", "attach", "llama", "load"]
+__all__ = ["NextLatConfig", "NextLatError", "NextTokenConfig", "ObjectiveModel", "attach", "llama", "load", "speculative"]
 
 
 def __getattr__(name: str) -> Any:

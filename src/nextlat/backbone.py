@@ -35,24 +35,27 @@ class Head:
 
     @property
     def weight(self) -> Tensor | None:
-        return self._parameter("weight") if self._linear else None
+        return self._parameters()[0] if self._linear else None
 
     @property
     def bias(self) -> Tensor | None:
-        return self._parameter("bias") if self._linear else None
+        return self._parameters()[1] if self._linear else None
 
-    def _parameter(self, name: str) -> Tensor | None:
-        value = getattr(self._lm.get_output_embeddings(), name, None)
-        return value.detach() if self._frozen and value is not None else value
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the output embeddings, looked up anew: they can be resized, tied or replaced at any time."""
+        table: Any = self._lm.get_output_embeddings()
+        weight, bias = table.weight, getattr(table, "bias", None)
+        if self._frozen:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return weight, bias
 
     def _project(self, h: Tensor) -> Tensor:
-        weight = self._parameter("weight")
-        assert weight is not None
-        return F.linear(h, weight, self._parameter("bias"))
+        weight, bias = self._parameters()
+        return F.linear(h.to(weight.dtype), weight, bias)
 
     def __call__(self, h: Tensor) -> Tensor:
         if self._linear:
-            return self._project(h.to(self.weight.dtype) if self.weight is not None else h)
+            return self._project(h)
         dtype = next(self._lm.parameters()).dtype
         stub: Any = _BackboneGiven(self._lm, h.reshape(1, -1, h.shape[-1]).to(dtype), self._project if self._frozen else None)
         dummy_ids = torch.zeros(1, stub._states.shape[1], dtype=torch.long, device=h.device)
@@ -120,7 +123,7 @@ class Backbone:
         table: Any = lm.get_input_embeddings()
         ids = torch.arange(1, 11, device=table.weight.device).view(2, 5) % len(table.weight)
         logits = lm(input_ids=ids, use_cache=False).logits
-        h = self._states(ids)
+        h = self.states(ids)
         self.width, self.embedding_width, self.vocab_size = h.shape[-1], self.embed(ids).shape[-1], logits.shape[-1]
         self.head, self.frozen_head = self._find_head(h, logits)
         with torch.enable_grad():
@@ -137,14 +140,14 @@ class Backbone:
         """
         try:
             own = Head(self.lm, linear=False, frozen=False)
-            own_agrees = self._close(own(h), logits)
+            own_agrees = self.close(own(h), logits)
         except Exception:  # whatever a foreign forward raises on the stand-in, the linear route is still open
             own_agrees = False
         try:
             plain = Head(self.lm, linear=True, frozen=False)
-            plain_agrees = self._close(plain(h), logits)
+            plain_agrees = self.close(plain(h), logits)
             for scale in (30.0, 1000.0) if own_agrees else ():
-                plain_agrees = plain_agrees and self._close(plain(h * scale), own(h * scale))
+                plain_agrees = plain_agrees and self.close(plain(h * scale), own(h * scale))
         except (AssertionError, RuntimeError, AttributeError):
             plain_agrees = False
         if not (own_agrees or plain_agrees):
@@ -159,17 +162,19 @@ class Backbone:
             return False
         try:
             positions = torch.tensor([[0, 1, 0, 1, 2]], device=ids.device).expand(2, 5)
-            packed = self._states(ids, position_ids=positions)
-            separate = torch.cat([self._states(ids[:, :2]), self._states(ids[:, 2:])], dim=1)
-            return self._close(packed, separate)
+            packed = self.states(ids, position_ids=positions)
+            separate = torch.cat([self.states(ids[:, :2]), self.states(ids[:, 2:])], dim=1)
+            return self.close(packed, separate)
         except Exception:  # a model that cannot even take the arguments does not pack
             return False
 
     @staticmethod
-    def _close(a: Tensor, b: Tensor) -> bool:
+    def close(a: Tensor, b: Tensor) -> bool:
+        """Whether two computations of the same thing agree up to the rounding of their dtype."""
         return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE.get(b.dtype, 1e-4) * b.abs().max().clamp(min=1e-6))
 
-    def _states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+    def states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        """h_BTD of a forward pass without a cache; further arguments are the model's own."""
         # use_cache=False is part of the meaning: with a cache, transformers silently attends across packed documents.
         return self.lm.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
 
@@ -180,13 +185,13 @@ class Backbone:
             NextLatError: packed rows given to a model, or an attention kernel, that would attend across documents.
         """
         if batch.position_ids is None:
-            return self._states(batch.input_ids)
+            return self.states(batch.input_ids)
         flash = "flash" in str(self.lm.config._attn_implementation)
         if self.packs and not flash:
             # Positions alone: transformers infers documents only where no attention mask is given.
-            return self._states(batch.input_ids, position_ids=batch.position_ids)
+            return self.states(batch.input_ids, position_ids=batch.position_ids)
         if not batch.packed:
-            return self._states(batch.input_ids, attention_mask=batch.valid)
+            return self.states(batch.input_ids, attention_mask=batch.valid)
         if flash:
             raise NextLatError(
                 "flash attention ignores document boundaries in batches of several rows: "
@@ -199,7 +204,7 @@ class Backbone:
     def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
         """KV-cached forward of some more tokens (B, T) of every row: (h_BTD, cache). The cache is updated in place.
 
-        With `cache=None` a new one is made. Rows are of equal length here; ragged batches are the decoding engine's business.
+        With `cache=None` a new one is made. What rows of unequal length need is in `arguments`: see `decoding.cache`.
 
         Raises:
             NextLatError: the model keeps no such cache (a purely recurrent one).

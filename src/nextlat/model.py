@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
-from nextlat.decoding.speculative import GenerationStats, generate
+from nextlat.decoding import generate
 from nextlat.errors import NextLatError
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 
@@ -111,36 +111,10 @@ class ObjectiveModel(nn.Module):
         """(..., D) -> (..., V)."""
         return self.objective.next_token_logits(h)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        draft_length: int = 0,
-        eos_token_id: int | list[int] | None = None,
-        generator: torch.Generator | None = None,
-        return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, GenerationStats]:
-        """KV-cached decoding; with `draft_length=k` lossless self-speculation. See `nextlat.decoding.speculative.generate`."""
-        return generate(
-            self,
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            draft_length=draft_length,
-            eos_token_id=eos_token_id,
-            generator=generator,
-            return_stats=return_stats,
-        )
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """KV-cached lossless self-speculation, in the words of `transformers`' `generate`, with `draft_length="auto"` unless it is
+        given (0 = plain decoding). See `nextlat.decoding.generate` for everything that it takes and gives."""
+        return generate(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by itself: see `training`."""

@@ -1,5 +1,9 @@
-"""Decoding: plain and self-speculative, KV-cached, with the output of the transformer alone."""
+"""Decoding: plain and self-speculative, KV-cached, in batches, with the output of the transformer alone."""
 
-from nextlat.decoding.speculative import Cycle, GenerationStats, decode, generate
+from nextlat.decoding.draft_length import AdaptiveLength, Costs
+from nextlat.decoding.generation import generate, speculative
+from nextlat.decoding.speculative import decode
+from nextlat.decoding.stats import Cycle, GenerationStats, Pass
+from nextlat.decoding.stopping import Stopping
 
-__all__ = ["Cycle", "GenerationStats", "decode", "generate"]
+__all__ = ["AdaptiveLength", "Costs", "Cycle", "GenerationStats", "Pass", "Stopping", "decode", "generate", "speculative"]

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextlat.decoding.speculative import Decodable, GenerationStats, generate
+from nextlat.decoding.generation import generate
+from nextlat.decoding.speculative import Decodable
+from nextlat.decoding.stats import GenerationStats
 
 TRANSFORMERS = "transformers"  # its own `generate`, greedy or sampling, with its KV cache
 

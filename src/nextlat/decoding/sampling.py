@@ -1,49 +1,92 @@
-"""From logits to tokens: warped distributions, draws, and the acceptance test of speculative sampling.
+"""From logits to tokens: the scores that the processors make of them, draws, and the acceptance test of speculative sampling.
 
-Everything here is vectorised over rows and never reads a value back to the host. A *rule* (`Greedy` or `Sampling`) is how
-one call of `generate` chooses tokens; the drafter and the verification use the same rule, so the q of the acceptance test is
-always the distribution that the draft was really drawn from.
+Temperature, truncation, penalties and the like are `transformers`' own logits processors. Everything here is vectorised over rows
+and reads nothing back to the host. A *rule* (`Greedy` or `Sampling`) is how one call of `generate` chooses tokens; the drafter
+and the verification use the same rule, so the q of the acceptance test is always what the draft was really drawn from.
 
 Shapes: B rows, K drafted tokens, V vocabulary. p is the target's distribution, q the drafter's.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as library
 
-from nextlat.errors import NextLatError
+# Processors that look at the scores alone; every other kind is shown each position's own prefix.
+STATELESS = tuple(
+    getattr(library, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TopHLogitsWarper",
+        "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor",
+        "InfNanRemoveLogitsProcessor", "LogitNormalization",
+    )
+    if hasattr(library, name)
+)  # fmt: skip
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Distribution that the settings draw from, fp32, of the shape of `logits` (..., V).
+@dataclass(frozen=True)
+class Past:
+    """What the rows have read when they choose: `rows[b]` (T_b,), then `read_BK[b, : k + 1]` at position k."""
 
-    Order and ties follow `transformers`: temperature, then top-k (tokens that tie with the k-th stay), then top-p (the
-    smallest set of most likely tokens whose mass reaches `top_p`, at least one token).
+    rows: Sequence[Tensor]
+    read_BK: Tensor
+
+    def upto(self, row: int, position: int) -> Tensor:
+        return torch.cat([self.rows[row], self.read_BK[row, : position + 1]])
+
+
+class Scores:
+    """Logits -> scores, as `transformers`' processors would have made them position by position.
+
+    Args:
+        processors: prepared by `generate`, warpers for sampling included.
+        batch, first: rows that they were prepared for, and which of those the first row here is.
+
+    Attributes:
+        need_past: whether any of them looks at the tokens before; those are run row by row and position by position.
     """
-    scores = logits.float()
-    if temperature != 1.0:
-        scores = scores / temperature
-    if top_k is not None and top_k < scores.shape[-1]:
-        kth = scores.topk(top_k, dim=-1).values[..., -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        ascending, order = scores.sort(dim=-1)
-        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        tail[..., -1] = False
-        scores = scores.masked_fill(torch.zeros_like(tail).scatter(-1, order, tail), -torch.inf)
-    return scores.softmax(dim=-1)
+
+    def __init__(self, processors: Sequence[Any] = (), batch: int = 1, first: int = 0) -> None:
+        self._processors, self._batch, self._first = LogitsProcessorList(processors), batch, first
+        self.need_past = not all(type(processor) in STATELESS for processor in self._processors)
+
+    def __call__(self, logits_BKV: Tensor, past: Past | None = None) -> Tensor:
+        """(B, K, V) fp32; the K positions are the last ones of `past.read_BK`."""
+        scores = logits_BKV.float()
+        if not self._processors:
+            return scores
+        B, K, V = scores.shape
+        if not self.need_past:
+            return self._processors(scores.new_empty(B * K, 0, dtype=torch.long), scores.flatten(0, 1)).view(B, K, V)
+        assert past is not None
+        first = past.read_BK.shape[1] - K
+        out = torch.empty_like(scores)
+        for b in range(B):
+            for k in range(K):
+                # Whole batches of the same prefix, of which one row counts: processors may go by the row's number.
+                ids = past.upto(b, first + k).expand(self._batch, -1)
+                out[b, k] = self._processors(ids, scores[b, k].repeat(self._batch, 1))[self._first + b]
+        return out
 
 
-def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def race(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Exponential random numbers of that shape, fp32, for `draw`."""
+    # Exactly zero would turn a token of weight zero into 0 / 0.
+    times = torch.empty(*shape, device=device).exponential_(generator=generator)
+    return times.clamp_min_(torch.finfo(times.dtype).tiny)
+
+
+def draw(weights: Tensor, times: Tensor) -> Tensor:
     """One token per row from non-negative `weights` (..., V), which need not sum to one; int64 of shape (...).
 
-    An exponential race: argmax of w_v / e_v with e_v ~ Exp(1) picks v with probability w_v / sum(w). Unlike `torch.multinomial`
-    it takes any number of leading dimensions and never waits for the device.
+    A race: argmax of w_v / e_v with e_v ~ Exp(1) (`race`) picks v with probability w_v / sum(w). Unlike `torch.multinomial` it takes
+    any number of leading dimensions, never waits for the device, and can be part of a CUDA graph.
     """
-    race = torch.empty_like(weights).exponential_(generator=generator)
-    # A race time of exactly zero would turn a token of weight zero into 0 / 0.
-    return (weights / race.clamp_min_(torch.finfo(race.dtype).tiny)).argmax(dim=-1)
+    return (weights / times).argmax(dim=-1)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
@@ -57,111 +100,112 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(mass > 0, rest / mass.clamp_min(torch.finfo(rest.dtype).tiny), p)
 
 
-def verify(p: Tensor, q: Tensor, drafted: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def verify(
+    p: Tensor, q: Tensor, drafted: Tensor, uniform: Tensor, times: Tensor, most: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): the output follows p exactly, whatever q is.
 
     Args:
         p: (B, K + 1, V) target distributions at the K drafted positions and at the one behind them.
         q: (B, K, V) distributions that the drafted tokens were drawn from.
         drafted: (B, K) drafted tokens.
-        generator: source of the uniform numbers and of the draws.
+        uniform: (B, K) numbers in [0, 1). times: (B, V), see `race`.
+        most: (B,) how many of a row's drafted tokens are looked at, decided before they were drawn; None = all.
 
     Returns:
         accepted (B,): how many leading drafted tokens are kept; each is kept with probability min(1, p / q).
         following (B,): the token behind them: from the residual distribution at the first rejected position, or from p at the
         last position when all were accepted.
     """
+    B, K = drafted.shape
     index = drafted.unsqueeze(-1)
     p_drafted = p[:, :-1].gather(-1, index).squeeze(-1)
     q_drafted = q.gather(-1, index).squeeze(-1)
-    uniform = torch.rand(drafted.shape, generator=generator, device=p.device, dtype=p.dtype)
-    accepted = (uniform * q_drafted < p_drafted).long().cumprod(dim=-1).sum(dim=-1)
+    kept = uniform * q_drafted < p_drafted
     # Behind an entirely accepted draft q is zero, and the residual of (p, 0) is p.
     q_BKV = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
-    row = torch.arange(len(p), device=p.device)
-    return accepted, draw(residual(p[row, accepted], q_BKV[row, accepted]), generator)
+    if most is not None:
+        looked_at = torch.arange(K + 1, device=p.device) < most[:, None]
+        kept, q_BKV = kept & looked_at[:, :-1], q_BKV * looked_at.unsqueeze(-1)
+    accepted = kept.long().cumprod(dim=-1).sum(dim=-1)
+    row = torch.arange(B, device=p.device)
+    return accepted, draw(residual(p[row, accepted], q_BKV[row, accepted]), times)
 
 
-def verify_greedy(choices: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+def verify_greedy(choices: Tensor, drafted: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Greedy counterpart of `verify`: keep drafted tokens (B, K) while they equal the target's choices (B, K + 1)."""
-    accepted = (choices[:, :-1] == drafted).long().cumprod(dim=-1).sum(dim=-1)
+    kept = choices[:, :-1] == drafted
+    if most is not None:
+        kept = kept & (torch.arange(drafted.shape[1], device=drafted.device) < most[:, None])
+    accepted = kept.long().cumprod(dim=-1).sum(dim=-1)
     return accepted, choices.gather(-1, accepted.unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One token per row, as a rule drew it.
+class Noise:
+    """The randomness of one cycle: `uniform` (B, K) for the acceptance test, `times(i)` (B, V) for the i-th draw."""
 
-    `tokens` (B,); `q` (B, V), the distribution drawn from, or None when the choice is greedy; `peak` (B,), the largest logit,
-    which is finite exactly when the logits can be decoded (a -inf for a forbidden token is fine, a NaN or +inf is not).
-    """
+    uniform: Tensor
+    times: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token per row, as a rule drew it: `tokens` (B,), and `q` (B, V), what it was drawn from, None when greedy."""
 
     tokens: Tensor
     q: Tensor | None
-    peak: Tensor
 
 
 @dataclass(frozen=True)
 class Greedy:
     """The most likely token, always; a draft is kept while it is the target's own choice."""
 
-    def draw(self, logits_BV: Tensor) -> Draw:
-        peak, tokens = logits_BV.float().max(dim=-1)
-        return Draw(tokens, None, peak)
+    scores: Scores = Scores()
 
-    def verify(self, logits_BKV: Tensor, drafts: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-        """Accepted counts (B,), following tokens (B,) and peaks (B, K + 1) from target logits (B, K + 1, V)."""
-        peak, choices = logits_BKV.float().max(dim=-1)
+    def noise(self, rows: int, drafts: int, vocabulary: int, device: torch.device) -> None:
+        """Nothing is left to chance."""
+
+    def draw(self, scores_BV: Tensor, noise: Noise | None, place: int) -> Draw:
+        """The token at the `place`-th draw of the cycle."""
+        return Draw(scores_BV.argmax(dim=-1), None)
+
+    def verify(self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor) -> tuple[Tensor, Tensor]:
+        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most` as in `verify`."""
+        choices = scores_BKV.argmax(dim=-1)
         if not drafts:
-            return torch.zeros_like(choices[:, 0]), choices[:, 0], peak
-        accepted, following = verify_greedy(choices, torch.stack([draft.tokens for draft in drafts], dim=1))
-        return accepted, following, peak
+            return torch.zeros_like(choices[:, 0]), choices[:, 0]
+        return verify_greedy(choices, torch.stack([draft.tokens for draft in drafts], dim=1), most)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draws at a temperature, truncated by top-k and top-p; with K drafts verified by `verify`.
+    """Draws from the softmax of the scores; with K drafts verified by `verify`.
 
     Args:
-        temperature: above zero (greedy decoding is a rule of its own, not a limit of this one).
-        top_k: keep the k most likely tokens; None keeps all.
-        top_p: keep the most likely tokens up to this mass, in (0, 1]; None keeps all.
+        scores: with temperature and truncation among its processors.
         generator: source of all randomness; None is torch's global generator.
-
-    Raises:
-        NextLatError: a setting outside its range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    scores: Scores = Scores()
     generator: torch.Generator | None = None
 
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise NextLatError(
-                f"temperature must be above 0 to sample, got {self.temperature}: use do_sample=False for greedy decoding"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise NextLatError(f"top_k must be at least 1, got {self.top_k}: use None to keep every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise NextLatError(f"top_p must lie in (0, 1], got {self.top_p}: use None to keep every token")
+    def noise(self, rows: int, drafts: int, vocabulary: int, device: torch.device) -> Noise:
+        uniform = torch.rand(rows, drafts, generator=self.generator, device=device)
+        return Noise(uniform, lambda i: race((rows, vocabulary), device, self.generator))
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        return probabilities(logits, self.temperature, self.top_k, self.top_p)
+    def draw(self, scores_BV: Tensor, noise: Noise | None, place: int) -> Draw:
+        """The token at the `place`-th draw of the cycle."""
+        assert noise is not None
+        q_BV = scores_BV.softmax(dim=-1)
+        return Draw(draw(q_BV, noise.times(place)), q_BV)
 
-    def draw(self, logits_BV: Tensor) -> Draw:
-        q_BV = self.probabilities(logits_BV)
-        return Draw(draw(q_BV, self.generator), q_BV, logits_BV.float().amax(dim=-1))
-
-    def verify(self, logits_BKV: Tensor, drafts: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-        """Accepted counts (B,), following tokens (B,) and peaks (B, K + 1) from target logits (B, K + 1, V)."""
-        peak = logits_BKV.float().amax(dim=-1)
-        p_BKV = self.probabilities(logits_BKV)
+    def verify(self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor) -> tuple[Tensor, Tensor]:
+        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most` as in `verify`."""
+        assert noise is not None
+        p_BKV, times_BV = scores_BKV.softmax(dim=-1), noise.times(len(drafts))
         if not drafts:
-            accepted = torch.zeros(len(p_BKV), dtype=torch.long, device=p_BKV.device)
-            return accepted, draw(p_BKV[:, 0], self.generator), peak
+            return torch.zeros(len(p_BKV), dtype=torch.long, device=p_BKV.device), draw(p_BKV[:, 0], times_BV)
         q_BKV = torch.stack([draft.q for draft in drafts if draft.q is not None], dim=1)
         drafted_BK = torch.stack([draft.tokens for draft in drafts], dim=1)
-        accepted, following = verify(p_BKV, q_BKV, drafted_BK, self.generator)
-        return accepted, following, peak
+        return verify(p_BKV, q_BKV, drafted_BK, noise.uniform[:, : len(drafts)], times_BV, most)

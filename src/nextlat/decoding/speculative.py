@@ -4,31 +4,39 @@
     draft       h_hat_{t+1} = draft(h_t, x_{t+1})              d_1 ~ head(h_hat_{t+1})      ... up to d_k
     verify      h_{t+1} .. h_{t+1+k} = transformer(x_{t+1}, d_1 .. d_k)                     one KV-cached forward pass
     accept      the first n drafted tokens, then one token of the transformer's own         (sampling.py)
-    roll back   the k - n rejected tokens leave the cache; h_{t+1+n} starts the next draft
+    roll back   the k - n rejected tokens leave the cache; h_{t+1+n} starts the next draft  (cache.py)
 
 Teoh et al., arXiv 2511.05963, on self-speculative decoding; Leviathan et al., arXiv 2211.17192. Unlike the published NextLat
 decoder everything is KV-cached, and the verification already yields the state that the next draft starts from, so that a
-generation costs 1 + cycles forward passes of the transformer. With `draft_length=0` a cycle is a step of plain decoding.
+generation costs 1 + cycles forward passes of the transformer. Rows of a batch share every pass, accept different numbers of tokens
+and end at different times. With a draft length of 0 a cycle is a step of plain decoding.
 
-Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens. The loop decodes one sequence (B = 1) at a time.
+Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens.
 """
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from nextlat.backbone import Backbone
-from nextlat.decoding.cache import check_rollback, recording_cache, roll_back
-from nextlat.decoding.sampling import Draw, Greedy, Sampling
-from nextlat.decoding.stats import Cycle, GenerationStats
+from nextlat.decoding.cache import RaggedCache, SequenceCache, supports_ragged
+from nextlat.decoding.draft_length import LONGEST, AdaptiveLength, Costs, FixedLength, measure
+from nextlat.decoding.sampling import Draw, Greedy, Noise, Past, Sampling, race
+from nextlat.decoding.stats import Cycle, Pass
+from nextlat.decoding.stopping import Stopping
 from nextlat.errors import NextLatError
 from nextlat.objectives import Objective
 
-__all__ = ["Cycle", "Decodable", "GenerationStats", "decode", "generate"]
+logger = logging.getLogger(__name__)
+
+Rule = Greedy | Sampling
+COMPILED_LENGTHS = (0, 1, 2, 4, 8)  # each is a graph of its own, compiled when it is first used
 
 
 class Decodable(Protocol):
@@ -47,231 +55,392 @@ class Decodable(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
 
-@torch.no_grad()
-def generate(
-    model: Decodable,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    max_new_tokens: int = 128,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    draft_length: int = 0,
-    eos_token_id: int | Iterable[int] | None = None,
-    generator: torch.Generator | None = None,
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, GenerationStats]:
-    """Continue each prompt; whatever the draft length, with the output (greedy) or output distribution (sampling) of the LM.
+@dataclass
+class Known:
+    """What decoding has found out about one model, so that it is measured or compiled once: whether ragged batches work (by
+    attention kernel and device), the adaptive draft lengths (by setting), and caches that compiled graphs are bound to."""
 
-    Words and results are those of `transformers`' `generate`. Of the model's own generation_config only the ids of
-    the end-of-sequence and padding tokens are read; everything else is an argument here.
+    ragged: dict[Any, bool] = field(default_factory=dict)
+    lengths: dict[Any, AdaptiveLength] = field(default_factory=dict)
+    caches: dict[Any, RaggedCache] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
-    Args:
-        model: an `ObjectiveModel`.
-        input_ids: (B, T) prompts. Rows are decoded one after another.
-        attention_mask: (B, T), 0 on the left padding of a shorter prompt. None: every token counts, a padding token too.
-        max_new_tokens: at least 1; generation ends there or behind an end-of-sequence token.
-        do_sample: draw tokens at `temperature`, truncated by `top_k` and `top_p`; otherwise take the most likely one.
-        draft_length: tokens drafted per cycle by the objective; 0 decodes plainly. Drafts never reach past max_new_tokens.
-        eos_token_id: one id or several; None reads the model's generation_config, an empty list never ends early.
-        generator: source of all randomness, on the model's device; None is torch's global generator there.
-        return_stats: also return the `GenerationStats`.
 
-    Returns:
-        ids (B, T + new), on the model's device: the prompts as given, then the new tokens; rows that ended early are filled up
-        with the padding token (an end-of-sequence token where there is none).
+_known: WeakKeyDictionary[Any, Known] = WeakKeyDictionary()
 
-    Raises:
-        NextLatError: an argument outside its range, an empty prompt, ids outside the vocabulary, more tokens than the model has
-            positions, an objective that cannot draft (so far), a cache that cannot forget, or logits that are not finite.
-    """
-    rule = _rule(do_sample, temperature, top_k, top_p, generator)
-    input_ids = input_ids.to(model.lm.device)
-    prompts = _prompts(input_ids, attention_mask)
-    _check_request(model, input_ids, prompts, max_new_tokens, draft_length, generator)
-    eos = _end_tokens(model, eos_token_id)
-    stats = GenerationStats(sequences=len(prompts))
-    rows: list[list[int]] = []
-    start = time.perf_counter()
-    with _evaluating(model):
-        for prompt_1T in prompts:
-            prefill, *cycles = decode(model, prompt_1T, rule, max_new_tokens, draft_length, eos)
-            stats.tokens += len(prefill.tokens)
-            for cycle in cycles:
-                stats.count(cycle)
-            rows.append([token for cycle in (prefill, *cycles) for token in cycle.tokens])
-    stats.seconds = time.perf_counter() - start
-    longest, pad = max(len(row) for row in rows), _padding_token(model, eos)
-    padded = [row + [pad] * (longest - len(row)) for row in rows]
-    ids = torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
-    return (ids, stats) if return_stats else ids
+
+def known(model: Decodable) -> Known:
+    """The record of this model; forgotten with it."""
+    return _known.setdefault(model, Known())
+
+
+def batches(model: Decodable) -> bool:
+    """Whether the rows of a batch can share a pass; otherwise they are decoded one after another, with the same output."""
+    lm = model.lm
+    key = (lm.config._attn_implementation, str(lm.device), lm.dtype)
+    found = known(model).ragged
+    if key not in found:
+        found[key] = supports_ragged(model.backbone)
+    return found[key]
+
+
+def tell_once(model: Decodable, sentence: str) -> None:
+    """A warning that one model gives once."""
+    told = known(model).told
+    if sentence not in told:
+        told.add(sentence)
+        logger.warning(sentence)
 
 
 def decode(
     model: Decodable,
-    prompt_1T: Tensor,
-    rule: Greedy | Sampling,
-    max_new_tokens: int,
-    draft_length: int,
-    eos: frozenset[int] = frozenset(),
-) -> Iterator[Cycle]:
-    """The loop itself, one `Cycle` per forward pass of the transformer as it happens; the first is the prefill, with one token.
+    prompts: Sequence[Tensor],
+    rule: Rule,
+    stopping: Stopping,
+    draft_length: int | str,
+    *,
+    seen: Sequence[Tensor] | None = None,
+    compile: bool = False,
+    keep_scores: bool = False,
+) -> Iterator[Pass]:
+    """The loop itself, one `Pass` per forward pass of the transformer as it happens; the first is the prefill, with one token a row.
 
-    Args are those of `generate`, already checked. The caller holds `no_grad` and eval mode.
+    Args are those of `generate`, already checked; the caller holds `no_grad` and eval mode.
+        prompts: (T,) each, without padding. More than one only where `batches(model)`.
+        seen: the prompts as logits processors and stopping criteria shall see them, left padding included.
+        keep_scores: leave scores and logits of every new token in the cycles.
     """
-    backbone = model.backbone
-    rollback = draft_length > 0
-    # Without drafts nothing is ever rolled back, and the model may choose its own cache.
-    h_1TD, cache = backbone.step(prompt_1T, recording_cache(model.lm.config) if rollback else None)
-    if rollback:
-        check_rollback(cache)
-        roll_back(cache, 0)
-    state_1D = h_1TD[:, -1]
-    first = rule.draw(model.next_token_logits(state_1D))
-    token_1 = first.tokens
-    token, finite = torch.stack([token_1[0], first.peak.isfinite().all().long()]).tolist()
-    _check_finite(finite, True)
-    yield Cycle((), 0, (token,))
-    produced, ended = 1, token in eos
+    seen = list(prompts if seen is None else seen)
+    backbone, device, rows = model.backbone, model.lm.device, range(len(prompts))
+    most_new = stopping.new_tokens
+    cache: RaggedCache | SequenceCache
+    if compile:
+        cache = _kept_cache(model, len(prompts), max(map(len, prompts)) + most_new)
+    elif batches(model):
+        cache = RaggedCache(backbone, max(map(len, prompts)) + most_new)
+    else:
+        cache = SequenceCache(backbone, forgets=draft_length != 0)
+    clock = _Clock(device)
 
-    while produced < max_new_tokens and not ended:
-        drafts = _draft(model, rule, state_1D, token_1, min(draft_length, max_new_tokens - produced - 1))
-        read_1K = torch.stack([token_1, *(draft.tokens for draft in drafts)], dim=1)
-        h_1KD, cache = backbone.step(read_1K, cache)
-        accepted_1, token_1, peak_1K = rule.verify(model.next_token_logits(h_1KD), drafts)
+    start = clock.mark()
+    state_BD = cache.prefill(prompts)
+    logits_BV = model.next_token_logits(state_BD)
+    past = Past([ids[:-1] for ids in seen], torch.stack([ids[-1:] for ids in seen]))
+    scores_BV = rule.scores(logits_BV[:, None], past)[:, 0]
+    noise = rule.noise(len(prompts), 0, scores_BV.shape[-1], device)
+    token_B = rule.draw(scores_BV, noise, 0).tokens
+    values = torch.stack([token_B, logits_BV.amax(dim=-1).isfinite().long()]).tolist()
+    _check_finite(values[1], [1] * len(prompts))
+    text: list[list[int]] = [[token] for token in values[0]]
+    if stopping.criteria:
+        text = [[*ids.tolist(), token] for ids, token in zip(seen, values[0], strict=True)]
+    produced = [1] * len(prompts)
+    ended = [stopping.cut([token], text[b][:-1], device)[1] or most_new == 1 for b, token in enumerate(values[0])]
+    keep = [(scores_BV[b, None], logits_BV[b, None]) if keep_scores else (None, None) for b in rows]
+    prefill = clock.seconds(start, clock.mark())
+    yield Pass(tuple(Cycle((), 0, (token,), *keep[b]) for b, token in enumerate(values[0])), prefill=prefill)
+    if all(ended):
+        return
+    if rule.scores.need_past:
+        seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, token_B, strict=True)]
 
-        # The one read-back of the cycle.
-        finite = torch.cat([peak_1K.amax(dim=-1), *(draft.peak for draft in drafts)]).isfinite().long()
-        values = torch.cat([accepted_1, token_1, finite, read_1K[0, 1:]]).tolist()
-        accepted, following, drafted = values[0], values[1], tuple(values[3 + len(drafts) :])
-        _check_finite(values[2], all(values[3 : 3 + len(drafts)]))
+    cycle = _Compiled(model, rule, cache) if compile else _Cycle(model, rule, cache)
+    length = _draft_length(model, cycle, draft_length, state_BD, token_B)
+    while not all(ended):
+        rooms = [0 if done else most_new - n - 1 for done, n in zip(ended, produced, strict=True)]
+        active = [b for b in rows if not ended[b]]
+        planned = min(length.plan(len(active)), cycle.longest(max(rooms)))
+        most = [min(planned, room) for room in rooms]
+        confidences: list[list[float]] = []
+        more = None
+        if isinstance(length, AdaptiveLength) and length.stepwise:
 
-        if rollback:
-            roll_back(cache, len(drafted) - accepted)
-        state_1D = h_1KD[:, accepted]  # the state that `following` was chosen in
-        tokens = (*drafted[:accepted], following)
-        end = next((i for i, token in enumerate(tokens) if token in eos), None)
-        if end is not None:
-            tokens, ended = tokens[: end + 1], True
-        yield Cycle(drafted, min(accepted, len(tokens)), tokens)
-        produced += len(tokens)
+            def more(place: int, confidence: list[float], adaptive: AdaptiveLength = length) -> bool:
+                confidences.append([confidence[b] for b in active])
+                return adaptive.more(place, confidences[-1])
+
+        start = clock.mark()
+        out = cycle.run(state_BD, token_B, most, planned, [ids[:-1] for ids in seen], more, clock)
+        values = out.packed.tolist()  # the one read-back of the cycle
+        end = clock.mark()
+        accepted, following, sound, drafter_sound, *drafted = values
+        _check_finite([s or done for s, done in zip(sound, ended, strict=True)], drafter_sound)
+        lengths = [min(n, len(drafted)) for n in most]
+        length.observe([lengths[b] for b in active], [accepted[b] for b in active], confidences)
+
+        cycles: list[Cycle | None] = [None] * len(prompts)
+        counts = [0] * len(prompts)  # tokens read that stay in the cache: the one before the draft, and what was accepted
+        for b in active:
+            counts[b] = accepted[b] + 1
+            row = tuple(drafted[j][b] for j in range(lengths[b]))
+            tokens, ended[b] = stopping.cut((*row[: accepted[b]], following[b]), text[b], device)
+            kept = (out.scores_BKV[b, : len(tokens)], out.logits_BKV[b, : len(tokens)]) if keep_scores else (None, None)
+            cycles[b] = Cycle(row, min(accepted[b], len(tokens)), tuple(tokens), *kept)
+            produced[b] += len(tokens)
+            ended[b] = ended[b] or produced[b] >= most_new
+            if stopping.criteria:
+                text[b] += tokens
+            if rule.scores.need_past:
+                seen[b] = torch.cat([seen[b], torch.tensor(tokens, device=device)])
+        cache.keep(counts)
+        state_BD, token_B = out.state_BD, out.packed[1]
+        yield Pass(tuple(cycles), draft=clock.seconds(start, out.drafted_at), verify=clock.seconds(out.drafted_at, end))
 
 
-def _draft(model: Decodable, rule: Greedy | Sampling, state_BD: Tensor, token_B: Tensor, length: int) -> list[Draw]:
-    """`length` tokens in a row, each drawn in the state that the objective predicts after reading the one before.
+@dataclass
+class _Outcome:
+    """Of one cycle. `packed` (4 + k, B): accepted, following token, whether the logits were finite, and the drafter's, drafted tokens."""
+
+    packed: Tensor
+    state_BD: Tensor
+    scores_BKV: Tensor
+    logits_BKV: Tensor
+    drafted_at: Any = None
+
+
+More = Callable[[int, list[float]], bool]
+
+
+class _Cycle:
+    """Draft, verification and acceptance for one batch."""
+
+    def __init__(self, model: Decodable, rule: Rule, cache: Any) -> None:
+        self.model, self.rule, self.cache = model, rule, cache
+
+    def longest(self, room: int) -> int:
+        """The longest draft that may be asked for where rows have room for so many tokens."""
+        return room
+
+    def run(
+        self,
+        state_BD: Tensor,
+        token_B: Tensor,
+        most: list[int],
+        planned: int,
+        rows: Sequence[Tensor],
+        more: More | None,
+        clock: "_Clock",
+    ) -> _Outcome:
+        """One cycle that drafts `planned` tokens, or fewer when `more` says that it is enough; `most` is each row's own limit."""
+        rule, device = self.rule, token_B.device
+        noise = rule.noise(len(token_B), planned, self.model.backbone.vocab_size, device)
+        most_B = torch.tensor(most, device=device)
+        read, drafts, finite_B = _draft(self.model, rule, state_BD, token_B, most_B, planned, noise, rows, more)
+        drafted_at = clock.mark()
+        h_BKD = self.cache.read(torch.stack(read, dim=1))
+        out = _accept(self.model, rule, h_BKD, read, drafts, finite_B, most_B, noise, rows)
+        return replace(out, drafted_at=drafted_at)
+
+
+def _draft(
+    model: Decodable,
+    rule: Rule,
+    state_BD: Tensor,
+    token_B: Tensor,
+    most_B: Tensor,
+    planned: int,
+    noise: Noise | None,
+    rows: Sequence[Tensor],
+    more: More | None = None,
+) -> tuple[list[Tensor], list[Draw], Tensor]:
+    """Up to `planned` tokens, each drawn in the state that the objective predicts after reading the one before.
 
     Every drawn token is kept: whether to stop may depend on anything known before a draw, never on the probability of the
     token that was drawn, which would bias the output.
     """
+    read: list[Tensor] = [token_B]
     drafts: list[Draw] = []
-    for _ in range(length):
-        state_BD, logits_BV = model.objective.draft(state_BD, token_B)
-        drafts.append(rule.draw(logits_BV))
-        token_B = drafts[-1].tokens
-    return drafts
+    finite_B = torch.ones_like(token_B, dtype=torch.bool)
+    for place in range(planned):
+        state_BD, logits_BV = model.objective.draft(state_BD, read[-1])
+        past = Past(rows, torch.stack(read, dim=1)) if rule.scores.need_past else None
+        scores_BV = rule.scores(logits_BV[:, None], past)[:, 0]
+        drafts.append(rule.draw(scores_BV, noise, place))
+        read.append(drafts[-1].tokens)
+        finite_B = finite_B & (logits_BV.amax(dim=-1).isfinite() | (place >= most_B))
+        if more is not None and place + 1 < planned:
+            q_BV = drafts[-1].q
+            confidence_B = (scores_BV.softmax(dim=-1) if q_BV is None else q_BV).amax(dim=-1)
+            if not more(place, confidence_B.tolist()):
+                break
+    return read, drafts, finite_B
 
 
-def _check_finite(target: bool, drafter: bool) -> None:
-    if not target:
-        raise NextLatError("the model gives logits that are not finite: check its weights, or use a wider dtype")
-    if not drafter:
-        raise NextLatError("the drafter gives logits that are not finite: check its weights, or use draft_length=0")
-
-
-@contextmanager
-def _evaluating(model: Decodable) -> Iterator[None]:
-    """Dropout off; every module's own training flag is put back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _rule(
-    do_sample: bool, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Greedy | Sampling:
-    if do_sample:
-        return Sampling(temperature, top_k, top_p, generator)
-    if temperature not in (0, 1) or top_k is not None or top_p is not None:
-        raise NextLatError("temperature, top_k and top_p have no effect on greedy decoding: pass do_sample=True as well")
-    return Greedy()
-
-
-def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
-    """(1, T) rows without their left padding."""
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise NextLatError(
-            f"input_ids must be integers of shape (rows, tokens), got {input_ids.dtype} of shape {tuple(input_ids.shape)}"
-        )
-    if 0 in input_ids.shape:
-        raise NextLatError("the prompt is empty: give at least one token to continue")
-    if attention_mask is None:
-        return list(input_ids.split(1))
-    if attention_mask.shape != input_ids.shape:
-        raise NextLatError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}: they must agree"
-        )
-    lengths = attention_mask.bool().sum(dim=1).tolist()
-    for row, length in enumerate(lengths):
-        if length == 0:
-            raise NextLatError(f"the prompt in row {row} is empty, all of it is padding: give at least one token to continue")
-        if not attention_mask[row, -length:].all():
-            raise NextLatError(f"the padding of row {row} is not all on its left: use tokenizer.padding_side='left'")
-    return [row[:, -length:] for row, length in zip(input_ids.split(1), lengths, strict=True)]
-
-
-def _check_request(
+def _accept(
     model: Decodable,
-    input_ids: Tensor,
-    prompts: list[Tensor],
-    max_new_tokens: int,
-    draft_length: int,
-    generator: torch.Generator | None,
-) -> None:
-    if max_new_tokens < 1:
-        raise NextLatError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if draft_length < 0:
-        raise NextLatError(f"draft_length must not be below zero, got {draft_length}: use 0 to decode without drafts")
-    most = model.objective.max_draft_length
-    if most is not None and draft_length > most:
-        name = model.objective.name
-        cause = f"drafts at most {most} tokens" if most else "cannot draft"
-        raise NextLatError(f"the objective '{name}' {cause}: use draft_length={most}{' or less' if most else ''}")
-    vocabulary = len(model.lm.get_input_embeddings().weight)
-    low, high = input_ids.aminmax()
-    if low < 0 or high >= vocabulary:
-        wrong = int(low) if low < 0 else int(high)
-        raise NextLatError(
-            f"token {wrong} is outside the model's {vocabulary} tokens: check that the tokenizer is the model's own"
-        )
-    longest = max(prompt.shape[1] for prompt in prompts)
-    positions = getattr(model.lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and longest + max_new_tokens > positions:
-        raise NextLatError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions: "
-            "shorten the prompt or lower max_new_tokens"
-        )
-    if generator is not None and generator.device.type != input_ids.device.type:
-        raise NextLatError(
-            f"the generator is on {generator.device.type} but the model on {input_ids.device.type}: "
-            f"make it with torch.Generator('{input_ids.device.type}')"
-        )
+    rule: Rule,
+    h_BKD: Tensor,
+    read: Sequence[Tensor],
+    drafts: Sequence[Draw],
+    finite_B: Tensor,
+    most_B: Tensor,
+    noise: Noise | None,
+    rows: Sequence[Tensor],
+) -> _Outcome:
+    """What the transformer makes of a draft, given its states (B, k + 1, D) at the tokens read."""
+    logits_BKV = model.next_token_logits(h_BKD)
+    past = Past(rows, torch.stack(list(read), dim=1)) if rule.scores.need_past else None
+    scores_BKV = rule.scores(logits_BKV, past)
+    accepted_B, following_B = rule.verify(scores_BKV, drafts, noise, most_B)
+    used_BK = torch.arange(len(read), device=h_BKD.device) <= accepted_B[:, None]
+    sound_B = (logits_BKV.amax(dim=-1).isfinite() | ~used_BK).all(dim=-1)
+    packed = torch.stack([accepted_B, following_B, sound_B.long(), finite_B.long(), *read[1:]])
+    # The state that `following` was chosen in starts the next draft.
+    state_BD = h_BKD[torch.arange(len(h_BKD), device=h_BKD.device), accepted_B]
+    return _Outcome(packed, state_BD, scores_BKV, logits_BKV)
 
 
-def _end_tokens(model: Decodable, eos_token_id: int | Iterable[int] | None) -> frozenset[int]:
-    if eos_token_id is None:
-        eos_token_id = getattr(model.lm.generation_config, "eos_token_id", None)
-    if eos_token_id is None:
-        return frozenset()
-    return frozenset(map(int, eos_token_id) if isinstance(eos_token_id, Iterable) else [int(eos_token_id)])
+def _whole_cycle(
+    model: Decodable,
+    rule: Rule,
+    cache: RaggedCache,
+    state_BD: Tensor,
+    token_B: Tensor,
+    lengths_B: Tensor,
+    most_B: Tensor,
+    uniform: Tensor | None,
+    times: Tensor | None,
+    planned: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A cycle of static shapes as one function of tensors."""
+    noise = Noise(uniform, lambda i: times[:, i]) if uniform is not None and times is not None else None
+    read, drafts, finite_B = _draft(model, rule, state_BD, token_B, most_B, planned, noise, ())
+    h_BKD = cache.forward(torch.stack(read, dim=1), lengths_B, cache.slots)
+    out = _accept(model, rule, h_BKD, read, drafts, finite_B, most_B, noise, ())
+    return out.packed, out.state_BD, out.scores_BKV, out.logits_BKV
 
 
-def _padding_token(model: Decodable, eos: frozenset[int]) -> int:
-    pad = getattr(model.lm.generation_config, "pad_token_id", None)
-    return pad if pad is not None else min(eos, default=0)
+class _Compiled(_Cycle):
+    """The same as one graph for each draft length: a CUDA graph where there is a GPU. Randomness comes in from outside."""
+
+    def __init__(self, model: Decodable, rule: Rule, cache: Any) -> None:
+        # The graph is bound to what the rule does, not to its generator.
+        super().__init__(model, rule, cache)
+        self._pure = replace(rule, generator=None) if isinstance(rule, Sampling) else rule
+        graphs = "reduce-overhead" if model.lm.device.type == "cuda" else None
+        self._call = torch.compile(_whole_cycle, fullgraph=True, dynamic=False, mode=graphs)
+
+    def longest(self, room: int) -> int:
+        """No shorter drafts near the end, which would be graphs of their own: what is too much is ignored, row by row."""
+        return LONGEST
+
+    def run(
+        self,
+        state_BD: Tensor,
+        token_B: Tensor,
+        most: list[int],
+        planned: int,
+        rows: Sequence[Tensor],
+        more: More | None,
+        clock: "_Clock",
+    ) -> _Outcome:
+        device, (B, V) = token_B.device, (len(token_B), self.model.backbone.vocab_size)
+        uniform = times = None
+        if isinstance(self.rule, Sampling):
+            uniform = torch.rand(B, planned, generator=self.rule.generator, device=device)
+            times = race((B, planned + 1, V), device, self.rule.generator)
+        most_B = torch.tensor(most, device=device)
+        drafted_at = clock.mark()
+        tensors = (state_BD.clone(), token_B.clone(), self.cache.lengths_B, most_B, uniform, times)
+        packed, state_BD, scores, logits = self._call(self.model, self._pure, self.cache, *tensors, planned)
+        return _Outcome(packed, state_BD, scores, logits, drafted_at)
+
+
+def _kept_cache(model: Decodable, rows: int, length: int) -> RaggedCache:
+    """Compiled graphs write to fixed addresses, so their cache outlives the call."""
+    slots = 1 << (length + 1).bit_length()
+    key = (rows, slots, str(model.lm.device), model.lm.dtype)
+    caches = known(model).caches
+    if key not in caches:
+        caches.clear()
+        caches[key] = RaggedCache(model.backbone, slots - 1)
+    return caches[key]
+
+
+def _draft_length(
+    model: Decodable, cycle: _Cycle, draft_length: int | str, state_BD: Tensor, token_B: Tensor
+) -> FixedLength | AdaptiveLength:
+    """Of a number, itself; of "auto", the adaptive one for this setting, whose costs are measured here when it is new."""
+    if not isinstance(draft_length, str):
+        return FixedLength(draft_length)
+    limit = model.objective.max_draft_length
+    longest = LONGEST if limit is None else min(LONGEST, limit)
+    if longest == 0:
+        return FixedLength(0)
+    compiled, sampled = isinstance(cycle, _Compiled), isinstance(cycle.rule, Sampling)
+    setting = (len(token_B), sampled, compiled, str(model.lm.device), model.lm.dtype, torch.get_num_threads(), longest)
+    setting += (cycle.rule.scores.need_past,)
+    lengths = known(model).lengths
+    if setting not in lengths:
+        lengths[setting] = _measured(model, cycle, state_BD, token_B, longest)
+    return lengths[setting]
+
+
+def _measured(model: Decodable, cycle: _Cycle, state_BD: Tensor, token_B: Tensor, longest: int) -> AdaptiveLength:
+    """Time a draft step and passes of several widths where the text stands now; nothing of it is kept."""
+    device, B = model.lm.device, len(token_B)
+    if isinstance(cycle.rule, Sampling):  # not with the caller's random numbers
+        cycle = type(cycle)(model, replace(cycle.rule, generator=torch.Generator(device)), cycle.cache)
+
+    def finish(out: Tensor) -> None:
+        out.sum().item()  # wait for the device
+        cycle.cache.keep([0] * B)
+
+    if isinstance(cycle, _Compiled):
+        lengths = [k for k in COMPILED_LENGTHS if k <= longest]
+        seconds = []
+        for k in lengths:
+            timed = []
+            for _ in range(6):
+                start = time.perf_counter()
+                finish(cycle.run(state_BD, token_B, [k] * B, k, (), None, _Clock(device)).packed)
+                timed.append(time.perf_counter() - start)
+            seconds.append(sorted(timed[1:])[2])
+        every = torch.tensor(seconds).cummax(0).values.tolist()
+        costs = Costs(0.0, tuple(every[next(i for i, k in enumerate(lengths) if k >= j)] for j in range(lengths[-1] + 1)))
+        return AdaptiveLength(costs, lengths[-1], stepwise=False, lengths=lengths)
+
+    def passes(width: int) -> None:
+        noise = cycle.rule.noise(B, 0, model.backbone.vocab_size, token_B.device)
+        h_BKD = cycle.cache.read(token_B[:, None].expand(B, width))
+        logits_BKV = model.next_token_logits(h_BKD)
+        finish(cycle.rule.draw(logits_BKV[:, -1].float(), noise, 0).tokens)
+
+    def draft() -> None:
+        noise = cycle.rule.noise(B, 1, model.backbone.vocab_size, token_B.device)
+        _, logits_BV = model.objective.draft(state_BD, token_B)
+        cycle.rule.draw(logits_BV.float(), noise, 0).tokens.sum().item()
+
+    return AdaptiveLength(measure(passes, draft, longest), longest, stepwise=device.type == "cpu")
+
+
+class _Clock:
+    """Seconds between marks; on a GPU by events, which do not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        if not self._cuda:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end) / 1000)
+
+
+def _check_finite(target: Sequence[Any], drafter: Sequence[Any]) -> None:
+    for row, (good, drafter_good) in enumerate(zip(target, drafter, strict=True)):
+        if not good:
+            raise NextLatError(
+                f"the model gives logits that are not finite in row {row}: check its weights, or use a wider dtype"
+            )
+        if not drafter_good:
+            raise NextLatError(
+                f"the drafter gives logits that are not finite in row {row}: check its weights, or use draft_length=0"
+            )
