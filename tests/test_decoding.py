@@ -31,9 +31,9 @@ class Oracle(Objective):
     name = "oracle"
     max_draft_length = None
 
-    def __init__(self, model: ObjectiveModel, sequences: Sequence[Tensor], wrong: set[int]) -> None:
+    def __init__(self, model: ObjectiveModel, sequences: Sequence[Tensor], wrong: set[int], strict: bool = True) -> None:
         super().__init__(None, model.backbone)
-        self.sequences, self.wrong, self.strict = sequences, wrong, len(sequences) == 1
+        self.sequences, self.wrong, self.strict = sequences, wrong, strict
         self.states = [model.backbone.states(sequence[None])[0].detach() for sequence in sequences]
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,7 +364,11 @@ def test_stats_of_different_draft_lengths_can_be_summed():
     b.count(Pass((Cycle(drafted=(7,), accepted=1, tokens=(7, 8)), None)))
     total = a + b
     assert (total.tokens, total.cycles, total.drafted, total.accepted) == (6, 2, 3, 2)
-    assert (total.drafted_by_position, total.accepted_by_position) == ([2, 1], [2, 0])
+    assert (total.drafted_by_position, total.accepted_by_position, total.tried_by_position) == ([2, 1], [2, 0], [2, 1])
+    a.count(Pass((Cycle(drafted=(3, 4, 5), accepted=0, tokens=(9,)),)))
+    assert a.conditional_acceptance == [0.5, 0.0, 0.0] and a.acceptance_by_position == [0.5, 0.0, 0.0]
+    assert a.tried_by_position == [2, 1, 0]
+    assert GenerationStats().conditional_acceptance == []
     assert GenerationStats().mean_acceptance_length == GenerationStats().acceptance_rate == 0
 
 

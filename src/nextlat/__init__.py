@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
-    from nextlat.decoding import speculative
+    from nextlat.decoding.generation import speculative
     from nextlat.model import ObjectiveModel, attach, llama, load
     from nextlat.objectives import NextLatConfig, NextTokenConfig
 
@@ -20,7 +20,7 @@ _HOME = {
     "attach": "nextlat.model",
     "llama": "nextlat.model",
     "load": "nextlat.model",
-    "speculative": "nextlat.decoding",
+    "speculative": "nextlat.decoding.generation",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
 }

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 LONGEST = 16  # most that is drafted at a time when the length is automatic
 WIDTHS = (1, 2, 3, 5, 9, 17)  # tokens a pass that are timed; between them costs are interpolated
@@ -52,7 +53,7 @@ class Costs:
 def measure(passes: Callable[[int], None], draft: Callable[[], None], longest: int = LONGEST) -> Costs:
     """Time a pass over so many tokens, and a draft step: the medians of up to 5 rounds, after one that is not timed."""
     widths = [*(width for width in WIDTHS if width <= longest), longest + 1]
-    runs: dict[int, Callable[[], None]] = {0: draft} | {width: (lambda w=width: passes(w)) for width in widths}  # type: ignore[misc]
+    runs: dict[int, Callable[[], None]] = {0: draft} | {width: (lambda w=width: passes(w)) for width in widths}
     seconds: dict[int, list[float]] = {name: [] for name in runs}
     begun = time.perf_counter()
     for round_ in range(ROUNDS + 1):
@@ -76,10 +77,10 @@ class FixedLength:
         self.length = length
         self.stepwise = False
 
-    def plan(self, rows: int) -> int:
+    def plan(self, rows: Sequence[int]) -> int:
         return self.length
 
-    def observe(self, lengths: Sequence[int], accepted: Sequence[int], confidences: Sequence[Sequence[float]]) -> None:
+    def observe(self, lengths: Sequence[int], accepted: Sequence[int]) -> None:
         """Nothing to learn."""
 
 
@@ -118,9 +119,10 @@ class AdaptiveLength:
             rates[j] = prior = (self._kept[j] + self.PRIOR * prior) / (self._tried[j] + self.PRIOR)
         return rates
 
-    def plan(self, rows: int) -> int:
-        """The most that this cycle should draft; stepwise, `more` may end it earlier."""
-        self._survival = np.ones(rows)
+    def plan(self, rows: Sequence[int]) -> int:
+        """The most that this cycle should draft for the rows of these numbers; stepwise, `more` may end it earlier."""
+        self._rows, self._confidences = list(rows), list[np.ndarray]()
+        self._survival = np.ones(len(rows))
         self._rates = self.acceptance()
         if self.stepwise:
             length = self.longest if self._worth(0) else 0
@@ -133,8 +135,9 @@ class AdaptiveLength:
         return length
 
     def more(self, place: int, confidences: Sequence[float]) -> bool:
-        """Whether to draft on behind `place` (from 0), where the rows' tokens were drafted with these probabilities."""
-        self._survival = self._survival * self._accepted(place, _logit(confidences))
+        """Whether to draft on behind `place` (from 0), where the tokens of all rows were drafted with these probabilities."""
+        self._confidences.append(_logit([confidences[row] for row in self._rows]))
+        self._survival = self._survival * self._accepted(place, self._confidences[-1])
         return place + 1 < self.longest and self._worth(place + 1)
 
     def _worth(self, place: int) -> bool:
@@ -143,20 +146,21 @@ class AdaptiveLength:
 
     def _accepted(self, place: int, logits: np.ndarray) -> np.ndarray:
         w, b, *places = self._theta
-        return 1 / (1 + np.exp(-(w * logits + b + places[place])))
+        return expit(w * logits + b + places[place])
 
-    def observe(self, lengths: Sequence[int], accepted: Sequence[int], confidences: Sequence[Sequence[float]]) -> None:
-        """Learn from one cycle: per row, drafted tokens that were verified, accepted ones, and (stepwise) the confidences
-        of its tokens. Only verified places count: the accepted ones and the first rejected one."""
+    def observe(self, lengths: Sequence[int], accepted: Sequence[int]) -> None:
+        """Learn from the cycle that was planned: drafted tokens that were verified and accepted ones, by row of the plan.
+
+        Only verified places count: the accepted ones and the first rejected one.
+        """
         self._tried *= self.FORGET
         self._kept *= self.FORGET
         for row, (length, kept) in enumerate(zip(lengths, accepted, strict=True)):
             looked_at = min(kept + 1, length)
             self._tried[:looked_at] += 1
             self._kept[:kept] += 1
-            if confidences:
-                logits = _logit([step[row] for step in confidences[:looked_at]])
-                self._seen.extend((x, j, j < kept) for j, x in enumerate(logits))
+            for place, logits in enumerate(self._confidences[:looked_at]):
+                self._seen.append((float(logits[row]), place, place < kept))
         drafted = max(lengths, default=0)
         self._tokens = self.FORGET * self._tokens + float(np.mean([kept + 1 for kept in accepted]))
         self._time = self.FORGET * self._time + self.costs.v(drafted) + drafted * self.costs.c
@@ -173,7 +177,7 @@ class AdaptiveLength:
         ridge = np.array([1.0, 0.1, *[4.0] * self.longest])
         centre = np.array([0.7, 0.0, *[0.0] * self.longest])
         for _ in range(3):
-            p = 1 / (1 + np.exp(-design @ self._theta))
+            p = expit(design @ self._theta)
             gradient = design.T @ (p - kept) + ridge * (self._theta - centre)
             hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
             self._theta = self._theta - np.linalg.solve(hessian, gradient)

@@ -123,7 +123,8 @@ def generate(
     Returns:
         What `transformers` would: ids (B, T + new), the prompts as given and then the new tokens, rows that ended early filled up
         with the padding token; or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`, whose scores and logits are zero
-        behind the end of a row. With `return_stats` a pair of that and the stats.
+        behind the end of a row. With `return_stats` a pair of that and the stats. One difference: in a batch of a model without
+        end-of-sequence token, `transformers` lets rows that a stopping criterion has ended run on with the others; here they end.
 
     Raises:
         NextLatError: an option that is not supported (by name), a value outside its range, an empty prompt, ids outside the
@@ -242,12 +243,12 @@ def _output(model: Decodable, input_ids: Tensor, rows: list[list[Cycle]], config
     if not config.return_dict_in_generate:
         return ids
 
-    def steps(name: str) -> tuple[Tensor, ...]:
+    def steps(name: str) -> Any:
         each = [torch.cat([getattr(cycle, name) for cycle in row]) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(each, batch_first=True).float().unbind(dim=1)
 
     return GenerateDecoderOnlyOutput(
-        sequences=ids,
+        sequences=ids,  # type: ignore[arg-type]
         scores=steps("scores") if config.output_scores else None,
         logits=steps("logits") if config.output_logits else None,
     )

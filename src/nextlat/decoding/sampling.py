@@ -8,7 +8,7 @@ Shapes: B rows, K drafted tokens, V vocabulary. p is the target's distribution, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class Scores:
     """
 
     def __init__(self, processors: Sequence[Any] = (), batch: int = 1, first: int = 0) -> None:
-        self._processors, self._batch, self._first = LogitsProcessorList(processors), batch, first
+        self._processors: Any = LogitsProcessorList(processors)
+        self._batch, self._first = batch, first
         self.need_past = not all(type(processor) in STATELESS for processor in self._processors)
 
     def __call__(self, logits_BKV: Tensor, past: Past | None = None) -> Tensor:
@@ -161,7 +162,7 @@ class Draw:
 class Greedy:
     """The most likely token, always; a draft is kept while it is the target's own choice."""
 
-    scores: Scores = Scores()
+    scores: Scores = field(default_factory=Scores)
 
     def noise(self, rows: int, drafts: int, vocabulary: int, device: torch.device) -> None:
         """Nothing is left to chance."""
@@ -187,7 +188,7 @@ class Sampling:
         generator: source of all randomness; None is torch's global generator.
     """
 
-    scores: Scores = Scores()
+    scores: Scores = field(default_factory=Scores)
     generator: torch.Generator | None = None
 
     def noise(self, rows: int, drafts: int, vocabulary: int, device: torch.device) -> Noise:

@@ -149,16 +149,9 @@ def decode(
     while not all(ended):
         rooms = [0 if done else most_new - n - 1 for done, n in zip(ended, produced, strict=True)]
         active = [b for b in rows if not ended[b]]
-        planned = min(length.plan(len(active)), cycle.longest(max(rooms)))
+        planned = min(length.plan(active), cycle.longest(max(rooms)))
         most = [min(planned, room) for room in rooms]
-        confidences: list[list[float]] = []
-        more = None
-        if isinstance(length, AdaptiveLength) and length.stepwise:
-
-            def more(place: int, confidence: list[float], adaptive: AdaptiveLength = length) -> bool:
-                confidences.append([confidence[b] for b in active])
-                return adaptive.more(place, confidences[-1])
-
+        more = length.more if isinstance(length, AdaptiveLength) and length.stepwise else None
         start = clock.mark()
         out = cycle.run(state_BD, token_B, most, planned, [ids[:-1] for ids in seen], more, clock)
         values = out.packed.tolist()  # the one read-back of the cycle
@@ -166,7 +159,7 @@ def decode(
         accepted, following, sound, drafter_sound, *drafted = values
         _check_finite([s or done for s, done in zip(sound, ended, strict=True)], drafter_sound)
         lengths = [min(n, len(drafted)) for n in most]
-        length.observe([lengths[b] for b in active], [accepted[b] for b in active], confidences)
+        length.observe([lengths[b] for b in active], [accepted[b] for b in active])
 
         cycles: list[Cycle | None] = [None] * len(prompts)
         counts = [0] * len(prompts)  # tokens read that stay in the cache: the one before the draft, and what was accepted
@@ -368,8 +361,8 @@ def _draft_length(
     if longest == 0:
         return FixedLength(0)
     compiled, sampled = isinstance(cycle, _Compiled), isinstance(cycle.rule, Sampling)
-    setting = (len(token_B), sampled, compiled, str(model.lm.device), model.lm.dtype, torch.get_num_threads(), longest)
-    setting += (cycle.rule.scores.need_past,)
+    machine = (str(model.lm.device), model.lm.dtype, torch.get_num_threads())
+    setting = (len(token_B), sampled, compiled, cycle.rule.scores.need_past, longest, machine)
     lengths = known(model).lengths
     if setting not in lengths:
         lengths[setting] = _measured(model, cycle, state_BD, token_B, longest)

@@ -44,6 +44,7 @@ class GenerationStats:
         accepted: drafted tokens that are in the output.
         drafted_by_position: cycles that drafted an i-th token (index i - 1); drafts get shorter near the end.
         accepted_by_position: cycles whose i-th drafted token is in the output, so all before it too.
+        tried_by_position: cycles that drafted an i-th token and kept all before it.
         seconds: wall-clock time of everything.
         prefill_seconds, draft_seconds, verify_seconds: of reading the prompts, drafting, and the passes with the acceptance
             tests; a compiled cycle is one piece, counted as verification. The rest is `overhead_seconds`.
@@ -57,6 +58,7 @@ class GenerationStats:
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
+    tried_by_position: list[int] = field(default_factory=list)
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -94,10 +96,7 @@ class GenerationStats:
     @property
     def conditional_acceptance(self) -> list[float]:
         """Share of the i-th drafted tokens that were accepted, among those whose predecessors were."""
-        reached = [
-            min(before, made) for before, made in zip([self.cycles, *self.accepted_by_position], self.drafted_by_position)
-        ]
-        return [kept / max(n, 1) for kept, n in zip(self.accepted_by_position, reached, strict=True)]
+        return [kept / max(n, 1) for kept, n in zip(self.accepted_by_position, self.tried_by_position, strict=True)]
 
     @property
     def tokens_per_second(self) -> float:
@@ -119,6 +118,8 @@ class GenerationStats:
             self.accepted += cycle.accepted
             self.drafted_by_position = _add(self.drafted_by_position, [1] * len(cycle.drafted))
             self.accepted_by_position = _add(self.accepted_by_position, [1] * cycle.accepted)
+            tried = min(len(cycle.drafted), cycle.accepted + 1)
+            self.tried_by_position = _add(self.tried_by_position, [1] * tried + [0] * (len(cycle.drafted) - tried))
         self.accepted_by_position += [0] * (len(self.drafted_by_position) - len(self.accepted_by_position))
 
     def count_prefill(self, done: Pass) -> None:
