@@ -10,7 +10,7 @@ from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel, attach, llama, load
-    from nextlat.objectives import NextLatConfig, NextTokenConfig
+    from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
 
 __version__ = "0.1.0"
 
@@ -19,11 +19,25 @@ _HOME = {
     "attach": "nextlat.model",
     "llama": "nextlat.model",
     "load": "nextlat.model",
+    "BSTConfig": "nextlat.objectives",
+    "JTPConfig": "nextlat.objectives",
+    "MTPConfig": "nextlat.objectives",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
 }
 
-__all__ = ["NextLatConfig", "NextLatError", "NextTokenConfig", "ObjectiveModel", "attach", "llama", "load"]
+__all__ = [
+    "BSTConfig",
+    "JTPConfig",
+    "MTPConfig",
+    "NextLatConfig",
+    "NextLatError",
+    "NextTokenConfig",
+    "ObjectiveModel",
+    "attach",
+    "llama",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -135,7 +135,7 @@ def next_token_loss(model: ObjectiveModel, task: Task) -> Score:
     sums, counts = [], []
     for row in DataLoader(task.eval_dataset(), batch_size=1):
         batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in row.items()})
-        h_ND = model.backbone.hidden(batch).flatten(0, 1)
+        h_ND = model.hidden(batch).flatten(0, 1)
         scored = batch.scored().nonzero().squeeze(1)
         sums.append(cross_entropy(model.next_token_logits, h_ND[scored], batch.targets()[scored]).item())
         counts.append(len(scored))
