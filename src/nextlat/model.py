@@ -108,13 +108,13 @@ class ObjectiveModel(nn.Module):
         return self.objective.counts(Batch.from_inputs(input_ids, labels, position_ids, attention_mask))
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see `Objective.states`."""
-        return self.objective.states(self.backbone.hidden(batch), batch.input_ids)
+        """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see `Objective.output_states`."""
+        return self.objective.output_states(self.backbone.hidden(batch), batch.input_ids)
 
     def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
         """The same states of some more tokens (B, T) of every row, KV-cached: (states, cache). See `Backbone.step`."""
         h_BTD, cache = self.backbone.step(input_ids, cache, **arguments)
-        return self.objective.states(h_BTD, input_ids), cache
+        return self.objective.output_states(h_BTD, input_ids), cache
 
     def next_token_logits(self, h: Tensor) -> Tensor:
         """(..., D) -> (..., V): of states that `hidden` or `step` gave."""

@@ -20,7 +20,7 @@ class Objective(nn.Module):
         needed_at_inference: True when the LM alone does not define the model (JTP, BST).
 
     From a forward pass of the transformer, which gives h_BTD for tokens input_ids_BT (with or without a cache), follow
-        next_token_logits(states(h, input_ids))             what the model says, at every position
+        next_token_logits(output_states(h, input_ids))       what the model says, at every position
         draft(drafting_states(h, input_ids)[:, t], token)   what the objective drafts behind `token`, which was chosen at position t
     """
 
@@ -50,12 +50,12 @@ class Objective(nn.Module):
         """The loss parts on a batch; `counts` defaults to `self.counts(batch)`."""
         raise NotImplementedError
 
-    def states(self, h: Tensor, input_ids: Tensor) -> Tensor:
+    def output_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
         """(B, T, D) hidden states and the (B, T) tokens read last in each -> what `next_token_logits` takes; h itself by default."""
         return h
 
     def next_token_logits(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the distribution of the next token given a state (see `states`)."""
+        """(..., D) -> (..., V): the distribution of the next token given a state (see `output_states`)."""
         return self.backbone.head(h)
 
     @property

@@ -129,7 +129,7 @@ class JTP(NextToken):
             }
         )
 
-    def states(self, h: Tensor, input_ids: Tensor) -> Tensor:
+    def output_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
         """Fetch's output 0 at every position, from h_t and E(x_t)."""
         e = self.backbone.embed(input_ids)
         return self.fetch.states(h.flatten(0, 1), e.flatten(0, 1)[:, None]).view(h.shape)
