@@ -482,6 +482,38 @@ def test_cached_steps_of_the_model_equal_its_whole_rows(config: object) -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["mtp", "jtp", "bst"])
+def test_decoding_gives_what_whole_forwards_give_whatever_is_drafted(name: str, family: str) -> None:
+    model = model_of(REFERENCES[name][0], family, torch.float32)
+    prompt, expected = torch.randint(VOCAB, (2, 5)), []
+    for ids in prompt:
+        tokens = ids
+        for _ in range(14):
+            tokens = torch.cat([tokens, model(input_ids=tokens[None]).logits[0, -1].argmax()[None]])
+        expected.append(tokens)
+    for draft_length in range(1 + model.objective.max_draft_length):
+        out, stats = model.generate(prompt, max_new_tokens=14, draft_length=draft_length, return_stats=True)
+        assert torch.equal(out, torch.stack(expected))
+        assert stats.drafted == 0 if draft_length == 0 else stats.drafted > 0
+
+
+@pytest.mark.parametrize("name", ["mtp", "jtp"])
+def test_drafts_of_a_trained_model_are_accepted(name: str) -> None:
+    """On a cycle of six tokens all drafts are right, if they start where they should."""
+    lm = tiny_lm("llama", VOCAB)
+    model = nextlat.attach(lm, REFERENCES[name][0]).train()
+    ids = torch.tensor([4, 9, 1, 1, 7, 12]).repeat(5)[None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    out, stats = model.generate(ids[:, :8], max_new_tokens=20, draft_length=3, return_stats=True)
+    assert torch.equal(out, ids[:, :28])
+    assert stats.acceptance_rate == 1 and stats.mean_acceptance_length > 3.5
+
+
 # ---- settings ----
 
 

@@ -121,15 +121,16 @@ def decode(
 
     Args are those of `generate`, already checked. The caller holds `no_grad` and eval mode.
     """
-    backbone = model.backbone
+    backbone, objective = model.backbone, model.objective
     rollback = draft_length > 0
     # Without drafts nothing is ever rolled back, and the model may choose its own cache.
-    h_1TD, cache = backbone.step(prompt_1T, recording_cache(model.lm.config) if rollback else None)
+    h_1TD, cache = backbone.step(prompt_1T, recording_cache(objective.cache_config) if rollback else None)
+    state_1S = None
     if rollback:
         check_rollback(cache)
+        state_1S = objective.drafting_states(h_1TD, prompt_1T)[:, -1]
         roll_back(cache, 0)
-    state_1D = h_1TD[:, -1]
-    first = rule.draw(model.next_token_logits(state_1D))
+    first = rule.draw(model.next_token_logits(objective.output_states(h_1TD, prompt_1T)[:, -1]))
     token_1 = first.tokens
     token, finite = torch.stack([token_1[0], first.peak.isfinite().all().long()]).tolist()
     _check_finite(finite, True)
@@ -137,10 +138,11 @@ def decode(
     produced, ended = 1, token in eos
 
     while produced < max_new_tokens and not ended:
-        drafts = _draft(model, rule, state_1D, token_1, min(draft_length, max_new_tokens - produced - 1))
+        length = min(draft_length, max_new_tokens - produced - 1)
+        drafts = _draft(model, rule, state_1S, token_1, length) if state_1S is not None else []
         read_1K = torch.stack([token_1, *(draft.tokens for draft in drafts)], dim=1)
         h_1KD, cache = backbone.step(read_1K, cache)
-        accepted_1, token_1, peak_1K = rule.verify(model.next_token_logits(h_1KD), drafts)
+        accepted_1, token_1, peak_1K = rule.verify(model.next_token_logits(objective.output_states(h_1KD, read_1K)), drafts)
 
         # The one read-back of the cycle.
         finite = torch.cat([peak_1K.amax(dim=-1), *(draft.peak for draft in drafts)]).isfinite().long()
@@ -149,8 +151,8 @@ def decode(
         _check_finite(values[2], all(values[3 : 3 + len(drafts)]))
 
         if rollback:
+            state_1S = objective.drafting_states(h_1KD, read_1K)[:, accepted]  # where `following` was chosen
             roll_back(cache, len(drafted) - accepted)
-        state_1D = h_1KD[:, accepted]  # the state that `following` was chosen in
         tokens = (*drafted[:accepted], following)
         end = next((i for i, token in enumerate(tokens) if token in eos), None)
         if end is not None:
@@ -159,7 +161,7 @@ def decode(
         produced += len(tokens)
 
 
-def _draft(model: Decodable, rule: Greedy | Sampling, state_BD: Tensor, token_B: Tensor, length: int) -> list[Draw]:
+def _draft(model: Decodable, rule: Greedy | Sampling, state_BS: Tensor, token_B: Tensor, length: int) -> list[Draw]:
     """`length` tokens in a row, each drawn in the state that the objective predicts after reading the one before.
 
     Every drawn token is kept: whether to stop may depend on anything known before a draw, never on the probability of the
@@ -167,7 +169,7 @@ def _draft(model: Decodable, rule: Greedy | Sampling, state_BD: Tensor, token_B:
     """
     drafts: list[Draw] = []
     for _ in range(length):
-        state_BD, logits_BV = model.objective.draft(state_BD, token_B)
+        state_BS, logits_BV = model.objective.draft(state_BS, token_B)
         drafts.append(rule.draw(logits_BV))
         token_B = drafts[-1].tokens
     return drafts
