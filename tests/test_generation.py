@@ -85,6 +85,23 @@ def test_rows_end_at_different_times_wherever_the_end_falls(family: str):
     assert inside > 0
 
 
+@pytest.mark.parametrize("config", [nextlat.MTPConfig(horizon=3), nextlat.JTPConfig(horizon=3)], ids=["mtp", "jtp"])
+def test_other_drafters_decode_ragged_batches_too(config: Any):
+    lm = tiny_lm("llama", vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
+    lm.generation_config.pad_token_id = 0
+    model, (ids, mask) = attach(lm, config), ragged_prompts(5)
+    alone = [
+        model.generate(row[WIDEST - n :][None], max_new_tokens=NEW, draft_length=0)[0, n:].tolist()
+        for row, n in zip(ids, RAGGED, strict=False)
+    ]
+    for draft_length in (0, 2, 3, "auto"):
+        out, stats = model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length, return_stats=True)
+        assert out[:, WIDEST:].tolist() == alone
+        assert stats.drafted_by_position[3:] == []
+    with pytest.raises(NextLatError, match="at most 3 tokens"):
+        model.generate(ids, mask, max_new_tokens=NEW, draft_length=4)
+
+
 def test_one_pass_serves_all_rows_and_ended_rows_take_no_part():
     model, ids, mask, expected = batch_case("llama", 8)
     model.generate(ids, mask, max_new_tokens=2)  # what is tried out once is over

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conftest import tiny_lm
 from nextlat.backbone import Backbone
+from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.metrics import effective_rank, paired_difference
 from nextlat.tasks.latent_rank import latent_rank
@@ -459,6 +460,12 @@ class Plain:
     def __init__(self, city: StreetNetwork, family: str = "llama") -> None:
         self.lm = tiny_lm(family, vocab_size=FIRST_NODE + len(city), seed=2)
         self.backbone, self.device = Backbone(self.lm), torch.device("cpu")
+
+    def hidden(self, batch: Batch, /) -> Tensor:
+        return self.backbone.hidden(batch)
+
+    def step(self, input_ids: Tensor, past: Any = None, /) -> tuple[Tensor, Any]:
+        return self.backbone.step(input_ids, past)
 
     def next_token_logits(self, h: Tensor, /) -> Tensor:
         return self.backbone.head(h)

@@ -11,7 +11,7 @@ from nextlat.errors import NextLatError
 if TYPE_CHECKING:
     from nextlat.decoding.generation import speculative
     from nextlat.model import ObjectiveModel, attach, llama, load
-    from nextlat.objectives import NextLatConfig, NextTokenConfig
+    from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
 
 __version__ = "0.1.0"
 
@@ -21,11 +21,26 @@ _HOME = {
     "llama": "nextlat.model",
     "load": "nextlat.model",
     "speculative": "nextlat.decoding.generation",
+    "BSTConfig": "nextlat.objectives",
+    "JTPConfig": "nextlat.objectives",
+    "MTPConfig": "nextlat.objectives",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
 }
 
-__all__ = ["NextLatConfig", "NextLatError", "NextTokenConfig", "ObjectiveModel", "attach", "llama", "load", "speculative"]
+__all__ = [
+    "BSTConfig",
+    "JTPConfig",
+    "MTPConfig",
+    "NextLatConfig",
+    "NextLatError",
+    "NextTokenConfig",
+    "ObjectiveModel",
+    "attach",
+    "llama",
+    "load",
+    "speculative",
+]
 
 
 def __getattr__(name: str) -> Any:

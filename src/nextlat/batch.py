@@ -110,3 +110,34 @@ class Batch:
             kept = linked[state].nonzero().squeeze(1)
             state = state[kept] + 1
             yield RolloutStep(kept, state, scored[state].nonzero().squeeze(1))
+
+    def ahead(self, horizon: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For i = 1..d: the positions t (M,) from which x_{t+1+i} is to be predicted, and its labels (M,).
+
+        It is where t..t+1+i lie in one document and the last of them is labelled.
+        """
+        targets = self.targets()
+        for i, step in enumerate(self.rollout(horizon), start=1):
+            state = step.state[step.scored]
+            yield state - i, targets[state]
+
+    def documents(self) -> tuple[Tensor, Tensor]:
+        """(G,) first position and (G,) length of every document; padding belongs to none."""
+        linked = self.linked()
+        begins, ends = torch.ones_like(linked), ~linked
+        begins[1:] = ~linked[:-1]
+        if self.valid is not None:
+            begins, ends = begins & self.valid.flatten(), ends & self.valid.flatten()
+        start = begins.nonzero().squeeze(1)
+        return start, ends.nonzero().squeeze(1) - start + 1
+
+    def reversed(self) -> "Batch":
+        """Every row read from its end, every document with positions of its own from its last token on."""
+        B, T = self.input_ids.shape
+        positions = None
+        if self.position_ids is not None:
+            n = torch.arange(B * T, device=self.input_ids.device)
+            end = torch.where(self.linked(), B * T, n).flip(0).cummin(0).values.flip(0)  # of the document that n lies in
+            positions = (end - n).view(B, T).flip(1)
+        valid = None if self.valid is None else self.valid.flip(1)
+        return Batch(self.input_ids.flip(1), self.labels.flip(1), positions, valid, self.packed)

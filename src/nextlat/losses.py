@@ -3,12 +3,12 @@
 Shapes: N positions, D width, V vocabulary. A *head* is any callable (M, D) -> (M, V); see `backbone.Head`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -128,3 +128,55 @@ class _SameHeadKL(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad_outputs[0].to(grad_ND.dtype), None, None
+
+
+def one_by_one(
+    pieces: Iterable[Callable[..., Tensor]], states: Sequence[Tensor], parameters: Iterable[nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    """Sum of a loss in many pieces, of which only one is held in memory at a time, behind one `.backward()`.
+
+    In the forward pass every piece runs forward *and backward* on the detached states, and what it gives is added up; the backward
+    pass only scales that sum. Peak memory is that of the largest piece plus one gradient per state and parameter.
+
+    Args:
+        pieces: functions of the detached `states` -> (S,) named parts of the loss; all parts of all pieces are added up.
+        states: tensors with a graph behind them. parameters: all others that pieces use and that are to learn.
+
+    Returns:
+        The total, and detached (S,) the parts over all pieces; zeros of shape (1,) without a piece.
+    """
+    learn = torch.is_grad_enabled()
+    return _OneByOne.apply(list(pieces), len(states), learn, *states, *(p for p in parameters if p.requires_grad))
+
+
+class _OneByOne(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: list[Callable[..., Tensor]], count: int, learn: bool, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        states = [x.detach().requires_grad_(learn and x.requires_grad) for x in inputs[:count]]
+        wanted = [(i, x) for i, x in enumerate([*states, *inputs[count:]]) if x.requires_grad]
+        grads = [_fp32(torch.zeros_like(x)) for _, x in wanted] if learn else []
+        parts = torch.zeros(1, dtype=torch.promote_types(inputs[0].dtype, torch.float32), device=inputs[0].device)
+        for piece in pieces:
+            with torch.set_grad_enabled(learn):
+                values = piece(*states)
+            parts = parts + values.detach()
+            if learn and wanted and values.requires_grad:
+                found = torch.autograd.grad(values, [x for _, x in wanted], torch.ones_like(values), allow_unused=True)
+                for total, grad in zip(grads, found, strict=True):
+                    if grad is not None:
+                        total += grad
+        ctx.places, ctx.dtypes = [i for i, _ in wanted], [x.dtype for _, x in wanted]
+        ctx.save_for_backward(*grads)
+        ctx.inputs = len(inputs)
+        total = parts.sum()
+        ctx.mark_non_differentiable(parts)
+        return total, parts
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        out: list[Tensor | None] = [None] * ctx.inputs
+        for i, grad, dtype in zip(ctx.places, ctx.saved_tensors, ctx.dtypes, strict=True):
+            out[i] = (grad * grad_outputs[0]).to(dtype)
+        return None, None, None, *out

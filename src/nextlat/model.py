@@ -93,7 +93,7 @@ class ObjectiveModel(nn.Module):
         """
         batch = Batch.from_inputs(input_ids, input_ids if labels is None else labels, position_ids, attention_mask)
         if labels is None:
-            return ObjectiveOutput(logits=self.next_token_logits(self.backbone.hidden(batch)))
+            return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
         losses = self.objective.loss(batch, counts)
         return ObjectiveOutput(loss=losses.total, losses=losses.means())
 
@@ -107,8 +107,17 @@ class ObjectiveModel(nn.Module):
         """`Objective.counts` of a batch given as in `forward`."""
         return self.objective.counts(Batch.from_inputs(input_ids, labels, position_ids, attention_mask))
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see `Objective.output_states`."""
+        return self.objective.output_states(self.backbone.hidden(batch), batch.input_ids)
+
+    def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
+        """The same states of some more tokens (B, T) of every row, KV-cached: (states, cache). See `Backbone.step`."""
+        h_BTD, cache = self.backbone.step(input_ids, cache, **arguments)
+        return self.objective.output_states(h_BTD, input_ids), cache
+
     def next_token_logits(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """(..., D) -> (..., V): of states that `hidden` or `step` gave."""
         return self.objective.next_token_logits(h)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
@@ -130,6 +139,8 @@ class ObjectiveModel(nn.Module):
             "needed_at_inference": self.objective.needed_at_inference,
             "backbone": self._backbone_description(),
         }
+        if self.objective.needed_at_inference:
+            description["note"] = "The transformer beside this is only part of the model: open the directory with nextlat.load."
         weights = {name: value.detach().contiguous().cpu() for name, value in self.objective.state_dict().items()}
         save_file(weights, sidecar / SIDECAR_WEIGHTS, metadata={"format": "pt"})
         (sidecar / SIDECAR_CONFIG).write_text(json.dumps(description, indent=2) + "\n")

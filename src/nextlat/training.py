@@ -229,11 +229,13 @@ def _train(
         write_json(out / RECORD, record)
     if recipe.run.compile:
         model.lm.base_model.compile()  # the layers: fixed shapes and one graph, which the losses' masked positions have not
+    rows = task.train_dataset(recipe.seed)
+    _check_horizon(model, task, len(rows[0]["input_ids"]))
     stop = StopSignal()
     trainer = NextLatTrainer(
         model,
         args,
-        FirstRows(task.train_dataset(recipe.seed), recipe.steps * recipe.batch_size),
+        FirstRows(rows, recipe.steps * recipe.batch_size),
         task.eval_dataset(),
         tokenizer=task.tokenizer,
         metrics=MetricsLog(out, step, first=first),
@@ -257,6 +259,15 @@ def _train(
         write_json(out / RECORD, {**record, "status": "finished", "steps": recipe.steps, "finished": _now()})
         rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
     trainer.accelerator.wait_for_everyone()
+
+
+def _check_horizon(model: ObjectiveModel, task: Task, row_length: int) -> None:
+    """The last of d steps beyond the next token must have a target somewhere."""
+    d, longest = model.objective.horizon, min(task.max_length, row_length)
+    if d and d + 2 > longest:
+        raise NextLatError(
+            f"the horizon {d} is too long for sequences of at most {longest} tokens: choose one of at most {max(longest - 2, 0)}."
+        )
 
 
 def _export(trainer: NextLatTrainer, out: Path) -> None:

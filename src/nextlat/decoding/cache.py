@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from nextlat.backbone import Backbone
@@ -37,18 +37,19 @@ class SequenceCache:
     """One row in the library's growing cache.
 
     Args:
-        backbone: of the model. forgets: whether tokens will be taken back; without, the model chooses a cache of its own.
+        backbone: of the model. config: `Objective.cache_config`, what the cache is built from.
+        forgets: whether tokens will be taken back; without, the model chooses a cache of its own.
     """
 
-    def __init__(self, backbone: Backbone, *, forgets: bool) -> None:
+    def __init__(self, backbone: Backbone, config: PreTrainedConfig, *, forgets: bool) -> None:
         self._backbone, self._forgets, self._last = backbone, forgets, 0
         self._cache: Cache | None = None
         if forgets:
-            self._cache = DynamicCache(config=backbone.lm.config)
+            self._cache = DynamicCache(config=config)
             self._cache.activate_past_recording()
 
-    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
-        """(1, D): the state at the last token of the one prompt (T,).
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The one prompt (T,) as (1, T), and its states (1, T, D); `keep` has to follow as after `read`.
 
         Raises:
             CannotForgetError: it has recurrent layers, but `forgets`.
@@ -60,8 +61,7 @@ class SequenceCache:
             raise CannotForgetError(
                 "this model has recurrent layers, whose state cannot forget a rejected draft: use draft_length=0"
             )
-        self.keep([len(prompt_T)])
-        return h_1TD[:, -1]
+        return prompt_T[None], h_1TD
 
     def read(self, tokens_1K: Tensor) -> Tensor:
         """(1, K, D): one forward pass over the next tokens."""
@@ -79,7 +79,8 @@ class RaggedCache:
     """A batch whose rows have lengths of their own, in static tensors.
 
     Args:
-        backbone: of the model, which must pass `supports_ragged`. length: tokens of the longest row when all is done.
+        backbone: of the model, which must pass `supports_ragged`. config: `Objective.cache_config`, for the number of layers.
+        length: tokens of the longest row when all is done.
 
     Attributes:
         slots: S; one more than `length` at least, in which rows that have nothing left to read leave what nobody ever sees.
@@ -88,10 +89,10 @@ class RaggedCache:
 
     lengths_B: Tensor
 
-    def __init__(self, backbone: Backbone, length: int) -> None:
+    def __init__(self, backbone: Backbone, config: PreTrainedConfig, length: int) -> None:
         self._backbone = backbone
         self.slots = -(-(length + 1) // SPAN) * SPAN
-        config = backbone.lm.config.get_text_config(decoder=True)
+        config = config.get_text_config(decoder=True)
         self._last_position = (getattr(config, "max_position_embeddings", None) or self.slots) - 1
         self._additive = config._attn_implementation == "eager"
         self._write = _Write()
@@ -99,14 +100,12 @@ class RaggedCache:
         self._cache = Cache(layers=layers)
         self._lengths: list[int] = []
 
-    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
-        """(B, D): the state at the last token of each prompt (T,), whatever its length."""
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The prompts (T,) as (B, T), filled up on the right, and their states (B, T, D); `keep` says how long each is."""
         tokens_BT = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
         self._lengths = [0] * len(prompts)
         self.lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=tokens_BT.device)
-        h_BTD = self.read(tokens_BT)
-        self.keep([len(prompt) for prompt in prompts])
-        return h_BTD[torch.arange(len(prompts), device=h_BTD.device), self.lengths_B - 1]
+        return tokens_BT, self.read(tokens_BT)
 
     def read(self, tokens_BK: Tensor) -> Tensor:
         """(B, K, D): one forward pass over the next tokens of every row."""
@@ -206,8 +205,9 @@ def supports_ragged(backbone: Backbone) -> bool:
         return False
     ids = torch.arange(1, 9, device=lm.device) % backbone.vocab_size
     try:
-        cache = RaggedCache(backbone, 8)
+        cache = RaggedCache(backbone, lm.config, 8)
         cache.prefill([ids[:4], ids[3:5]])
+        cache.keep([4, 2])
         cache.read(torch.stack([ids[[4, 7, 0]], ids[[5, 2, 1]]]))
         cache.keep([1, 2])
         h_BKD = cache.read(torch.stack([ids[[5, 6]], ids[[7, 0]]]))

@@ -286,6 +286,8 @@ def _can_compile(model: Decodable, scores: Scores) -> bool:
     reason = ""
     if not batches(model):
         reason = "the model keeps a cache of changing shape"
+    elif model.objective.cache_config is not model.lm.config:
+        reason = f"the objective '{model.objective.name}' drafts with layers that keep caches of their own"
     elif scores.need_past:
         reason = "a logits processor looks at the tokens before"
     if reason:

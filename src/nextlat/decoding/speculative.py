@@ -11,7 +11,7 @@ decoder everything is KV-cached, and the verification already yields the state t
 generation costs 1 + cycles forward passes of the transformer. Rows of a batch share every pass, accept different numbers of tokens
 and end at different times. With a draft length of 0 a cycle is a step of plain decoding.
 
-Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens.
+Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens, S width of the state that drafts start from (D for NextLat).
 """
 
 import logging
@@ -111,20 +111,24 @@ def decode(
         keep_scores: leave scores and logits of every new token in the cycles.
     """
     seen = list(prompts if seen is None else seen)
-    backbone, device, rows = model.backbone, model.lm.device, range(len(prompts))
+    backbone, objective, device, rows = model.backbone, model.objective, model.lm.device, range(len(prompts))
     most_new = stopping.new_tokens
     cache: RaggedCache | SequenceCache
     if compile:
         cache = _kept_cache(model, len(prompts), max(map(len, prompts)) + most_new)
     elif batches(model):
-        cache = RaggedCache(backbone, max(map(len, prompts)) + most_new)
+        cache = RaggedCache(backbone, objective.cache_config, max(map(len, prompts)) + most_new)
     else:
-        cache = SequenceCache(backbone, forgets=draft_length != 0)
+        cache = SequenceCache(backbone, objective.cache_config, forgets=draft_length != 0)
     clock = _Clock(device)
 
     start = clock.mark()
-    state_BD = cache.prefill(prompts)
-    logits_BV = model.next_token_logits(state_BD)
+    tokens_BT, h_BTD = cache.prefill(prompts)
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    logits_BV = model.next_token_logits(_at(objective.output_states(h_BTD, tokens_BT), last_B))
+    # The second is asked for before anything is forgotten, and only by those who draft (it may have work to do).
+    state_BS = _at(objective.drafting_states(h_BTD, tokens_BT) if draft_length != 0 else h_BTD, last_B)
+    cache.keep([len(prompt) for prompt in prompts])
     past = Past([ids[:-1] for ids in seen], torch.stack([ids[-1:] for ids in seen]))
     scores_BV = rule.scores(logits_BV[:, None], past)[:, 0]
     noise = rule.noise(len(prompts), 0, scores_BV.shape[-1], device)
@@ -144,8 +148,8 @@ def decode(
     if rule.scores.need_past:
         seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, token_B, strict=True)]
 
-    cycle = _Compiled(model, rule, cache) if compile else _Cycle(model, rule, cache)
-    length = _draft_length(model, cycle, draft_length, state_BD, token_B)
+    cycle = (_Compiled if compile else _Cycle)(model, rule, cache, drafts=draft_length != 0)
+    length = _draft_length(model, cycle, draft_length, state_BS, token_B)
     while not all(ended):
         rooms = [0 if done else most_new - n - 1 for done, n in zip(ended, produced, strict=True)]
         active = [b for b in rows if not ended[b]]
@@ -153,7 +157,7 @@ def decode(
         most = [min(planned, room) for room in rooms]
         more = length.more if isinstance(length, AdaptiveLength) and length.stepwise else None
         start = clock.mark()
-        out = cycle.run(state_BD, token_B, most, planned, [ids[:-1] for ids in seen], more, clock)
+        out = cycle.run(state_BS, token_B, most, planned, [ids[:-1] for ids in seen], more, clock)
         values = out.packed.tolist()  # the one read-back of the cycle
         end = clock.mark()
         accepted, following, sound, drafter_sound, *drafted = values
@@ -176,7 +180,7 @@ def decode(
             if rule.scores.need_past:
                 seen[b] = torch.cat([seen[b], torch.tensor(tokens, device=device)])
         cache.keep(counts)
-        state_BD, token_B = out.state_BD, out.packed[1]
+        state_BS, token_B = out.state_BS, out.packed[1]
         yield Pass(tuple(cycles), draft=clock.seconds(start, out.drafted_at), verify=clock.seconds(out.drafted_at, end))
 
 
@@ -185,7 +189,7 @@ class _Outcome:
     """Of one cycle. `packed` (4 + k, B): accepted, following token, whether the logits were finite, and the drafter's, drafted tokens."""
 
     packed: Tensor
-    state_BD: Tensor
+    state_BS: Tensor
     scores_BKV: Tensor
     logits_BKV: Tensor
     drafted_at: Any = None
@@ -197,8 +201,8 @@ More = Callable[[int, list[float]], bool]
 class _Cycle:
     """Draft, verification and acceptance for one batch."""
 
-    def __init__(self, model: Decodable, rule: Rule, cache: Any) -> None:
-        self.model, self.rule, self.cache = model, rule, cache
+    def __init__(self, model: Decodable, rule: Rule, cache: Any, *, drafts: bool) -> None:
+        self.model, self.rule, self.cache, self.drafts = model, rule, cache, drafts
 
     def longest(self, room: int) -> int:
         """The longest draft that may be asked for where rows have room for so many tokens."""
@@ -206,7 +210,7 @@ class _Cycle:
 
     def run(
         self,
-        state_BD: Tensor,
+        state_BS: Tensor,
         token_B: Tensor,
         most: list[int],
         planned: int,
@@ -218,17 +222,17 @@ class _Cycle:
         rule, device = self.rule, token_B.device
         noise = rule.noise(len(token_B), planned, self.model.backbone.vocab_size, device)
         most_B = torch.tensor(most, device=device)
-        read, drafts, finite_B = _draft(self.model, rule, state_BD, token_B, most_B, planned, noise, rows, more)
+        read, drafts, finite_B = _draft(self.model, rule, state_BS, token_B, most_B, planned, noise, rows, more)
         drafted_at = clock.mark()
         h_BKD = self.cache.read(torch.stack(read, dim=1))
-        out = _accept(self.model, rule, h_BKD, read, drafts, finite_B, most_B, noise, rows)
+        out = _accept(self.model, rule, h_BKD, read, drafts, finite_B, most_B, noise, rows, self.drafts)
         return replace(out, drafted_at=drafted_at)
 
 
 def _draft(
     model: Decodable,
     rule: Rule,
-    state_BD: Tensor,
+    state_BS: Tensor,
     token_B: Tensor,
     most_B: Tensor,
     planned: int,
@@ -245,7 +249,7 @@ def _draft(
     drafts: list[Draw] = []
     finite_B = torch.ones_like(token_B, dtype=torch.bool)
     for place in range(planned):
-        state_BD, logits_BV = model.objective.draft(state_BD, read[-1])
+        state_BS, logits_BV = model.objective.draft(state_BS, read[-1])
         past = Past(rows, torch.stack(read, dim=1)) if rule.scores.need_past else None
         scores_BV = rule.scores(logits_BV[:, None], past)[:, 0]
         drafts.append(rule.draw(scores_BV, noise, place))
@@ -269,46 +273,54 @@ def _accept(
     most_B: Tensor,
     noise: Noise | None,
     rows: Sequence[Tensor],
+    goes_on: bool,
 ) -> _Outcome:
-    """What the transformer makes of a draft, given its states (B, k + 1, D) at the tokens read."""
-    logits_BKV = model.next_token_logits(h_BKD)
-    past = Past(rows, torch.stack(list(read), dim=1)) if rule.scores.need_past else None
+    """What the transformer makes of a draft, given its states (B, k + 1, D) at the tokens read; `goes_on` if drafts follow."""
+    objective, read_BK = model.objective, torch.stack(list(read), dim=1)
+    logits_BKV = model.next_token_logits(objective.output_states(h_BKD, read_BK))
+    past = Past(rows, read_BK) if rule.scores.need_past else None
     scores_BKV = rule.scores(logits_BKV, past)
     accepted_B, following_B = rule.verify(scores_BKV, drafts, noise, most_B)
     used_BK = torch.arange(len(read), device=h_BKD.device) <= accepted_B[:, None]
     sound_B = (logits_BKV.amax(dim=-1).isfinite() | ~used_BK).all(dim=-1)
     packed = torch.stack([accepted_B, following_B, sound_B.long(), finite_B.long(), *read[1:]])
     # The state that `following` was chosen in starts the next draft.
-    state_BD = h_BKD[torch.arange(len(h_BKD), device=h_BKD.device), accepted_B]
-    return _Outcome(packed, state_BD, scores_BKV, logits_BKV)
+    state_BS = _at(objective.drafting_states(h_BKD, read_BK) if goes_on else h_BKD, accepted_B)
+    return _Outcome(packed, state_BS, scores_BKV, logits_BKV)
+
+
+def _at(x_BK: Tensor, place_B: Tensor) -> Tensor:
+    """(B, K, ...) -> (B, ...): of each row what stands at its place."""
+    return x_BK[torch.arange(len(x_BK), device=x_BK.device), place_B]
 
 
 def _whole_cycle(
     model: Decodable,
     rule: Rule,
     cache: RaggedCache,
-    state_BD: Tensor,
+    state_BS: Tensor,
     token_B: Tensor,
     lengths_B: Tensor,
     most_B: Tensor,
     uniform: Tensor | None,
     times: Tensor | None,
     planned: int,
+    goes_on: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A cycle of static shapes as one function of tensors."""
     noise = Noise(uniform, lambda i: times[:, i]) if uniform is not None and times is not None else None
-    read, drafts, finite_B = _draft(model, rule, state_BD, token_B, most_B, planned, noise, ())
+    read, drafts, finite_B = _draft(model, rule, state_BS, token_B, most_B, planned, noise, ())
     h_BKD = cache.forward(torch.stack(read, dim=1), lengths_B, cache.slots)
-    out = _accept(model, rule, h_BKD, read, drafts, finite_B, most_B, noise, ())
-    return out.packed, out.state_BD, out.scores_BKV, out.logits_BKV
+    out = _accept(model, rule, h_BKD, read, drafts, finite_B, most_B, noise, (), goes_on)
+    return out.packed, out.state_BS, out.scores_BKV, out.logits_BKV
 
 
 class _Compiled(_Cycle):
     """The same as one graph for each draft length: a CUDA graph where there is a GPU. Randomness comes in from outside."""
 
-    def __init__(self, model: Decodable, rule: Rule, cache: Any) -> None:
+    def __init__(self, model: Decodable, rule: Rule, cache: Any, *, drafts: bool) -> None:
         # The graph is bound to what the rule does, not to its generator.
-        super().__init__(model, rule, cache)
+        super().__init__(model, rule, cache, drafts=drafts)
         self._pure = replace(rule, generator=None) if isinstance(rule, Sampling) else rule
         graphs = "reduce-overhead" if model.lm.device.type == "cuda" else None
         self._call = torch.compile(_whole_cycle, fullgraph=True, dynamic=False, mode=graphs)
@@ -319,7 +331,7 @@ class _Compiled(_Cycle):
 
     def run(
         self,
-        state_BD: Tensor,
+        state_BS: Tensor,
         token_B: Tensor,
         most: list[int],
         planned: int,
@@ -334,9 +346,9 @@ class _Compiled(_Cycle):
             times = race((B, planned + 1, V), device, self.rule.generator)
         most_B = torch.tensor(most, device=device)
         drafted_at = clock.mark()
-        tensors = (state_BD.clone(), token_B.clone(), self.cache.lengths_B, most_B, uniform, times)
-        packed, state_BD, scores, logits = self._call(self.model, self._pure, self.cache, *tensors, planned)
-        return _Outcome(packed, state_BD, scores, logits, drafted_at)
+        tensors = (state_BS.clone(), token_B.clone(), self.cache.lengths_B, most_B, uniform, times)
+        packed, state_BS, scores, logits = self._call(self.model, self._pure, self.cache, *tensors, planned, self.drafts)
+        return _Outcome(packed, state_BS, scores, logits, drafted_at)
 
 
 def _kept_cache(model: Decodable, rows: int, length: int) -> RaggedCache:
@@ -346,12 +358,12 @@ def _kept_cache(model: Decodable, rows: int, length: int) -> RaggedCache:
     caches = known(model).caches
     if key not in caches:
         caches.clear()
-        caches[key] = RaggedCache(model.backbone, slots - 1)
+        caches[key] = RaggedCache(model.backbone, model.objective.cache_config, slots - 1)
     return caches[key]
 
 
 def _draft_length(
-    model: Decodable, cycle: _Cycle, draft_length: int | str, state_BD: Tensor, token_B: Tensor
+    model: Decodable, cycle: _Cycle, draft_length: int | str, state_BS: Tensor, token_B: Tensor
 ) -> FixedLength | AdaptiveLength:
     """Of a number, itself; of "auto", the adaptive one for this setting, whose costs are measured here when it is new."""
     if not isinstance(draft_length, str):
@@ -365,15 +377,15 @@ def _draft_length(
     setting = (len(token_B), sampled, compiled, cycle.rule.scores.need_past, longest, machine)
     lengths = known(model).lengths
     if setting not in lengths:
-        lengths[setting] = _measured(model, cycle, state_BD, token_B, longest)
+        lengths[setting] = _measured(model, cycle, state_BS, token_B, longest)
     return lengths[setting]
 
 
-def _measured(model: Decodable, cycle: _Cycle, state_BD: Tensor, token_B: Tensor, longest: int) -> AdaptiveLength:
+def _measured(model: Decodable, cycle: _Cycle, state_BS: Tensor, token_B: Tensor, longest: int) -> AdaptiveLength:
     """Time a draft step and passes of several widths where the text stands now; nothing of it is kept."""
     device, B = model.lm.device, len(token_B)
     if isinstance(cycle.rule, Sampling):  # not with the caller's random numbers
-        cycle = type(cycle)(model, replace(cycle.rule, generator=torch.Generator(device)), cycle.cache)
+        cycle = type(cycle)(model, replace(cycle.rule, generator=torch.Generator(device)), cycle.cache, drafts=True)
 
     def finish(out: Tensor) -> None:
         out.sum().item()  # wait for the device
@@ -386,7 +398,7 @@ def _measured(model: Decodable, cycle: _Cycle, state_BD: Tensor, token_B: Tensor
             timed = []
             for _ in range(6):
                 start = time.perf_counter()
-                finish(cycle.run(state_BD, token_B, [k] * B, k, (), None, _Clock(device)).packed)
+                finish(cycle.run(state_BS, token_B, [k] * B, k, (), None, _Clock(device)).packed)
                 timed.append(time.perf_counter() - start)
             seconds.append(sorted(timed[1:])[2])
         every = torch.tensor(seconds).cummax(0).values.tolist()
@@ -395,13 +407,15 @@ def _measured(model: Decodable, cycle: _Cycle, state_BD: Tensor, token_B: Tensor
 
     def passes(width: int) -> None:
         noise = cycle.rule.noise(B, 0, model.backbone.vocab_size, token_B.device)
-        h_BKD = cycle.cache.read(token_B[:, None].expand(B, width))
-        logits_BKV = model.next_token_logits(h_BKD)
+        read_BK = token_B[:, None].expand(B, width)
+        h_BKD = cycle.cache.read(read_BK)
+        logits_BKV = model.next_token_logits(model.objective.output_states(h_BKD, read_BK))
+        model.objective.drafting_states(h_BKD, read_BK)
         finish(cycle.rule.draw(logits_BKV[:, -1].float(), noise, 0).tokens)
 
     def draft() -> None:
         noise = cycle.rule.noise(B, 1, model.backbone.vocab_size, token_B.device)
-        _, logits_BV = model.objective.draft(state_BD, token_B)
+        _, logits_BV = model.objective.draft(state_BS, token_B)
         cycle.rule.draw(logits_BV.float(), noise, 0).tokens.sum().item()
 
     return AdaptiveLength(measure(passes, draft, longest), longest, stepwise=device.type == "cpu")

@@ -1,14 +1,34 @@
 """Training objectives, one file each. A new one is one new file and one line here."""
 
 from nextlat.objectives.base import Objective
+from nextlat.objectives.belief_state import BST, BSTConfig
+from nextlat.objectives.joint_multi_token import JTP, JTPConfig
+from nextlat.objectives.multi_token import MTP, MTPConfig
 from nextlat.objectives.next_latent import LatentDynamics, NextLat, NextLatConfig
 from nextlat.objectives.next_token import NextToken, NextTokenConfig
 
-ObjectiveConfig = NextTokenConfig | NextLatConfig
+ObjectiveConfig = NextTokenConfig | NextLatConfig | MTPConfig | JTPConfig | BSTConfig
 
 OBJECTIVES: dict[str, tuple[type[ObjectiveConfig], type[Objective]]] = {
     NextToken.name: (NextTokenConfig, NextToken),
     NextLat.name: (NextLatConfig, NextLat),
+    MTP.name: (MTPConfig, MTP),
+    JTP.name: (JTPConfig, JTP),
+    BST.name: (BSTConfig, BST),
 }
 
-__all__ = ["OBJECTIVES", "LatentDynamics", "NextLat", "NextLatConfig", "NextToken", "NextTokenConfig", "Objective"]
+__all__ = [
+    "BST",
+    "JTP",
+    "MTP",
+    "OBJECTIVES",
+    "BSTConfig",
+    "JTPConfig",
+    "LatentDynamics",
+    "MTPConfig",
+    "NextLat",
+    "NextLatConfig",
+    "NextToken",
+    "NextTokenConfig",
+    "Objective",
+]

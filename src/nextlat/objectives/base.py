@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
@@ -17,6 +18,10 @@ class Objective(nn.Module):
         name: as in recipes and run directories.
         max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
         needed_at_inference: True when the LM alone does not define the model (JTP, BST).
+
+    From a forward pass of the transformer, which gives h_BTD for tokens input_ids_BT (with or without a cache), follow
+        next_token_logits(output_states(h, input_ids))       what the model says, at every position
+        draft(drafting_states(h, input_ids)[:, t], token)   what the objective drafts behind `token`, which was chosen at position t
     """
 
     name: ClassVar[str]
@@ -45,10 +50,26 @@ class Objective(nn.Module):
         """The loss parts on a batch; `counts` defaults to `self.counts(batch)`."""
         raise NotImplementedError
 
+    def output_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
+        """(B, T, D) hidden states and the (B, T) tokens read last in each -> what `next_token_logits` takes; h itself by default."""
+        return h
+
     def next_token_logits(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the distribution of the next token given the hidden state."""
+        """(..., D) -> (..., V): the distribution of the next token given a state (see `output_states`)."""
         return self.backbone.head(h)
 
+    @property
+    def cache_config(self) -> PreTrainedConfig:
+        """What the KV cache of decoding is built from: the LM's own configuration, or one with more layers (MTP)."""
+        return self.backbone.cache_config()
+
+    def drafting_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
+        """(B, T, D), (B, T) -> (B, T, S): where drafts behind each position start; h itself by default.
+
+        To be called right after the forward pass that gave h, and before anything is rolled back from its cache.
+        """
+        return h
+
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """One draft step: the state after reading `token` (B,) in `state` (B, D), and the logits (B, V) of what follows."""
+        """One draft step: the state after reading `token` (B,) in `state` (B, S), and the logits (B, V) of what follows."""
         raise NextLatError(f"the objective '{self.name}' cannot draft tokens: use draft_length=0.")

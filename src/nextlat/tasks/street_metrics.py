@@ -268,7 +268,7 @@ def _forced_logits(
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         lengths = prompts.lengths[rows][:, None]
-        h_BTD, _ = model.backbone.step(torch.from_numpy(ids[rows, : 2 + int(lengths.max())]).to(model.device), None)
+        h_BTD, _ = model.step(torch.from_numpy(ids[rows, : 2 + int(lengths.max())]).to(model.device), None)
         made = np.arange(int(lengths.max()) + 1)
         row, position = np.nonzero((made <= lengths) & (made >= lengths - before_end[rows][:, None]))
         vocabulary = model.next_token_logits(h_BTD[:1, -1]).shape[-1]

@@ -22,21 +22,15 @@ NOWHERE = -1  # the true place of a ride that took a street that does not exist
 COMPACT_BELOW = 0.85  # share of rides still under way below which the finished ones leave the batch and its cache
 
 
-class StepBackbone(Protocol):
-    """A transformer that reads a few more tokens: `step(input_ids_BT, past) -> (h_BTD, past)`.
+class SequenceModel(Protocol):
+    """What the street metrics need of a model; `nextlat.model.ObjectiveModel` has it, and so has the exact world model of
+    the tests.
 
-    The cache is opaque but for `batch_select_indices(indices)`, in place, as in `transformers.Cache`.
+    `step(input_ids_BT, past) -> (h_BTD, past)` reads a few more tokens. The cache is opaque but for
+    `batch_select_indices(indices)`, in place, as in `transformers.Cache`.
     """
 
     def step(self, input_ids: Tensor, past_key_values: Any = None, /) -> tuple[Tensor, Any]: ...
-
-
-class SequenceModel(Protocol):
-    """What the street metrics need of a model; `nextlat.model.ObjectiveModel` has it, and so has the exact world model of
-    the tests."""
-
-    @property
-    def backbone(self) -> StepBackbone: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -204,7 +198,7 @@ def _ride_batch(
     input_ids = prompt_ids[:, : 2 + made]
     past, alive = None, np.ones(len(rows), dtype=bool)
     while True:
-        h_BTD, past = model.backbone.step(torch.from_numpy(input_ids).to(model.device), past)
+        h_BTD, past = model.step(torch.from_numpy(input_ids).to(model.device), past)
         drives = alive & (prefix <= made)
         token = np.full(len(rows), END, dtype=np.int64)
         token[prefix > made] = prompt_ids[prefix > made, min(2 + made, prompt_ids.shape[1] - 1)]

@@ -182,7 +182,7 @@ class WordProblem(Task):
 
     def _logits(self, model: "ObjectiveModel", input_ids: Tensor) -> dict[str, Tensor]:
         """(S, n + 1) inputs -> logits (S, n, V) of each way to predict the products."""
-        h, _ = model.backbone.step(input_ids)
+        h, _ = model.step(input_ids)
         found = {"transformer": model.next_token_logits(h[:, 1:])}
         if model.objective.max_draft_length is None:
             state, logits = h[:, 0], []
