@@ -1,7 +1,8 @@
 """Training objectives, one file each. A new one is one new file and one line here."""
 
 from nextlat.objectives.base import Objective
-from nextlat.objectives.next_latent import LatentDynamics, NextLat, NextLatConfig
+from nextlat.objectives.latent_dynamics import LatentDynamics
+from nextlat.objectives.next_latent import NextLat, NextLatConfig
 from nextlat.objectives.next_token import NextToken, NextTokenConfig
 
 ObjectiveConfig = NextTokenConfig | NextLatConfig

@@ -17,11 +17,15 @@ class Objective(nn.Module):
         name: as in recipes and run directories.
         max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
         needed_at_inference: True when the LM alone does not define the model (JTP, BST).
+
+    Attributes:
+        step: number of the optimiser step under way, from 1, set by the trainer for losses that change over time; None = none is.
     """
 
     name: ClassVar[str]
     max_draft_length: int | None = 0
     needed_at_inference: ClassVar[bool] = False
+    step: int | None = None
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
