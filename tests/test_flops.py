@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nextlat
 from conftest import tiny_lm
-from nextlat.flops import Shape, training_flops
+from nextlat.flops import Shape, step_flops, training_flops
 
 VOCAB, ROWS, T = 50, 2, 24
 CONFIGS = [
@@ -49,6 +49,23 @@ def test_prediction_is_what_is_counted(family: str, config: object, monkeypatch:
     predicted = training_flops(shape, config, T)
     assert predicted is not None
     assert sum(predicted.values()) + recomputed(config, shape.head) == pytest.approx(counted(model), rel=1e-6)
+
+
+def test_packed_and_padded_rows_are_predicted_from_their_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
+    config = nextlat.NextLatConfig(horizon=3)
+    model = nextlat.attach(tiny_lm("llama", VOCAB, tie_word_embeddings=False), config)
+    ids = torch.randint(VOCAB, (2, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0]])
+    mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
+    labels = torch.where(torch.arange(12) < 2, -100, ids)
+    inputs = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
+    shape, counts = Shape.of(model), model.counts(**inputs).tolist()
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    predicted = step_flops(shape, config, 2, 12, counts)
+    assert predicted is not None
+    assert sum(predicted.values()) + 2 * shape.head * counts[0] == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_parts_are_named_and_add_up_by_hand() -> None:

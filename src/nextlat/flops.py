@@ -3,9 +3,10 @@
 Counted as everywhere: a product of (M, K) and (K, N) matrices is 2 M K N operations, only matrix products count, the half of the
 attention that the causal mask hides counts too, and what is recomputed to save memory does not (it is no part of the method).
 
-Shapes: T tokens of one document that fills a row, D width, E embedding width, V vocabulary, d horizon.
+Shapes: B rows of T tokens, D width, E embedding width, V vocabulary, d horizon.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,31 +45,43 @@ class Shape:
         )
 
 
-def training_flops(shape: Shape, objective: NextTokenConfig | NextLatConfig | object, length: int) -> dict[str, float] | None:
-    """Operations per token of forward and backward pass: {"backbone", "head"} and for NextLat {"dynamics", "kl"}.
+def step_flops(shape: Shape, objective: object, rows: int, length: int, counts: Sequence[float]) -> dict[str, float] | None:
+    """Operations of the forward and backward pass of one batch: {"backbone", "head"}, and for NextLat {"dynamics", "kl"}.
 
     Args:
-        shape: of the model. objective: its configuration. length: T, of every document; all its tokens are labelled.
+        shape: of the model. objective: its configuration. rows, length: B, T of the batch, padding included.
+        counts: of the objective on that batch, see `Objective.counts`.
 
     Returns:
         None for an objective of which this has no formula.
     """
-    T = length
-    # Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for both factors).
-    parts = {"backbone": 3.0 * (2 * shape.layers * T + 2 * 2 * T * T * shape.attention), "head": 3.0 * 2 * shape.head * (T - 1)}
-    if isinstance(objective, NextLatConfig):
-        steps = range(1, objective.horizon + 1)
-        reached = sum(max(T - i, 0) for i in steps)
-        scored = sum(max(T - i - 1, 0) for i in steps) if objective.lambda_kl > 0 else 0
-        parts["dynamics"] = 3.0 * 2 * shape.dynamics * reached
-        parts["kl"] = float(head_passes(objective) * 2 * shape.head * scored)
-    elif not isinstance(objective, NextTokenConfig):
+    if not isinstance(objective, NextTokenConfig | NextLatConfig):
         return None
-    return {name: value / T for name, value in parts.items()}
+    # Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for both factors).
+    positions = rows * length
+    parts = {
+        "backbone": 3.0 * positions * (2 * shape.layers + 4 * length * shape.attention),
+        "head": 6.0 * shape.head * counts[0],
+    }
+    if isinstance(objective, NextLatConfig):
+        d = objective.horizon
+        parts["dynamics"] = 6.0 * shape.dynamics * sum(counts[1 : 1 + d])
+        parts["kl"] = 2.0 * head_passes(objective) * shape.head * sum(counts[1 + d :])
+    return parts
+
+
+def training_flops(shape: Shape, objective: object, length: int) -> dict[str, float] | None:
+    """Operations per token of `step_flops`, where every row is one document of `length` labelled tokens."""
+    steps = range(1, getattr(objective, "horizon", 0) + 1)
+    counts = [length - 1, *(max(length - i, 0) for i in steps), *(max(length - i - 1, 0) for i in steps)]
+    parts = step_flops(shape, objective, 1, length, counts)
+    return parts and {name: value / length for name, value in parts.items()}
 
 
 def head_passes(objective: NextLatConfig) -> int:
     """Products with W that the token-level loss of one predicted state needs: 3 in the paper's form."""
+    if not objective.lambda_kl:
+        return 0
     student = 2 if objective.stop_gradient_head else 3  # forward, gradient to h_hat, and to W where W moves
     teacher = 0 if objective.kl_loss == "cross_entropy" else 1 if objective.stop_gradient_teacher else 3
     return student + teacher
