@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM
 import nextlat
 from conftest import FAMILIES, tiny_lm
 
-CONFIGS = [nextlat.NextTokenConfig(), nextlat.NextLatConfig(horizon=2, hidden_size=24)]
+CONFIGS = [
+    nextlat.NextTokenConfig(),
+    nextlat.NextLatConfig(horizon=2, hidden_size=24),
+    nextlat.NextLatConfig(dynamics="gru", next_h_loss="mse", kl_loss="cross_entropy"),
+    nextlat.NextLatConfig(separate_norms=True, stop_gradient_teacher=False),
+]
+NAMES = ["next-token", "nextlat", "gru", "separate norms"]
 
 
 def batch_of(vocab: int = 50) -> dict[str, torch.Tensor]:
@@ -21,7 +27,7 @@ def batch_of(vocab: int = 50) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["next-token", "nextlat"])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_trainable_moves_and_the_frozen_stays(family: str, config: object) -> None:
     model = nextlat.attach(tiny_lm(family), config).train()
@@ -41,7 +47,7 @@ def test_everything_trainable_moves_and_the_frozen_stays(family: str, config: ob
     assert still == {name for name, p in model.named_parameters() if p is frozen}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["next-token", "nextlat"])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_load_round_trip(family: str, config: object, tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm(family), config)
@@ -78,6 +84,20 @@ def test_load_weights_restores_both_halves_in_place(tmp_path: Path) -> None:
     second.load_weights(tmp_path)
     assert next(second.parameters()) is parameter  # an optimiser that holds it stays valid
     torch.testing.assert_close(second(**batch_of()).loss, first(**batch_of()).loss, rtol=0, atol=0)
+
+
+def test_saved_model_of_a_version_without_later_settings_opens_with_their_defaults(tmp_path: Path) -> None:
+    model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig(horizon=2))
+    model.save_pretrained(tmp_path)
+    sidecar = tmp_path / "nextlat" / "objective.json"
+    description = json.loads(sidecar.read_text())
+    first = ("horizon", "lambda_next_h", "lambda_kl", "hidden_size", "num_layers")
+    assert set(first) < description["config"].keys()
+    description["config"] = {name: description["config"][name] for name in first}
+    sidecar.write_text(json.dumps(description))
+    again = nextlat.load(tmp_path, attn_implementation="eager")
+    assert again.objective.config == model.objective.config
+    assert torch.equal(again(**batch_of()).loss, model(**batch_of()).loss)
 
 
 def test_another_objective_in_the_directory_is_named(tmp_path: Path) -> None:

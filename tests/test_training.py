@@ -159,6 +159,26 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(whole: Path, tmp_path:
     assert (read_record(tmp_path / "run") or {})["resumed_at"] == [3]
 
 
+def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny("objectives.nextlat.warmup_steps=5", "gradient_accumulation=2", "run.keep_checkpoints=1")
+    uninterrupted = train(recipe, tmp_path / "uninterrupted", progress=False)
+    with monkeypatch.context() as patch:
+        before_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))  # the second half of the third batch
+        with pytest.raises(Interrupted, match="stopped after step 3"):
+            train(recipe, tmp_path / "run", progress=False)
+    train(recipe, tmp_path / "run", progress=False)
+    assert largest_difference(uninterrupted, tmp_path / "run") == 0
+    assert metrics(uninterrupted) == metrics(tmp_path / "run")
+    steps = [line for line in metrics(uninterrupted) if "loss" in line]
+    for line, share in zip(steps, [0.2, 0.4, 0.6, 0.8, 1, 1], strict=True):
+        assert line["loss"] == pytest.approx(line["next_token"] + share * (line["next_h"] + 0.1 * line["kl"]), rel=1e-5)
+    (final,) = (line for line in metrics(uninterrupted) if "eval_loss" in line)
+    full = final["eval_next_token"] + final["eval_next_h"] + 0.1 * final["eval_kl"]
+    assert final["eval_loss"] == pytest.approx(full, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
     code = (
@@ -327,6 +347,8 @@ def test_setting_that_came_with_a_later_version_is_no_difference(whole: Path, tm
     shutil.copytree(whole, run)
     record = json.loads((run / "run.json").read_text())
     del record["recipe"]["run"]["workers"]
+    for name in ("next_h_loss", "kl_loss", "stop_gradient_head", "dynamics", "warmup_steps", "separate_norms", "zero_init"):
+        del record["recipe"]["objectives"]["nextlat"][name]
     (run / "run.json").write_text(json.dumps(record))
     assert train(tiny("run.keep_checkpoints=3"), run, progress=False) == run
 

@@ -14,6 +14,7 @@ from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
     from nextlat.demo import Job
+    from nextlat.recipe import Recipe
 
 
 class _Commands(typer.core.TyperGroup):
@@ -54,6 +55,7 @@ def train(
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure the model when it is trained.")] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do not train.")] = False,
 ) -> None:
     """Train a recipe; stop it anywhere, and the same command goes on where it was."""
     from nextlat.recipe import load_recipe
@@ -61,6 +63,9 @@ def train(
     from nextlat.training import train as run_training
 
     loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
+    if dry_run:
+        _print_cost(loaded)
+        return
     directory = out or Path("runs") / loaded.run_name
     was_finished = is_finished(directory)
     run_training(loaded, directory, progress=progress)
@@ -150,6 +155,38 @@ def demo(
     _watch(jobs, console)
     show.collect(jobs, out)
     _report([job.directory for job in jobs], out)
+
+
+def _print_cost(recipe: "Recipe") -> None:
+    from nextlat.dry_run import dry_run
+
+    cost = dry_run(recipe)
+    place = cost.device + (f" with {cost.threads} thread{'s' if cost.threads > 1 else ''}" if cost.device == "CPU" else "")
+    print(f"{recipe.run_name} on this {place} in {recipe.run.precision}; nothing is trained now.")
+    print(f"parameters  {cost.lm_parameters:,} of the transformer, {cost.objective_parameters:,} of the objective")
+    print(f"tokens      {cost.tokens:,} (about) in {cost.steps:,} steps of {cost.rows} rows")
+    if cost.flops is None:
+        print(f"FLOPs       no formula for the objective {recipe.objective}")
+    else:
+        total = sum(cost.flops.values())
+        shares = ", ".join(f"{name} {value / total:.0%}" for name, value in cost.flops.items())
+        print(f"FLOPs       {total:.2g} ({shares})")
+    speed = f"{cost.flops_per_second / 1e9:,.0f} GFLOP/s"
+    if cost.timed:
+        how = f"from a few real steps of {_duration(cost.step_seconds)}"
+    elif cost.flops is not None:
+        how = f"{_duration(cost.step_seconds)} a step if all of it ran as fast as its matrix products, {speed}"
+    else:
+        how = f"{_duration(cost.step_seconds)} a step, from single rows"
+    bound = "at least" if not cost.timed and cost.flops is not None else "about"
+    print(f"time        {bound} {_duration(cost.seconds)} ({how}); saving and measuring come on top")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _evaluate(directory: Path, progress: bool) -> None:

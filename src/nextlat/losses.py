@@ -64,6 +64,11 @@ def smooth_l1(h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
     return F.smooth_l1_loss(_fp32(h_hat_ND), _fp32(h_ND), reduction="sum", beta=1.0) / h_ND.shape[-1]
 
 
+def mse(h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
+    """Sum over positions of the squared difference, averaged over the width; fp32 under mixed precision (an ablation)."""
+    return F.mse_loss(_fp32(h_hat_ND), _fp32(h_ND), reduction="sum") / h_ND.shape[-1]
+
+
 def cross_entropy(head: Head, h_ND: Tensor, targets_N: Tensor) -> Tensor:
     """Sum over positions of the cross-entropy of `head(h)` against the targets, without an (N, V) tensor kept.
 
@@ -102,6 +107,24 @@ def same_head_kl(frozen_head: Head, h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
         h_hat_ND: predicted states. h_ND: true states (used as constants).
     """
     return _SameHeadKL.apply(h_hat_ND, h_ND.detach(), frozen_head)
+
+
+def kl_divergence(teacher: Head, student: Head, h_ND: Tensor, h_hat_ND: Tensor) -> Tensor:
+    """Sum over positions of KL( softmax(teacher(h)) || softmax(student(h_hat)) ), gradient to all four that are not detached.
+
+    For the ablations of the stop-gradients, in which `same_head_kl` would be wrong. The logits of a chunk are recomputed in the
+    backward pass, none are kept: as little memory, more time.
+    """
+    total = h_ND.new_zeros((), dtype=torch.promote_types(h_ND.dtype, torch.float32))
+    rows = row_chunks(len(h_ND))
+    for h, h_hat in zip(h_ND.split(rows), h_hat_ND.split(rows), strict=True):
+        total = total + checkpoint(_kl_chunk, teacher, student, h, h_hat, use_reentrant=False)
+    return total
+
+
+def _kl_chunk(teacher: Head, student: Head, h: Tensor, h_hat: Tensor) -> Tensor:
+    log_p, log_q = (_fp32(head(x)).log_softmax(-1) for head, x in ((teacher, h), (student, h_hat)))
+    return (log_p.exp() * (log_p - log_q)).sum()
 
 
 class _SameHeadKL(torch.autograd.Function):

@@ -250,6 +250,7 @@ class NextLatTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        self._model.objective.step = self.state.global_step + 1  # restored on resume, so that the loss there is the same
         outputs = model(**inputs, counts=num_items_in_batch)
         for name, value in outputs.losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -19,6 +19,9 @@ class Objective(nn.Module):
         max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
         needed_at_inference: True when the LM alone does not define the model (JTP, BST).
 
+    Attributes:
+        step: number of the optimiser step under way, from 1, set by the trainer for losses that change over time; None = none is.
+
     From a forward pass of the transformer, which gives h_BTD for tokens input_ids_BT (with or without a cache), follow
         next_token_logits(output_states(h, input_ids))       what the model says, at every position
         draft(drafting_states(h, input_ids)[:, t], token)   what the objective drafts behind `token`, which was chosen at position t
@@ -27,6 +30,7 @@ class Objective(nn.Module):
     name: ClassVar[str]
     max_draft_length: int | None = 0
     needed_at_inference: ClassVar[bool] = False
+    step: int | None = None
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()

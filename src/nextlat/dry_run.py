@@ -1,0 +1,148 @@
+"""What a training run would cost, found out before it starts: parameters, tokens, operations, and time on this machine.
+
+Nothing is written and nothing is trained that stays.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from nextlat.flops import Shape, step_flops
+from nextlat.model import ObjectiveModel
+from nextlat.recipe import Recipe
+from nextlat.tasks import Task
+from nextlat.trainer import FirstRows, Item, collate
+from nextlat.training import build_model, threads
+
+BUDGET = 4.0  # seconds of matrix products that timing may take, the rest coming on top; longer steps are not tried
+TIMED_STEPS = 3  # after one that is not timed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one run.
+
+    Attributes:
+        lm_parameters, objective_parameters: of the transformer, and of what the objective adds.
+        steps, rows: optimiser steps, and rows of each. tokens: of the whole run, padding left out; estimated from one batch.
+        flops: of the whole run by part, see `flops.step_flops`; None for an objective of which there is no formula.
+        step_seconds: of one optimiser step. timed: whether steps were made; otherwise one takes at least as long as its matrix
+            products alone, or as many rows one after another.
+        flops_per_second: of matrix products of the model's size here. device, threads: where.
+    """
+
+    lm_parameters: int
+    objective_parameters: int
+    steps: int
+    rows: int
+    tokens: int
+    flops: dict[str, float] | None
+    step_seconds: float
+    timed: bool
+    flops_per_second: float
+    device: str
+    threads: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the training; checkpoints and evaluations come on top."""
+        return self.steps * self.step_seconds
+
+
+def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
+    """Find out what `training.train` of a recipe would cost in one process.
+
+    Args:
+        device: None = where it would be trained.
+
+    Raises:
+        NextLatError: whatever is wrong with the recipe's task or model.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with threads(recipe.run.threads), torch.random.fork_rng():
+        task = recipe.task.build()
+        model = build_model(recipe, task).to(place).train()
+        batch = _first_batch(recipe, task)
+        (rows, length), steps = batch["input_ids"].shape, recipe.steps
+        tokens = int(batch.get("attention_mask", torch.ones(rows, length)).sum())
+        counts = model.counts(**batch).tolist()
+        flops = step_flops(Shape.of(model), recipe.objective_config, rows, length, counts)
+        throughput = _matmul_flops_per_second(recipe, model)
+        expected = sum(flops.values()) / throughput if flops else _seconds_row_by_row(recipe, model, batch)
+        timed = expected * (TIMED_STEPS + 1) < BUDGET
+        return Cost(
+            lm_parameters=sum(p.numel() for p in model.lm.parameters()),
+            objective_parameters=sum(p.numel() for p in model.objective.parameters()),
+            steps=steps,
+            rows=recipe.batch_size,
+            tokens=tokens * steps,
+            flops={name: value * steps for name, value in flops.items()} if flops else None,
+            step_seconds=_seconds_per_step(recipe, task, model) if timed else expected,
+            timed=timed,
+            flops_per_second=throughput,
+            device=torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
+            threads=torch.get_num_threads(),
+        )
+
+
+def _first_batch(recipe: Recipe, task: Task) -> Item:
+    rows = FirstRows(task.train_dataset(recipe.seed), recipe.batch_size)
+    return collate([rows[i] for i in range(len(rows))])
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16")
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _matmul_flops_per_second(recipe: Recipe, model: ObjectiveModel) -> float:
+    """Of a product like those of the layers: (rows, D) by (D, 4 D), rows of the order of a batch."""
+    width, device = model.backbone.width, model.device
+    rows = 2048
+    x, weight = torch.randn(rows, width, device=device), torch.randn(width, 4 * width, device=device)
+    with torch.no_grad(), _autocast(recipe, device):
+        seconds = [_seconds(lambda: x @ weight, device) for _ in range(6)]
+    return 2 * rows * width * 4 * width / statistics.median(seconds[1:])
+
+
+def _seconds_row_by_row(recipe: Recipe, model: ObjectiveModel, batch: Item) -> float:
+    """Forward and backward of one row, as many times as there are rows: more than a step that computes them together."""
+    row = {name: value[:1].to(model.device) for name, value in batch.items()}
+
+    def action() -> None:
+        with _autocast(recipe, model.device):
+            loss = model(**row).loss
+        loss.backward()
+        model.zero_grad()
+
+    return min(_seconds(action, model.device) for _ in range(2)) * len(batch["input_ids"])
+
+
+def _seconds_per_step(recipe: Recipe, task: Task, model: ObjectiveModel) -> float:
+    """Median of a few optimiser steps on real rows, made while it waits unless `run.workers` would make them."""
+    device, parts = model.device, recipe.gradient_accumulation
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type in ("cpu", "cuda"))
+    ready = _first_batch(recipe, task) if recipe.run.workers else None
+
+    def step() -> None:
+        batch = ready or _first_batch(recipe, task)
+        for part in range(parts):
+            inputs = {name: value[part::parts].to(device) for name, value in batch.items()}
+            with _autocast(recipe, device):
+                loss = model(**inputs).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return statistics.median([_seconds(step, device) for _ in range(1 + TIMED_STEPS)][1:])

@@ -1,0 +1,58 @@
+"""The benchmark of training cost: it leaves out no objective, and its memory figures are those of tensors of known size."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from nextlat.objectives import OBJECTIVES
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "training.py"
+    spec = importlib.util.spec_from_file_location("training_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_peak_memory_is_the_most_that_is_held_at_once(benchmark: ModuleType) -> None:
+    def action() -> None:
+        a = torch.ones(1000, 250)  # 1 MB
+        b = a + 1  # 2 MB held
+        del b
+        c = torch.cat([a, a])  # 3 MB
+        del a
+        torch.cat([c, c])[:1].clone()  # 2 + 4 MB, and 1 kB
+
+    assert benchmark.peak_memory(action, torch.device("cpu")) == pytest.approx(6_001_000, abs=500)
+
+
+def test_every_objective_is_measured_at_every_horizon(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    small = ["--layers=1", "--width=16", "--heads=2", "--vocabulary=40", "--length=12", "--batch=2", "--turns=2", "--steps=1"]
+    monkeypatch.setattr(sys, "argv", ["training.py", *small, "--horizons", "1", "3", f"--out={tmp_path / 'training.json'}"])
+    benchmark.main()
+    content = json.loads((tmp_path / "training.json").read_text())
+    expected = [
+        (name, horizon)
+        for name, (config_type, _) in OBJECTIVES.items()
+        for horizon in ([1, 3] if "horizon" in {f.name for f in fields(config_type)} else [0])
+    ]
+    assert [(way["name"], way["horizon"]) for way in content["ways"]] == expected
+    ways = {(way["name"], way["horizon"]): way for way in content["ways"]}
+    assert ways["next-token", 0]["speed_against_next_token"] == [1, 1]
+    assert ways["nextlat", 3]["speed_by_flops"] < ways["nextlat", 1]["speed_by_flops"] < 1
+    assert all(len(way["speed_against_next_token"]) == 2 and way["peak_bytes"] > 0 for way in content["ways"])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 + len(expected)
+    assert "x-transformers is not installed" in err
