@@ -88,10 +88,7 @@ class TextConfig:
             NextLatError: settings that contradict one another, or a file that is not there.
         """
         self._check()
-        if self.dataset is not None:
-            train = self._split(self.dataset, self.split)
-        else:
-            train = self._file("train", self.train or "")
+        train = self._file("train", self.train) if self.train is not None else self._split(self.dataset or "", self.split)
         if self.validation is not None:
             return train, self._file("validation", self.validation)
         if self.dataset is not None and self.validation_split is not None:
@@ -181,8 +178,8 @@ class Text(Task):
         """Of the tokens and what they stand for, however the text was stored."""
         digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
         for tokens in (self.train, self.held_out):
-            digest.update(tokens.starts.astype("<i8"))
-            digest.update(np.ascontiguousarray(tokens.ids))
+            digest.update(tokens.starts.data)
+            digest.update(tokens.ids.data)
         return digest.hexdigest()[:16]
 
     def prompts(self, count: int) -> list[Tensor]:
