@@ -31,7 +31,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -e ".[dev,osm]"
+	$(PIP) -e ".[dev,osm,text]"
 	touch $@
 
 clean:

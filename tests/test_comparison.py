@@ -18,6 +18,7 @@ from nextlat.report import claims, compare, read_runs
 from nextlat.report.comparison import Difference, TaskComparison, verdict
 from nextlat.report.glossary import PUBLISHED, describe, higher_is_better
 from nextlat.tasks.streets import Streets
+from nextlat.tasks.text import Text
 from nextlat.tasks.word_problem import WordProblemConfig
 
 Items = dict[str, list[float] | np.ndarray]
@@ -268,7 +269,7 @@ def test_comparison_is_json_without_nan(tmp_path: Path) -> None:
 
 def test_every_metric_is_explained_with_the_direction_its_task_gives() -> None:
     words = WordProblemConfig(group="Z3", length=4, sequences=50, tests=5).build().higher_is_better
-    directions = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **words}
+    directions = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better, **words}
     for name, direction in directions.items():
         assert higher_is_better(name) == direction
         assert describe(name).definition, name

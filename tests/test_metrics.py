@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nextlat.metrics import (
     effective_rank,
+    exp_score,
     jackknife_score,
     mean_score,
     paired_difference,
@@ -119,3 +120,15 @@ def test_paired_difference_of_ratios_is_the_difference_of_the_pooled_ratios():
     trials = np.array([2, 9, 4])
     first, second = ratio_score([2, 9, 1], trials), ratio_score([1, 9, 0], trials)
     assert paired_difference(first, second).value == pytest.approx(12 / 15 - 10 / 15)
+
+
+def test_the_exponential_of_a_score_has_the_error_of_the_delta_method() -> None:
+    rng = np.random.default_rng(0)
+    losses = ratio_score(rng.gamma(20, 10, size=400), rng.integers(80, 120, size=400))
+    perplexity = exp_score(losses)
+    assert perplexity.value == pytest.approx(math.exp(losses.value))
+    assert perplexity.stderr == pytest.approx(math.exp(losses.value) * losses.stderr)
+    assert perplexity.per_item.mean() == pytest.approx(perplexity.value)
+    assert perplexity.per_item.std(ddof=1) / 20 == pytest.approx(perplexity.stderr)
+    resampled = [math.exp(rng.choice(losses.per_item, 400).mean()) for _ in range(2000)]  # the bootstrap agrees
+    assert np.std(resampled) == pytest.approx(perplexity.stderr, rel=0.1)

@@ -78,6 +78,15 @@ def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
     return Score(value, score.stderr, score.per_item)
 
 
+def exp_score(score: Score) -> Score:
+    """exp of a score: perplexity from a mean cross-entropy. The error is that of the delta method, exp(value) * stderr.
+
+    The items are those of the linearisation at the value, exp(value) * (1 + item - value), whose mean is exp(value).
+    """
+    value = math.exp(score.value)
+    return Score(value, value * score.stderr, value * (1 + score.per_item - score.value))
+
+
 def paired_difference(first: Score, second: Score) -> Score:
     """`first` minus `second` on the same items in the same order; the error is that of the paired difference.
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from nextlat.evaluation import HIGHER_IS_BETTER
 from nextlat.tasks.streets import Streets
+from nextlat.tasks.text import Text
 
 Unit = Literal["share", "nats", "factor", "number"]
 
@@ -53,6 +54,15 @@ _TERMS: dict[str, Term] = {
         "Mean negative log-likelihood of the next token of held-out sequences, in nats per token.",
         "the usual language-modelling loss",
         unit="nats",
+        items="held-out rows",
+    ),
+    "perplexity": Term(
+        "Perplexity",
+        "perplexity",
+        "Exponential of the held-out cross-entropy per token: among how many equally likely tokens the model chooses, as it were. "
+        "Comparable for the same vocabulary only.",
+        "the usual language-modelling measure",
+        unit="number",
         items="held-out rows",
     ),
     "next_token_test": Term(
@@ -186,7 +196,8 @@ def describe(metric: str) -> Term:
 
 def higher_is_better(metric: str) -> bool | None:
     """The direction of a metric as its task or the evaluation states it; None for one that is not known."""
-    return True if _WORD_PROBLEM.fullmatch(metric) else {**HIGHER_IS_BETTER, **Streets.higher_is_better}.get(metric)
+    known = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better}
+    return True if _WORD_PROBLEM.fullmatch(metric) else known.get(metric)
 
 
 def order(metric: str) -> tuple[int, int, str]:

@@ -2,13 +2,15 @@
 
 from nextlat.tasks.base import Metric, Task
 from nextlat.tasks.streets import StreetsConfig
+from nextlat.tasks.text import TextConfig
 from nextlat.tasks.word_problem import WordProblemConfig
 
-TaskConfig = StreetsConfig | WordProblemConfig
+TaskConfig = StreetsConfig | TextConfig | WordProblemConfig
 
 TASKS: dict[str, type[TaskConfig]] = {
     "streets": StreetsConfig,
+    "text": TextConfig,
     "word-problem": WordProblemConfig,
 }
 
-__all__ = ["TASKS", "Metric", "StreetsConfig", "Task", "TaskConfig", "WordProblemConfig"]
+__all__ = ["TASKS", "Metric", "StreetsConfig", "Task", "TaskConfig", "TextConfig", "WordProblemConfig"]

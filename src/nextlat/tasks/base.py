@@ -1,7 +1,9 @@
 """The contract of a benchmark task: data made or loaded from a seed, a tokenizer, and metrics."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,6 +17,12 @@ if TYPE_CHECKING:  # the tasks know a model by what it does, and import none
 
 STREAM = 2**40  # rows that a training stream announces: more than anyone trains on
 Metric = Callable[["ObjectiveModel"], Mapping[str, Score | list[float]]]
+
+
+def find_data(path: str, *, file: bool = False) -> Path | None:
+    """A data directory (or file): as given, or below $NEXTLAT_DATA (default: shared/data beside the working directory)."""
+    places = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
+    return next((place for place in places if (place.is_file() if file else place.is_dir())), None)
 
 
 class Task(ABC):

@@ -1,10 +1,8 @@
 """Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its random-walks variant, for any city."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch.utils.data import Dataset
 from nextlat.errors import NextLatError
 from nextlat.metrics import Score
 from nextlat.tasks import street_metrics as score
-from nextlat.tasks.base import STREAM, Metric, Task
+from nextlat.tasks.base import STREAM, Metric, Task, find_data
 from nextlat.tasks.conditioned_walks import conditioned_walks
 from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.street_map import reconstruct
@@ -88,12 +86,6 @@ class StreetsConfig:
                 self.rows, self.columns, self.city_seed, self.one_way, self.missing, self.diagonal, self.park
             )
         return network.within(*self.box) if self.box is not None else network.strongly_connected()
-
-
-def find_data(path: str) -> Path | None:
-    """A data directory: as given, or below $NEXTLAT_DATA (default: shared/data beside the working directory)."""
-    places = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
-    return next((place for place in places if place.is_dir()), None)
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):

@@ -1,0 +1,86 @@
+"""Linear probes: how much of the tokens to come can be read off a frozen hidden state (TinyStories in arXiv 2511.05963).
+
+Shapes: N positions, D width, V vocabulary, K offsets, B positions a minibatch.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nextlat.batch import IGNORE, Batch
+
+CHUNK = 2**24  # probe logits held at a time where no gradient is needed
+
+
+def future_tokens(batch: Batch, offsets: int) -> Tensor:
+    """(N, K) int64: the token 1, 2, ... K steps after each position; -100 where the document ends before it."""
+    ids, linked = batch.input_ids.flatten(), batch.linked()
+    reached = torch.ones_like(linked)
+    columns = []
+    for step in range(offsets):
+        # n reaches n + step + 1 if it reached n + step and that position is linked to the next one.
+        reached = reached & _ahead(linked, step, False)
+        columns.append(torch.where(reached, _ahead(ids, step + 1, IGNORE), IGNORE))
+    return torch.stack(columns, dim=1)
+
+
+def _ahead(x: Tensor, steps: int, fill: int | bool) -> Tensor:
+    return F.pad(x[steps:], (0, min(steps, len(x))), value=fill)
+
+
+def probe_cross_entropy(
+    h_ND: Tensor,
+    targets_NK: Tensor,
+    test_h_ND: Tensor,
+    test_targets_NK: Tensor,
+    *,
+    vocab_size: int,
+    steps: int = 1000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-2,
+    seed: int = 0,
+) -> list[float]:
+    """Train one linear probe for each offset on frozen states, and measure it on held-out ones.
+
+    The K probes share nothing but their input and are trained in one go, each over its own count of targets, by AdamW with a linear
+    decay to 0, from zero. Every feature is first scaled to mean 0 and deviation 1 over the training states: that changes no
+    linear probe, but makes the learning rate fit models whose states are of another size.
+
+    Args:
+        h_ND: states to learn from, targets_NK: the tokens ahead of each, -100 = none. test_...: likewise, to measure on.
+        steps: minibatches of `batch_size` positions, drawn by `seed`.
+
+    Returns:
+        Mean cross-entropy over the held-out targets of each offset, in nats; NaN for an offset without any.
+    """
+    K, V, device = targets_NK.shape[1], vocab_size, h_ND.device
+    std, mean = torch.std_mean(h_ND, dim=0, correction=0)
+    scale = 1 / std.clamp(min=1e-6)
+    weight = torch.zeros(h_ND.shape[1], K * V, device=device, requires_grad=True)
+    bias = torch.zeros(K * V, device=device, requires_grad=True)
+
+    def losses(h_BD: Tensor, targets_BK: Tensor) -> Tensor:
+        """(K, B): 0 where there is no target."""
+        logits_KVB = torch.addmm(bias, (h_BD - mean) * scale, weight).view(-1, K, V).permute(1, 2, 0)
+        return F.cross_entropy(logits_KVB, targets_BK.T, ignore_index=IGNORE, reduction="none")
+
+    with torch.enable_grad():
+        optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.0, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(h_ND), generator=generator)
+        for step in range(steps):
+            start = step * batch_size % len(h_ND)
+            rows = order[start : start + batch_size].to(device)
+            targets = targets_NK[rows]
+            counts = (targets != IGNORE).sum(0).clamp(min=1)
+            optimizer.zero_grad()
+            (losses(h_ND[rows], targets).sum(1) / counts).sum().backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        sums = torch.zeros(K, dtype=torch.float64, device=device)
+        part = max(1, CHUNK // (K * V))
+        for h, targets in zip(test_h_ND.split(part), test_targets_NK.split(part), strict=True):
+            sums += losses(h, targets).double().sum(1)
+    return (sums / (test_targets_NK != IGNORE).sum(0)).tolist()

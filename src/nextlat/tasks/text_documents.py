@@ -1,0 +1,158 @@
+"""Where the documents of a language-modelling task come from: local .txt, .jsonl and .parquet files, or a Hugging Face dataset."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nextlat.errors import NextLatError
+from nextlat.tasks.base import find_data
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+INSTALL = "pip install 'nextlat[text]'"
+
+
+class Documents:
+    """Documents in order, read anew every time they are iterated; those with nothing but white space in them are dropped.
+
+    Args:
+        read: gives the documents. where: how to name the source in a sentence.
+
+    Attributes:
+        dropped: empty documents met in the latest iteration.
+
+    Raises:
+        NextLatError: (when iterated to its end) there is no document, or whatever is wrong with the source.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[str]], where: str) -> None:
+        self.read, self.where, self.dropped = read, where, 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.dropped, found = 0, False
+        for document in self.read():
+            if document.strip():
+                found = True
+                yield document
+            else:
+                self.dropped += 1
+        if not found:
+            raise NextLatError(f"{self.where} holds no document with any text in it: choose another one.")
+
+
+def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
+    """The documents of one local file.
+
+    Args:
+        path: relative to the working directory or to $NEXTLAT_DATA. key: the setting that names it.
+        column: of the records of a .jsonl or .parquet file. separator: of a .txt file; white space beside it is no text.
+
+    Raises:
+        NextLatError: no such file, or of another kind; when iterated: it cannot be read, is corrupt, or has no such column.
+    """
+    file = find_data(path, file=True)
+    if file is None:
+        raise NextLatError(f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {_either(SUFFIXES)} file.")
+    if file.suffix not in SUFFIXES:
+        raise NextLatError(f"{key} = '{path}' is no {_either(SUFFIXES)} file: convert it, or rename it.")
+    readers: dict[str, Callable[[], Iterator[str]]] = {
+        ".txt": lambda: _separated(file, separator),
+        ".jsonl": lambda: _records(file, column),
+        ".parquet": lambda: _parquet(file, column),
+    }
+    return Documents(readers[file.suffix], str(file))
+
+
+def from_dataset(name: str, subset: str | None, split: str, *, column: str, streaming: bool) -> Documents:
+    """The documents of one split of a dataset of the Hugging Face hub, or of a local directory of its files.
+
+    Args:
+        name: hub id, or a directory (relative to the working directory or to $NEXTLAT_DATA). subset: its configuration, if any.
+        streaming: read over the network as it comes; otherwise it is downloaded whole first and kept in the library's cache.
+
+    Raises:
+        NextLatError: (when iterated) the library is missing, the dataset cannot be reached, or it has no such split or column.
+    """
+    where = f"split {split} of dataset {name}" + (f" ({subset})" if subset else "")
+    return Documents(lambda: _dataset(name, subset, split, column, streaming), where)
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _separated(file: Path, separator: str) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NextLatError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
+    yield from (document.strip() for document in text.split(separator))
+
+
+def _records(file: Path, column: str) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise NextLatError(f"line {number} of {file} is no JSON object: give one record a line.")
+                    yield _text(record, column, f"line {number} of {file}")
+    except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are ValueErrors
+        reason = getattr(error, "strerror", None) or error
+        raise NextLatError(f"cannot read {file}: {reason}; it must hold one JSON object a line.") from error
+
+
+def _parquet(file: Path, column: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise NextLatError(f"reading {file} needs pyarrow: {INSTALL}, or convert it to .jsonl.") from error
+    try:
+        table: Any = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        _check_column(names, column, str(file))
+        for batch in table.iter_batches(columns=[column]):
+            yield from (_text({column: value}, column, str(file)) for value in batch.column(0).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise NextLatError(f"cannot read {file}: {_first_line(error)}.") from error
+
+
+def _dataset(name: str, subset: str | None, split: str, column: str, streaming: bool) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise NextLatError(
+            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a local file."
+        ) from error
+    try:
+        local = find_data(name)
+        rows: Any = datasets.load_dataset(str(local or name), subset, split=split, streaming=streaming)
+        for record in rows:
+            yield _text(record, column, f"dataset {name}")
+    except NextLatError:
+        raise
+    except Exception as error:  # the library, the hub's client and the network raise whatever they like
+        raise NextLatError(
+            f"dataset {name} cannot be read ({_first_line(error)}): check its name, subset and split and the network, or "
+            f"set task.train and task.validation to local {_either(SUFFIXES)} files of it, or task.dataset to a directory of them."
+        ) from error
+
+
+def _text(record: dict[str, Any], column: str, where: str) -> str:
+    _check_column(list(record), column, where)
+    value = record[column]
+    if not isinstance(value, str | None):
+        raise NextLatError(
+            f"column '{column}' of {where} holds a {type(value).__name__}, not text: choose another task.column."
+        )
+    return value or ""
+
+
+def _check_column(names: list[str], column: str, where: str) -> None:
+    if column not in names:
+        raise NextLatError(f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set task.column.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

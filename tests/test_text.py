@@ -1,0 +1,472 @@
+"""Language modelling: documents from anywhere, one tokenizer, packed rows against a slow reference, and what is measured."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny_lm
+from nextlat.batch import Batch
+from nextlat.errors import NextLatError
+from nextlat.evaluation import evaluate
+from nextlat.model import attach
+from nextlat.objectives import NextTokenConfig
+from nextlat.recipe import load_recipe
+from nextlat.run_directory import read_metrics
+from nextlat.tasks.probes import future_tokens, probe_cross_entropy
+from nextlat.tasks.text import Text, TextConfig
+from nextlat.tasks.text_tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
+from nextlat.training import train
+
+ANIMALS = ("cat", "dog", "fish", "bird")
+STORIES = [f"The {ANIMALS[i % 4]} number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(60)]
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "row_length": 32, "held_out": 10, "tests": 8, "prompt_length": 8, "probes": 3, "probe_steps": 5,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what an earlier one kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    path = tmp_path / "stories.txt"
+    path.write_text(f"\n{END_OF_TEXT}\n".join(STORIES), encoding="utf-8")
+    return path
+
+
+def numbered(sizes: list[int]) -> Tokens:
+    """Documents whose tokens are 0, 1, 2, ...: every token tells where it stood."""
+    return Tokens(np.arange(sum(sizes), dtype=np.uint16), np.cumsum([0, *sizes]))
+
+
+# ---- packing ----
+
+
+def packed_slowly(tokens: Tokens, row_length: int, orders: list[np.ndarray]) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, position_ids) of all full rows of epochs in the given orders of documents, token by token."""
+    rows: list[tuple[list[int], list[int]]] = [([], [])]
+    for order in orders:
+        for c in order:
+            position = 0
+            for token in tokens.document(c):
+                if len(rows[-1][0]) == row_length:
+                    rows.append(([], []))
+                    position = 0  # what is continued in the next row is a segment of its own
+                rows[-1][0].append(int(token))
+                rows[-1][1].append(position)
+                position += 1
+    return rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(2, 20), st.integers(0, 5))
+def test_packed_rows_are_those_of_a_loop_over_documents_and_tokens(sizes: list[int], row_length: int, seed: int) -> None:
+    tokens = numbered(sizes)
+    orders = [np.random.default_rng((seed, epoch)).permutation(len(sizes)) for epoch in range(3)]
+    dataset = PackedDocuments(tokens, row_length, seed=seed)
+    expected = packed_slowly(tokens, row_length, orders)[: 3 * sum(sizes) // row_length]
+    assert [
+        (row["input_ids"].tolist(), row["position_ids"].tolist()) for row in (dataset[i] for i in range(len(expected)))
+    ] == expected
+    assert all(torch.equal(dataset[i]["labels"], dataset[i]["input_ids"]) for i in range(len(expected)))
+
+
+def test_an_epoch_has_every_token_once_and_the_next_one_another_order() -> None:
+    sizes = [3, 1, 7, 12, 40, 5, 9, 2, 11, 6]
+    tokens = numbered(sizes)  # 96 tokens: 12 rows of 8
+    dataset = PackedDocuments(tokens, 8, seed=1)
+    epochs = [torch.cat([dataset[12 * e + i]["input_ids"] for i in range(12)]).tolist() for e in range(3)]
+    assert all(sorted(epoch) == list(range(96)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    starts = set(tokens.starts[:-1].tolist())
+    for i in range(12):
+        row = dataset[i]
+        for place, (token, position) in enumerate(zip(row["input_ids"].tolist(), row["position_ids"].tolist(), strict=True)):
+            assert (position == 0) == (place == 0 or token in starts)
+
+
+def test_a_row_depends_on_seed_and_index_alone() -> None:
+    """A resumed run asks for rows from the middle on, in a process that has seen no earlier one."""
+    tokens = numbered([5, 8, 13, 4, 9])
+    ahead, afresh, other = (PackedDocuments(tokens, 16, seed=seed) for seed in (3, 3, 4))
+    rows = [ahead[i]["input_ids"] for i in range(40)]
+    for i in (37, 2, 38, 5):
+        assert torch.equal(afresh[i]["input_ids"], rows[i])
+    assert any(not torch.equal(other[i]["input_ids"], rows[i]) for i in range(3))
+    with pytest.raises(IndexError):
+        ahead[-1]
+
+
+def test_held_out_rows_come_once_in_order_and_only_the_last_is_padded() -> None:
+    tokens = numbered([5, 8, 4])
+    rows = [row for row in PackedDocuments(tokens, 8, seed=None)]
+    assert torch.stack([row["input_ids"] for row in rows]).flatten()[:17].tolist() == list(range(17))
+    assert rows[1]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert [int(row["attention_mask"].sum()) for row in rows] == [8, 8, 1]
+    assert rows[2]["labels"].tolist() == [16] + [-100] * 7
+    assert len(PackedDocuments(tokens, 8, seed=None, rows=2)) == 2
+
+
+# ---- tokenizer ----
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text())
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    tokenizer = round_trip_tokenizer()
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    assert END_OF_TEXT in text or tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+_TOKENIZERS: list[Any] = []
+
+
+def round_trip_tokenizer() -> Any:
+    if not _TOKENIZERS:
+        _TOKENIZERS.append(trained_tokenizer(STORIES, 400))
+    return _TOKENIZERS[0]
+
+
+def test_the_tokenizer_is_the_same_with_an_empty_a_full_and_a_damaged_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learned() -> str:
+        return trained_tokenizer(STORIES, 300).backend_tokenizer.to_str()
+
+    first = learned()
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("nextlat.tasks.text_tokens.trainers.BpeTrainer", None)  # nothing is learned any more
+        assert learned() == first
+    kept.write_text(kept.read_text()[:1000])
+    assert learned() == first
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert learned() == first
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a cache that cannot be written is no error
+    assert learned() == first
+    assert trained_tokenizer(STORIES[:30], 300).backend_tokenizer.to_str() != first
+    assert len(trained_tokenizer(STORIES, 300)) == 300
+
+
+def test_documents_begin_and_end_with_the_end_of_text_and_spell_it_as_text_inside() -> None:
+    tokenizer = trained_tokenizer(STORIES, 300)
+    texts = ["The cat", f"a {END_OF_TEXT} b", "x"]
+    tokens = tokenize(texts, tokenizer)
+    assert tokens.ids.dtype == np.uint16 and len(tokens) == 3
+    for c, text in enumerate(texts):
+        document = tokens.document(c)
+        assert document[0] == document[-1] == 0 and (document[1:-1] > 0).all()
+        assert tokenizer.decode(document[1:-1]) == text
+
+
+def test_no_document_is_taken_after_the_token_limit() -> None:
+    tokenizer = trained_tokenizer(STORIES, 300)
+    everything = tokenize(STORIES, tokenizer)
+    limit = int(everything.starts[7])
+    assert len(tokenize(STORIES, tokenizer, limit)) == 7  # reached exactly by the seventh
+    assert len(tokenize(STORIES, tokenizer, limit + 1)) == 8
+    assert np.array_equal(tokenize(STORIES, tokenizer, limit).ids, everything.ids[:limit])
+
+
+def test_gpt2s_tokenizer_gets_the_end_of_text_that_its_bare_files_do_not_name(data_dir: Path) -> None:
+    tokenizer = existing_tokenizer(str(data_dir / "tokenizer"))
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id) == (50257, 50256, 50256)
+    assert tokenize(["Hello world"], tokenizer).ids.tolist() == [50256, 15496, 995, 50256]
+
+
+# ---- documents ----
+
+
+def documents_of(config: TextConfig) -> tuple[list[str], list[str]]:
+    train_source, held_out = config.sources()
+    return list(train_source), list(held_out)
+
+
+def as_jsonl(path: Path, column: str = "text", documents: list[str] = STORIES) -> Path:
+    path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(documents)), encoding="utf-8")
+    return path
+
+
+def as_parquet(path: Path) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"id": list(range(len(STORIES))), "text": STORIES}), path)
+    return path
+
+
+def test_the_same_documents_from_every_kind_of_file(stories: Path, tmp_path: Path) -> None:
+    expected = (STORIES[10:], STORIES[:10])
+    assert documents_of(TextConfig(train=str(stories), **SMALL)) == expected
+    assert documents_of(TextConfig(train=str(as_jsonl(tmp_path / "a.jsonl", "story")), column="story", **SMALL)) == expected
+    assert documents_of(TextConfig(train=str(as_parquet(tmp_path / "a.parquet")), **SMALL)) == expected
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_dataset_of_the_library_gives_the_same_documents(
+    kind: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that reads the hub, on a local directory of the same layout: no hub can be reached from a test."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.disable_progress_bars()
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}.{kind}"
+        if kind == "jsonl":
+            as_jsonl(path)
+        else:
+            as_parquet(path)
+    config = TextConfig(dataset=str(tmp_path / "data"), validation_split="validation", streaming=streaming, **SMALL)
+    assert documents_of(config) == (STORIES, STORIES)
+    held_out = TextConfig(dataset=str(tmp_path / "data"), streaming=streaming, **SMALL)
+    assert documents_of(held_out) == (STORIES[10:], STORIES[:10])
+    with pytest.raises(NextLatError, match="no column 'story' but id, text"):
+        documents_of(TextConfig(dataset=str(tmp_path / "data"), column="story", streaming=streaming, **SMALL))
+    with pytest.raises(NextLatError, match=r"cannot be read .*nosuch.*task.train"):
+        documents_of(TextConfig(dataset=str(tmp_path / "data"), split="nosuch", streaming=streaming, **SMALL))
+
+
+def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+    path = as_jsonl(tmp_path / "a.jsonl", documents=["", "one", "  \n", "two", "\t"])
+    source, _ = TextConfig(train=str(path), validation=str(path), **SMALL).sources()
+    for _ in range(2):  # counted anew each time
+        assert list(source) == ["one", "two"]
+        assert source.dropped == 3
+    path.write_text(json.dumps({"text": None}) + "\n\n" + json.dumps({"text": "three"}) + "\n")
+    assert list(source) == ["three"] and source.dropped == 1
+
+
+def test_files_are_found_below_the_data_directory(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXTLAT_DATA", str(stories.parent))
+    assert documents_of(TextConfig(train="stories.txt", **SMALL)) == (STORIES[10:], STORIES[:10])
+
+
+def bad(tmp_path: Path, name: str, content: str | bytes) -> str:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "sentence"),
+    [
+        (lambda p: {"train": str(p / "none.txt")}, "there is no file .*none.txt .*set task.train"),
+        (lambda p: {"train": bad(p, "a.csv", "x")}, "a.csv' is no .txt, .jsonl or .parquet file"),
+        (lambda p: {"train": bad(p, "a.txt", "a"), "validation": bad(p, "b.md", "x")}, "task.validation = .*b.md"),
+        (lambda p: {"train": bad(p, "a.txt", "")}, "a.txt holds no document"),
+        (lambda p: {"train": bad(p, "a.txt", f" \n{END_OF_TEXT}\n")}, "a.txt holds no document"),
+        (lambda p: {"train": bad(p, "a.txt", b"\xff\xfe\xfa")}, "cannot read .*a.txt"),
+        (lambda p: {"train": bad(p, "a.txt", "one" + END_OF_TEXT + "two")}, "no more documents than the 10 .*task.held_out"),
+        (lambda p: {"train": bad(p, "a.jsonl", '{"body": "x", "id": 1}\n')}, "a.jsonl has no column 'text' but body, id"),
+        (lambda p: {"train": bad(p, "a.jsonl", '{"text": 5}\n')}, "column 'text' .* holds a int"),
+        (lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"}\n[1]\n')}, "line 2 of .* no JSON object"),
+        (lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"')}, "cannot read .*a.jsonl"),
+        (lambda p: {"train": bad(p, "a.parquet", "not one")}, "cannot read .*a.parquet"),
+        (lambda p: {"train": str(as_parquet(p / "a.parquet")), "column": "story"}, "no column 'story' but id, text"),
+        (lambda p: {}, "needs task.train .* or task.dataset"),
+        (lambda p: {"train": "a.txt", "dataset": "x/y"}, "one of the two"),
+        (lambda p: {"train": "a.txt", "tokenizer": "gpt2"}, "task.tokenizer .* or task.vocab_size"),
+        (lambda p: {"train": "a.txt", "vocab_size": None}, "task.tokenizer .* or task.vocab_size"),
+        (lambda p: {"train": "a.txt", "split": "test"}, "task.split has no meaning"),
+        (lambda p: {"train": "a.txt", "streaming": False}, "task.streaming has no meaning"),
+        (lambda p: {"dataset": "x/y", "validation": "a.txt", "validation_split": "test"}, "remove one"),
+        (lambda p: {"train": bad(p, "a.txt", "text"), "validation": str(p / "a.txt"), "vocab_size": 256}, "at least 257"),
+        (lambda p: {"train": "a.txt", "row_length": 1}, "task.row_length is 1"),
+        (lambda p: {"train": "a.txt", "max_length": 31}, "task.max_length is 31"),
+        (lambda p: {"train": "a.txt", "prompt_length": 32}, "no room"),
+        (lambda p: {"train": "a.txt", "separator": ""}, "task.separator is empty"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_sentence(
+    settings_of: Callable[[Path], dict[str, Any]], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TextConfig(**{**SMALL, **settings_of(tmp_path)})
+    with pytest.raises(NextLatError, match=sentence) as raised:
+        config.build()
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_a_dataset_out_of_reach_names_the_local_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach 'some/stories' on the Hub\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(NextLatError, match=r"some/stories.*Couldn't reach.*set task.train .* local .*parquet") as raised:
+        TextConfig(dataset="some/stories", **SMALL).build()
+    assert "\n" not in str(raised.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NextLatError, match=r"needs the datasets library: pip install 'nextlat\[text\]', or set task.train"):
+        TextConfig(dataset="some/stories", **SMALL).build()
+
+
+def test_a_tokenizer_that_cannot_be_had_is_one_sentence(tmp_path: Path, stories: Path) -> None:
+    settings = {**SMALL, "vocab_size": None, "tokenizer": str(tmp_path)}
+    with pytest.raises(NextLatError, match=r"task.tokenizer = .* cannot be loaded .*task.vocab_size"):
+        TextConfig(train=str(stories), **settings).build()
+
+
+# ---- the task ----
+
+
+@pytest.fixture
+def task(stories: Path) -> Text:
+    return TextConfig(train=str(stories), **SMALL).build()
+
+
+def test_prompts_are_the_beginnings_of_held_out_documents(task: Text) -> None:
+    prompts = task.prompts(4)
+    assert len(prompts) == 4 and all(prompt.shape == (8,) and prompt[0] == 0 for prompt in prompts)
+    texts = [task.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    assert all(story.startswith(text) for text, story in zip(texts, STORIES, strict=False))
+    assert len(task.prompts(100)) <= 10
+
+
+def test_the_fingerprint_is_of_text_and_tokenizer_not_of_the_file(stories: Path, tmp_path: Path, task: Text) -> None:
+    def fingerprint(**changes: Any) -> str:
+        return TextConfig(**{"train": str(stories), **SMALL, **changes}).build().fingerprint()
+
+    print_ = task.fingerprint()
+    assert fingerprint(train=str(as_jsonl(tmp_path / "a.jsonl"))) == print_
+    assert fingerprint(vocab_size=301) != print_
+    assert fingerprint(held_out=11) != print_
+    stories.write_text(stories.read_text().replace("number 59", "number 58"))
+    assert fingerprint() != print_
+
+
+def test_perplexity_is_that_of_every_segment_by_itself(task: Text) -> None:
+    model = attach(tiny_lm("llama", vocab_size=300), NextTokenConfig())
+    rows = [row for row in task.eval_dataset()]
+    sums, counts = [], []
+    for row in rows:
+        losses = []
+        real = int(row["attention_mask"].sum())
+        starts = [i for i in range(real) if row["position_ids"][i] == 0]
+        for first, end in zip(starts, [*starts[1:], real], strict=True):
+            ids = row["input_ids"][first:end]
+            with torch.no_grad():
+                log_p = model.lm(input_ids=ids[None]).logits[0].log_softmax(-1)
+            losses += [-log_p[i, ids[i + 1]].item() for i in range(len(ids) - 1)]
+        sums.append(sum(losses))
+        counts.append(len(losses))
+    score = task.perplexity(model)
+    assert score.value == pytest.approx(math.exp(sum(sums) / sum(counts)), rel=1e-5)
+    assert len(score.per_item) == len(rows) == 6
+    assert score.per_item.mean() == pytest.approx(score.value, rel=1e-6)
+    assert model.training  # put back
+
+
+def test_a_tiny_run_trains_and_is_measured(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextlat.evaluation.DECODED_PROMPTS", 2)
+    overrides = [
+        f"task.train={stories}", "task.validation=", "task.vocab_size=300", "task.row_length=32", "task.held_out=10",
+        "task.tests=8", "task.prompt_length=8", "task.probes=3", "task.probe_steps=3", "steps=3", "batch_size=2",
+        "backbone.layers=1", "backbone.width=16", "backbone.heads=2", "schedule.warmup_steps=1", "schedule.decay_steps=1",
+        "run.log_every=1", "run.threads=1", "objectives.nextlat.hidden_size=",
+    ]  # fmt: skip
+    without = [item for item in overrides if not item.startswith("objectives.")]
+    for objective, changes in (("nextlat", overrides), ("next-token", without)):
+        run = train(load_recipe("text-small", changes, objective=objective), tmp_path / objective, progress=False)
+        lines = [line for line in read_metrics(run) if "loss" in line]
+        assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["tokens"] == 3 * 2 * 32
+        results = evaluate(run)
+        metrics = results["metrics"]
+        assert metrics["perplexity"] == pytest.approx(math.exp(metrics["next_token_loss"]), rel=1e-5)
+        assert metrics["perplexity_stderr"] == pytest.approx(
+            metrics["perplexity"] * metrics["next_token_loss_stderr"], rel=1e-3
+        )
+        assert 1 <= metrics["effective_latent_rank"] <= 16
+        assert len(results["curves"]["probe_cross_entropy"]) == 3
+        assert bool(results["decoding"]) == (objective == "nextlat")
+
+
+def test_tinystories_packs_into_rows(data_dir: Path) -> None:
+    validation = str(data_dir / "text/tinystories_valid.txt")
+    held_out = TextConfig(train=validation, validation=validation, vocab_size=1000, tests=10_000).build().held_out
+    assert len(held_out) == 450 and len(held_out.ids) > 50_000
+    rows = PackedDocuments(held_out, 256, seed=0)
+    for i in range(20):
+        linked = Batch.from_inputs(**{k: x[None] for k, x in rows[i].items()}).linked()
+        inside = (rows[i]["input_ids"][:-1] == 0) & (rows[i]["input_ids"][1:] == 0)
+        assert not linked[:-1][inside].any()  # end of one story, beginning of the next
+
+
+@pytest.mark.parametrize("name", ["tinystories", "fineweb-edu"])
+def test_the_papers_recipes(name: str) -> None:
+    recipe = load_recipe(name)
+    backbone, objective, optimizer = recipe.backbone, recipe.objective_config, recipe.optimizer
+    shape = (backbone.layers, backbone.heads, backbone.width, objective.hidden_size, objective.num_layers)
+    rates = (optimizer.learning_rate, optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.gradient_clip)
+    assert (objective.lambda_next_h, objective.lambda_kl) == (1, 1)
+    if name == "tinystories":
+        assert shape == (8, 8, 768, 2048, 3) and rates == (3e-4, 0.1, 0.9, 0.95, 1)
+        assert (recipe.steps, recipe.batch_size, recipe.task.row_length, recipe.task.vocab_size) == (100_000, 256, 256, 1000)
+        assert (recipe.schedule.name, recipe.task.probes) == ("constant", 20)
+    else:
+        assert shape == (22, 16, 2048, 6528, 3) and rates == (4e-4, 0.1, 0.9, 0.95, 1)
+        tokens = recipe.batch_size * recipe.task.row_length
+        assert tokens == 512 * 1024 and recipe.steps * tokens == pytest.approx(100e9, rel=1e-4)
+        assert recipe.schedule.name == "wsd"
+        assert recipe.schedule.warmup_steps * tokens == pytest.approx(1e9, rel=1e-3)
+        assert recipe.schedule.decay_steps * tokens == pytest.approx(10e9, rel=1e-3)
+
+
+# ---- probes ----
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 9))
+def test_tokens_ahead_are_those_of_the_same_document(sizes: list[int], padding: int, offsets: int) -> None:
+    positions = [i for size in sizes for i in range(size)]
+    T = len(positions) + padding
+    ids = torch.arange(100, 100 + 2 * T).view(2, T)
+    mask = torch.tensor([[1] * len(positions) + [0] * padding] * 2)
+    batch = Batch.from_inputs(ids, ids, torch.tensor([positions + [0] * padding] * 2), mask)
+    document = [c for c, size in enumerate(sizes) for _ in range(size)] + [-1] * padding
+    expected = [
+        [
+            int(ids[row, t + i]) if t + i < T and document[t] == document[t + i] >= 0 else -100
+            for i in range(1, offsets + 1)
+        ]
+        for row in range(2)
+        for t in range(T)
+    ]  # fmt: skip
+    assert future_tokens(batch, offsets).tolist() == expected
+
+
+def test_probes_read_what_a_state_holds_and_nothing_else() -> None:
+    """States that are the one-hot code of the token two steps ahead, of any size: that one is read off, the others are chance."""
+    V, rng = 8, torch.Generator().manual_seed(0)
+    ids = torch.randint(V, (60, 50), generator=rng)
+    batch = Batch.from_inputs(ids, ids, torch.arange(50).expand(60, 50))
+    targets = future_tokens(batch, 4)
+    known = targets[:, 1] >= 0
+    h = torch.nn.functional.one_hot(targets[known, 1], V) * 0.01 + 5.0
+    curve = probe_cross_entropy(
+        h[:2000], targets[known][:2000], h[2000:], targets[known][2000:], vocab_size=V, steps=300, batch_size=100
+    )
+    assert curve[1] < 0.1
+    assert all(curve[i] == pytest.approx(math.log(V), abs=0.1) for i in (0, 2, 3))
+
+
+def test_a_probe_of_an_offset_that_no_document_reaches_is_nan() -> None:
+    h, targets = torch.randn(20, 3), torch.full((20, 2), -100)
+    targets[:, 0] = 1
+    curve = probe_cross_entropy(h, targets, h, targets, vocab_size=2, steps=20)
+    assert curve[0] < math.log(2) and math.isnan(curve[1])
