@@ -1,14 +1,30 @@
 """Benchmark tasks. A new one is one new file and one line here: its name in recipes, and its configuration."""
 
 from nextlat.tasks.base import Metric, Task
+from nextlat.tasks.countdown import CountdownConfig
+from nextlat.tasks.hmm import HMMConfig
+from nextlat.tasks.path_star import PathStarConfig
 from nextlat.tasks.streets import StreetsConfig
 from nextlat.tasks.word_problem import WordProblemConfig
 
-TaskConfig = StreetsConfig | WordProblemConfig
+TaskConfig = StreetsConfig | WordProblemConfig | PathStarConfig | CountdownConfig | HMMConfig
 
 TASKS: dict[str, type[TaskConfig]] = {
     "streets": StreetsConfig,
     "word-problem": WordProblemConfig,
+    "path-star": PathStarConfig,
+    "countdown": CountdownConfig,
+    "hmm": HMMConfig,
 }
 
-__all__ = ["TASKS", "Metric", "StreetsConfig", "Task", "TaskConfig", "WordProblemConfig"]
+__all__ = [
+    "TASKS",
+    "CountdownConfig",
+    "HMMConfig",
+    "Metric",
+    "PathStarConfig",
+    "StreetsConfig",
+    "Task",
+    "TaskConfig",
+    "WordProblemConfig",
+]

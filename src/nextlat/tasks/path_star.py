@@ -120,7 +120,7 @@ def draw_stars(
     stars = Stars.draw(*shape, count, rng)
     tokens, keys = stars.tokens(), stars.keys()
     for _ in range(ROUNDS):
-        again = np.flatnonzero(np.isin(keys, refused)) if refused is not None else []
+        again = np.flatnonzero(np.isin(keys, keys[:0] if refused is None else refused))
         if len(again) == 0:
             return tokens, keys
         stars = Stars.draw(*shape, len(again), rng)
@@ -141,7 +141,9 @@ class PathStar(Task):
             raise NextLatError(f"G({d}, {length}) has {nodes} nodes, but task.names is {config.names}: give at least {nodes}.")
         problems = math.perm(config.names, nodes) // math.factorial(d - 1)  # the arms without the goal have no order
         if problems < 2 * config.tests:
-            raise NextLatError(f"there are only {problems} graphs G({d}, {length}) with goals: {config.tests} tests are too many.")
+            raise NextLatError(
+                f"there are only {problems} graphs G({d}, {length}) with goals: {config.tests} tests are too many."
+            )
         self.config = config
         self.prompt_length = 3 * (nodes - 1) + 3
         self.max_length = self.prompt_length + length + 1
