@@ -94,8 +94,8 @@ def verdict(numbers: Sequence[int], target: int, answer: Sequence[int]) -> Verdi
         return Verdict.NO_END
     body = list(answer[: list(answer).index(END)])
     equations = [read_equation(body[at : at + SLOT - 1]) for at in range(0, len(body), SLOT)]
-    between = body[SLOT - 1 :: SLOT]
-    if None in equations or any(token != COMMA for token in between) or len(between) == len(equations):
+    commas = body[SLOT - 1 :: SLOT]  # one fewer than equations, if all is well
+    if None in equations or any(token != COMMA for token in commas) or (body and len(commas) == len(equations)):
         return Verdict.MALFORMED
     return judge(numbers, target, [equation for equation in equations if equation is not None])
 
@@ -130,7 +130,7 @@ class Countdown(Task):
 
     @cached_property
     def _problems(self) -> Problems:
-        """The training problems, made when training asks for them: half a minute for the paper's 500,000."""
+        """The training problems, made when training asks for them: some ten seconds for the paper's 500,000."""
         return self._draw("seen", self.config.problems, 3, refused=self._tests["seen"].keys())
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:

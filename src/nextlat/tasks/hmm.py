@@ -110,6 +110,8 @@ class HMM(Task):
             model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
         )  # fmt: skip
         self._held_out = self.process.sample(config.tests, config.length, np.random.default_rng(0))
+        if np.ptp(self.beliefs, axis=(0, 1)).max() < 1e-9:
+            raise NextLatError("the symbols of this HMM tell nothing about its states: there is no belief to be found.")
 
     def rows(self, symbols: np.ndarray) -> Tensor:
         """(P, L) symbols -> (P, L + 1) token ids."""
@@ -196,14 +198,15 @@ class HMM(Task):
         return {"transition_consistency_error": ratio_score(torch.cat(missed).numpy(), torch.cat(moved).numpy())}
 
     def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """beliefs.json: true and decoded beliefs at about 2,000 places, with the symbol read last, to draw the simplex from."""
+        """beliefs.json: true and decoded beliefs at 2,000 places, with the symbol read last, to draw the simplex from."""
         probe = self.belief_probe(model)
         states = probe.true.shape[-1]
         places = np.linspace(0, probe.symbols.size - 1, min(POINTS, probe.symbols.size)).astype(np.int64)
         return {
             BELIEFS: {
                 "process": self.config.process,
-                "states": states,
+                "transition": self.process.transition.tolist(),
+                "emission": self.process.emission.tolist(),
                 "r2": probe.r2.value,
                 "symbol": probe.symbols.reshape(-1)[places].tolist(),
                 "true": probe.true.reshape(-1, states)[places].round(5).tolist(),
