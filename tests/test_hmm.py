@@ -132,7 +132,7 @@ class Filter:
     def __init__(self, task: HMM, noise: float = 0.0, slips: float = 0.0, forgets: bool = False) -> None:
         self.task, self.noise, self.forgets, self.device = task, noise, forgets, torch.device("cpu")
         size = len(task.process.transition)
-        self.mix = np.random.default_rng(3).normal(size=(size, size + 2))
+        self.mix = np.random.default_rng(3).normal(size=(size, size + 120))  # wide enough for a probe to fit noise
         self.backbone = SimpleNamespace(step=self.step, embed=lambda ids: ids[..., None].float())
         self.slips = slips
         self.objective = SimpleNamespace(dynamics=self.dynamics)
