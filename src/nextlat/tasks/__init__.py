@@ -1,16 +1,33 @@
 """Benchmark tasks. A new one is one new file and one line here: its name in recipes, and its configuration."""
 
 from nextlat.tasks.base import Metric, Task
+from nextlat.tasks.countdown import CountdownConfig
+from nextlat.tasks.hmm import HMMConfig
+from nextlat.tasks.path_star import PathStarConfig
 from nextlat.tasks.streets import StreetsConfig
 from nextlat.tasks.text import TextConfig
 from nextlat.tasks.word_problem import WordProblemConfig
 
-TaskConfig = StreetsConfig | TextConfig | WordProblemConfig
+TaskConfig = StreetsConfig | TextConfig | WordProblemConfig | PathStarConfig | CountdownConfig | HMMConfig
 
 TASKS: dict[str, type[TaskConfig]] = {
     "streets": StreetsConfig,
     "text": TextConfig,
     "word-problem": WordProblemConfig,
+    "path-star": PathStarConfig,
+    "countdown": CountdownConfig,
+    "hmm": HMMConfig,
 }
 
-__all__ = ["TASKS", "Metric", "StreetsConfig", "Task", "TaskConfig", "TextConfig", "WordProblemConfig"]
+__all__ = [
+    "TASKS",
+    "CountdownConfig",
+    "HMMConfig",
+    "Metric",
+    "PathStarConfig",
+    "StreetsConfig",
+    "Task",
+    "TaskConfig",
+    "TextConfig",
+    "WordProblemConfig",
+]

@@ -207,7 +207,7 @@ class Text(Task):
         with inference(model):
             for rows in _batches(self._test_rows):
                 batch = _on(model.device, rows)
-                h_BTD, scored = model.backbone.hidden(batch), batch.scored().view(batch.input_ids.shape)
+                h_BTD, scored = model.hidden(batch), batch.scored().view(batch.input_ids.shape)
                 for h_TD, targets_T, mask_T in zip(h_BTD, batch.targets().view(scored.shape), scored, strict=True):
                     sums.append(cross_entropy(model.next_token_logits, h_TD[mask_T], targets_T[mask_T]).item())
                     counts.append(int(mask_T.sum()))

@@ -1,0 +1,207 @@
+"""Countdown problems and their solutions: combine all numbers with + - * / so that the last result is the target.
+
+Problems and the order of the search are those of Gandhi et al. 2024 ("Stream of Search"), for four numbers and any other count.
+
+Shapes: P problems, B problems of the running block, n numbers, Q paths of the search (24, then 288 for four numbers).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from nextlat.errors import NextLatError
+from nextlat.tasks.answers import row_keys
+
+OPERATIONS = "+*-/"  # in the order in which the search tries them
+BLOCK = 512  # problems searched at a time: their paths stay in the processor's cache
+ROUNDS = 1000  # of drawing again, up to 512 times each in a round, before a target counts as out of reach
+
+
+def first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(P,) the path of the first solution that depth-first search finds, -1 where there is none.
+
+    The search takes every pair in index order and for it + * - /, larger operand first for - and /, difference 0 allowed, division
+    exact; the result goes behind the remaining numbers; all numbers must be used. Its tree is built level by level with
+    the paths in the order of their visit, so that the first hit is the solution. A path that divides wrongly is NaN, which
+    nothing equals.
+
+    Args:
+        numbers: (P, n), n >= 2, from 1. targets: (P,), from 1.
+    """
+    # In single precision all integers up to 2^24 are exact, and so is every comparison with a target below it.
+    exact = max(2, int(numbers.max(initial=2))) ** (numbers.shape[1] - 1) < 2**24 > int(targets.max(initial=1))
+    dtype = np.float32 if exact else np.float64
+    found = np.empty(len(numbers), dtype=np.int64)
+    block = max(1, BLOCK >> max(0, 5 * (numbers.shape[1] - 4)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for first in range(0, len(numbers), block):
+            rows = slice(first, first + block)
+            found[rows] = _first_solutions(numbers[rows].astype(dtype), targets[rows].astype(dtype))
+    return found
+
+
+def _first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    values = list(numbers.T[:, :, None])  # one (B, Q) array per number still there
+    while len(values) > 2:
+        values = _next_level(values)
+    (a, b), t = values, targets[:, None]
+    hits = [a + b == t, a * b == t, np.abs(a - b) == t, ((a == t * b) | (b == t * a)) & (a > 0)]
+    any_BQ = hits[0] | hits[1] | hits[2] | hits[3]
+    row, path = np.arange(len(numbers)), any_BQ.argmax(axis=1)
+    operation = np.stack([hit[row, path] for hit in hits]).argmax(axis=0)
+    return np.where(any_BQ[row, path], path * 4 + operation, -1)
+
+
+def _next_level(values: list[np.ndarray]) -> list[np.ndarray]:
+    """All ways to combine two of m numbers: m arrays (B, Q) -> m - 1 arrays (B, Q * pairs * 4)."""
+    pairs = _pairs(len(values))
+    out = np.empty((len(values) - 1, *values[0].shape, len(pairs), 4), dtype=values[0].dtype)
+    for p, (i, j) in enumerate(pairs):
+        for k, rest in enumerate(values[:i] + values[i + 1 : j] + values[j + 1 :]):
+            out[k, :, :, p] = rest[:, :, None]
+        a, b = values[i], values[j]
+        small, large = np.minimum(a, b), np.maximum(a, b)
+        quotient = large / small
+        quotient[(quotient != np.floor(quotient)) | (small == 0)] = np.nan
+        for operation, result in enumerate((a + b, a * b, large - small, quotient)):
+            out[-1, :, :, p, operation] = result
+    return list(out.reshape(len(out), len(values[0]), -1))
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return list(itertools.combinations(range(count), 2))
+
+
+def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
+    """(P, n - 1, 4) the equations of solution paths, as (left, index in OPERATIONS, right, result)."""
+    count, n = numbers.shape
+    steps = []
+    for m in range(2, n + 1):  # the last step is the lowest digit
+        steps.append((paths // 4 % len(_pairs(m)), paths % 4))
+        paths = paths // (4 * len(_pairs(m)))
+    values, row = numbers.astype(np.int64), np.arange(count)
+    found = np.empty((count, n - 1, 4), dtype=np.int64)
+    for m, (pair, operation) in zip(range(n, 1, -1), reversed(steps), strict=True):
+        chosen = np.array(_pairs(m))[pair]
+        rest = np.array([[k for k in range(m) if k not in both] for both in _pairs(m)], dtype=np.int64)[pair]
+        a, b = values[row, chosen[:, 0]], values[row, chosen[:, 1]]
+        swapped = (operation >= 2) & (a < b)
+        a, b = np.where(swapped, b, a), np.where(swapped, a, b)
+        result = np.choose(operation, [a + b, a * b, a - b, a // np.maximum(b, 1)])
+        found[:, n - m] = np.stack([a, operation, b, result], axis=1)
+        values = np.concatenate([np.take_along_axis(values, rest, axis=1), result[:, None]], axis=1)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Problems:
+    """P solvable problems: numbers (P, n), targets (P,), and the equations (P, n - 1, 4) of their stored solutions."""
+
+    numbers: np.ndarray
+    targets: np.ndarray
+    equations: np.ndarray
+
+    def keys(self) -> np.ndarray:
+        """(P,) one value per problem, whatever the order of its numbers."""
+        return _keys(self.numbers, self.targets)
+
+
+def _keys(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return row_keys(np.concatenate([np.sort(numbers, axis=1), targets[:, None]], axis=1).astype(np.int32))
+
+
+def draw_problems(
+    targets: np.ndarray,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    numbers: int,
+    max_number: int,
+    max_value: int,
+    refused: np.ndarray | None = None,
+) -> Problems:
+    """Random problems: a target of the given ones, then numbers 1..max_number, the numbers drawn again until all is well.
+
+    All is well when there is a solution, the stored one has no number above `max_value`, and the problem's key is not among
+    `refused`.
+
+    Raises:
+        NextLatError: a target that cannot be reached, or hardly ever.
+    """
+    drawn = Problems(
+        np.empty((count, numbers), dtype=np.int64),
+        rng.choice(targets, size=count),
+        np.empty((count, numbers - 1, 4), dtype=np.int64),
+    )
+    pending = np.arange(count)
+    for _ in range(ROUNDS):
+        if len(pending) == 0:
+            return drawn
+        tries = max(1, BLOCK // len(pending))
+        row = np.repeat(pending, tries)
+        tried = rng.integers(1, max_number + 1, size=(len(row), numbers))
+        paths = first_solutions(tried, drawn.targets[row])
+        solved = np.flatnonzero(paths >= 0)
+        row, tried = row[solved], tried[solved]
+        written = equations(tried, paths[solved])
+        good = written.max(axis=(1, 2), initial=0) <= max_value
+        if refused is not None:
+            good &= ~np.isin(_keys(tried, drawn.targets[row]), refused)
+        row, first = np.unique(row[good], return_index=True)  # of several good ones, the first
+        drawn.numbers[row], drawn.equations[row] = tried[good][first], written[good][first]
+        pending = np.setdiff1d(pending, row, assume_unique=True)
+    raise NextLatError(
+        f"no problem with target {drawn.targets[pending[0]]} was found among {numbers} numbers up to {max_number}, often as it "
+        "was tried: choose other targets, more or larger numbers, or fewer tests."
+    )
+
+
+class Verdict(StrEnum):
+    """What an answer comes to: solved, or the first thing that is wrong with it in reading order."""
+
+    SOLVED = "solved"
+    NO_END = "no end"
+    MALFORMED = "malformed"
+    WRONG_COUNT = "wrong number of equations"
+    UNAVAILABLE = "number not available"
+    NEGATIVE = "negative difference"
+    INEXACT = "inexact division"
+    FALSE = "false equation"
+    TARGET_MISSED = "target missed"
+
+
+Equation = tuple[int, str, int, int]  # left, operation, right, result
+
+
+def arithmetic(equation: Equation) -> Verdict:
+    """SOLVED when the equation is true; a difference below 0 and a division with a remainder or by 0 are not, whatever is given."""
+    a, operation, b, result = equation
+    if operation == "-" and a < b:
+        return Verdict.NEGATIVE
+    if operation == "/" and (b == 0 or a % b):
+        return Verdict.INEXACT
+    value = {"+": a + b, "*": a * b, "-": a - b, "/": a // max(b, 1)}[operation]
+    return Verdict.SOLVED if value == result else Verdict.FALSE
+
+
+def judge(numbers: Sequence[int], target: int, given: Sequence[Equation]) -> Verdict:
+    """Any derivation counts that uses each number and each intermediate result once, in true equations, the target last.
+
+    With n - 1 equations and nothing used twice, nothing can be left over.
+    """
+    if len(given) != len(numbers) - 1:
+        return Verdict.WRONG_COUNT
+    available = list(numbers)
+    for equation in given:
+        for operand in (equation[0], equation[2]):
+            if operand not in available:
+                return Verdict.UNAVAILABLE
+            available.remove(operand)
+        verdict = arithmetic(equation)
+        if verdict is not Verdict.SOLVED:
+            return verdict
+        available.append(equation[3])
+    return Verdict.SOLVED if available == [target] else Verdict.TARGET_MISSED
