@@ -15,89 +15,148 @@ from torch import Tensor
 from nextlat.decoding.generation import generate
 from nextlat.decoding.speculative import Decodable
 from nextlat.decoding.stats import GenerationStats
+from nextlat.errors import NextLatError
 
 TRANSFORMERS = "transformers"  # its own `generate`, greedy or sampling, with its KV cache
+STATIC = "transformers, static cache"  # the same with the static cache, which it compiles on a GPU
+
+Way = int | str  # a draft length (0 = plain, "auto"), or one of the two above
 
 
 @dataclass
 class Timing:
-    """One way to decode: seconds of every repetition over all prompts, the new tokens, and what its drafts did."""
+    """One way to decode. Every list but `seconds` is of one repetition, the others being alike or as random.
 
-    seconds: list[float] = field(default_factory=list)
-    tokens: int = 0
-    stats: GenerationStats = field(default_factory=GenerationStats)
+    Attributes:
+        seconds: by repetition, of every batch of prompts.
+        tokens: new tokens of every batch. stats: what its drafts did, for every batch. outputs: new tokens of every prompt.
+    """
+
+    seconds: list[list[float]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    stats: list[GenerationStats] = field(default_factory=list)
     outputs: list[list[int]] = field(default_factory=list)
 
     @property
+    def total(self) -> GenerationStats:
+        return sum(self.stats, GenerationStats())
+
+    def rates(self, batches: Sequence[int] | None = None) -> list[float]:
+        """Tokens per second of every repetition, over all or some of the batches."""
+        chosen = range(len(self.tokens)) if batches is None else batches
+        return [sum(self.tokens[i] for i in chosen) / sum(seconds[i] for i in chosen) for seconds in self.seconds]
+
+    @property
     def tokens_per_second(self) -> float:
-        return self.tokens / statistics.median(self.seconds)
+        return statistics.median(self.rates())
+
+    def against(self, other: "Timing", batches: Sequence[int] | None = None) -> list[float]:
+        """How many times as fast as another way, sorted, one for each repetition."""
+        return sorted(a / b for a, b in zip(self.rates(batches), other.rates(batches), strict=True))
 
 
 def compare_decoding(
     model: Decodable,
     prompts: Sequence[Tensor],
     *,
-    draft_lengths: Sequence[int],
+    draft_lengths: Sequence[Way],
     max_new_tokens: int,
+    batch: int = 1,
     repetitions: int = 3,
     temperature: float = 0.0,
     seed: int = 0,
-) -> dict[int | str, Timing]:
-    """Decode the same prompts, one at a time, in every way in turn, `repetitions` times over after one untimed round.
+    compile: bool = False,
+    static_baseline: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> dict[Way, Timing]:
+    """Decode the same prompts in every way in turn, `repetitions` times over after one untimed round.
 
     Args:
         prompts: token ids (T,) each. draft_lengths: of our own decoding; 0 is plain. max_new_tokens: per prompt.
-        temperature: 0 = greedy; else sampling, every way from its own generator with the same seed.
+        batch: prompts decoded at a time, padded on the left.
+        temperature: 0 = greedy; else sampling from the whole distribution, every way from a generator with the same seed.
+        compile: our own ways as one graph per cycle. static_baseline: also `transformers` with its static cache.
+        progress: called after every way of every round.
 
     Returns:
         A `Timing` for each draft length and for `TRANSFORMERS`.
+
+    Raises:
+        NextLatError: no prompts.
     """
-    ways: list[int | str] = [TRANSFORMERS, *draft_lengths]
-    timings: dict[int | str, Timing] = {way: Timing() for way in ways}
+    if not prompts:
+        raise NextLatError("there is nothing to decode: give at least one prompt")
+    ways: list[Way] = [TRANSFORMERS, *([STATIC] if static_baseline else []), *draft_lengths]
+    batches = [_padded(prompts[i : i + batch], model) for i in range(0, len(prompts), batch)]
+    timings: dict[Way, Timing] = {way: Timing() for way in ways}
     for repetition in range(repetitions + 1):
         for way in ways:
             timing = timings[way]
-            run = _transformers(model, max_new_tokens, temperature, seed) if way == TRANSFORMERS else None
-            decode = run or _ours(model, int(way), max_new_tokens, temperature, seed)
-            start = time.perf_counter()
-            results = [decode(prompt) for prompt in prompts]
-            seconds = time.perf_counter() - start
+            decode = _way(model, way, max_new_tokens, temperature, seed, compile)
+            seconds, done = [], []
+            for ids, mask in batches:
+                start = time.perf_counter()
+                out, stats = decode(ids, mask)
+                new = out[:, ids.shape[1] :].tolist()  # waits for the device
+                seconds.append(time.perf_counter() - start)
+                done.append((new, stats))
             if repetition:
                 timing.seconds.append(seconds)
-                continue
-            timing.outputs = [ids[len(prompt) :].tolist() for prompt, (ids, _) in zip(prompts, results, strict=True)]
-            timing.tokens = sum(map(len, timing.outputs))
-            timing.stats = sum((stats for _, stats in results if stats), GenerationStats())
+            else:
+                ends = _ends(model)
+                each = [[_cut(row, ends) for row in new] for new, _ in done]
+                timing.outputs = [row for rows in each for row in rows]
+                timing.tokens = [sum(map(len, rows)) for rows in each]
+            timing.stats = [stats for _, stats in done if stats]
+            if progress:
+                progress()
     return timings
 
 
-Decode = Callable[[Tensor], tuple[Tensor, GenerationStats | None]]
+def _padded(prompts: Sequence[Tensor], model: Decodable) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and mask of prompts padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    return ids.to(model.lm.device), mask.to(model.lm.device)
 
 
-def _ours(model: Decodable, draft_length: int, max_new_tokens: int, temperature: float, seed: int) -> Decode:
-    generator = torch.Generator(model.lm.device).manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "generator": generator} if temperature else {}
-
-    def decode(prompt: Tensor) -> tuple[Tensor, GenerationStats | None]:
-        out = generate(
-            model, prompt[None], max_new_tokens=max_new_tokens, draft_length=draft_length, return_stats=True, **sampling
-        )
-        assert isinstance(out, tuple)
-        return out[0][0], out[1]
-
-    return decode
+def _ends(model: Decodable) -> set[int]:
+    eos = model.lm.generation_config.eos_token_id
+    return set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
 
 
-def _transformers(model: Decodable, max_new_tokens: int, temperature: float, seed: int) -> Decode:
+def _cut(row: list[int], ends: set[int]) -> list[int]:
+    """Up to its end: what follows is padding."""
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
+
+
+Decode = Callable[[Tensor, Tensor], tuple[Tensor, GenerationStats | None]]
+
+
+def _way(model: Decodable, way: Way, max_new_tokens: int, temperature: float, seed: int, compile: bool) -> Decode:
+    # top_k=0: the whole distribution, not the 50 tokens that are transformers' default.
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     )
+    sampling |= {"max_new_tokens": max_new_tokens}
+    if model.lm.generation_config.pad_token_id is None:
+        sampling |= {"pad_token_id": min(_ends(model), default=0)}
+    if way in (TRANSFORMERS, STATIC):
+        static = {"cache_implementation": "static"} if way == STATIC else {}
 
-    def decode(prompt: Tensor) -> tuple[Tensor, GenerationStats | None]:
-        ids = prompt[None].to(model.lm.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            out = model.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling)
-        return out[0], None
+        def theirs(ids: Tensor, mask: Tensor) -> tuple[Tensor, GenerationStats | None]:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return model.lm.generate(ids, attention_mask=mask, **sampling, **static), None
 
-    return decode
+        return theirs
+
+    generator = torch.Generator(model.lm.device).manual_seed(seed) if temperature else None
+
+    def ours(ids: Tensor, mask: Tensor) -> tuple[Tensor, GenerationStats | None]:
+        return generate(model, ids, mask, draft_length=way, generator=generator, compile=compile, return_stats=True, **sampling)  # type: ignore[return-value]
+
+    return ours

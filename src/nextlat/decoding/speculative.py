@@ -74,6 +74,14 @@ def known(model: Decodable) -> Known:
     return _known.setdefault(model, Known())
 
 
+def costs_of(model: Decodable, rows: int, *, sampled: bool) -> Costs | None:
+    """What "auto" has measured for batches of so many rows; None where it has not been used."""
+    for setting, length in known(model).lengths.items():
+        if setting[:2] == (rows, sampled):
+            return length.costs
+    return None
+
+
 def batches(model: Decodable) -> bool:
     """Whether the rows of a batch can share a pass; otherwise they are decoded one after another, with the same output."""
     lm = model.lm
