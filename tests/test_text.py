@@ -459,7 +459,14 @@ def test_probes_read_what_a_state_holds_and_nothing_else() -> None:
     known = targets[:, 1] >= 0
     h = torch.nn.functional.one_hot(targets[known, 1], V) * 0.01 + 5.0
     curve = probe_cross_entropy(
-        h[:2000], targets[known][:2000], h[2000:], targets[known][2000:], vocab_size=V, steps=300, batch_size=100
+        h[:2000],
+        targets[known][:2000],
+        h[2000:],
+        targets[known][2000:],
+        vocab_size=V,
+        steps=300,
+        batch_size=100,
+        learning_rate=2e-2,
     )
     assert curve[1] < 0.1
     assert all(curve[i] == pytest.approx(math.log(V), abs=0.1) for i in (0, 2, 3))

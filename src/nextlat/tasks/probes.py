@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nextlat.batch import IGNORE, Batch
 
+PROBE_BATCH = 256  # positions of a minibatch
 CHUNK = 2**24  # probe logits held at a time where no gradient is needed
 
 
@@ -36,15 +37,16 @@ def probe_cross_entropy(
     *,
     vocab_size: int,
     steps: int = 1000,
-    batch_size: int = 256,
-    learning_rate: float = 1e-2,
+    batch_size: int = PROBE_BATCH,
+    learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> list[float]:
     """Train one linear probe for each offset on frozen states, and measure it on held-out ones.
 
     The K probes share nothing but their input and are trained in one go, each over its own count of targets, by AdamW with a linear
-    decay to 0, from zero. Every feature is first scaled to mean 0 and deviation 1 over the training states: that changes no
-    linear probe, but makes the learning rate fit models whose states are of another size.
+    decay to 0, beginning with what is known without the state: the frequency of the tokens. Every feature is first scaled to
+    mean 0 and deviation 1 over the training states: that changes no linear probe, but makes the learning rate fit models whose
+    states are of another size.
 
     Args:
         h_ND: states to learn from, targets_NK: the tokens ahead of each, -100 = none. test_...: likewise, to measure on.
@@ -57,7 +59,8 @@ def probe_cross_entropy(
     std, mean = torch.std_mean(h_ND, dim=0, correction=0)
     scale = 1 / std.clamp(min=1e-6)
     weight = torch.zeros(h_ND.shape[1], K * V, device=device, requires_grad=True)
-    bias = torch.zeros(K * V, device=device, requires_grad=True)
+    counts_KV = torch.stack([torch.bincount(y[y >= 0], minlength=V) for y in targets_NK.T])
+    bias = ((counts_KV + 1) / (counts_KV.sum(1, keepdim=True) + V)).log().flatten().requires_grad_()
 
     def losses(h_BD: Tensor, targets_BK: Tensor) -> Tensor:
         """(K, B): 0 where there is no target."""

@@ -23,7 +23,7 @@ from nextlat.losses import cross_entropy
 from nextlat.metrics import Score, exp_score, ratio_score
 from nextlat.tasks.base import Metric, Task
 from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.probes import future_tokens, probe_cross_entropy
+from nextlat.tasks.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
 from nextlat.tasks.street_rides import inference
 from nextlat.tasks.text_documents import Documents, from_dataset, from_file
 from nextlat.tasks.text_tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
@@ -221,13 +221,12 @@ class Text(Task):
     def probe_curve(self, model: "ObjectiveModel") -> list[float]:
         """Held-out cross-entropy of a linear probe of the frozen states for the token 1, 2, ... K ahead (see `probes`).
 
-        The probes learn from rows of the training text that differ from those of the run in their cut and order only.
+        The probes learn from rows of the training text in another order, as many as their minibatches use or memory allows.
         """
-        states = PROBE_BYTES // (4 * model.backbone.width)
-        rows = max(1, states // self.config.row_length)
-        rows = min(rows, -(-len(self.train.ids) // self.config.row_length))
-        train = PackedDocuments(self.train, self.config.row_length, seed=6)
-        h_ND, targets_NK = self._states(model, _stacked(train, range(rows)))
+        T = self.config.row_length
+        most = min(PROBE_BYTES // (4 * model.backbone.width), self.config.probe_steps * PROBE_BATCH, len(self.train.ids))
+        rows = _stacked(PackedDocuments(self.train, T, seed=6), range(-(-most // T)))
+        h_ND, targets_NK = self._states(model, rows)
         test_h_ND, test_targets_NK = self._states(model, self._test_rows)
         return probe_cross_entropy(
             h_ND, targets_NK, test_h_ND, test_targets_NK, vocab_size=len(self.tokenizer), steps=self.config.probe_steps
