@@ -94,7 +94,7 @@ class AdaptiveLength:
         lengths: those to choose among when the choice is made before the cycle; None = all up to `longest`.
     """
 
-    FORGET, PRIOR, PROBE, REFIT, WINDOW = 0.98, 4.0, 32, 16, 512
+    FORGET, PRIOR, PROBE, REFIT, WINDOW = 0.98, 2.0, 32, 16, 512
 
     def __init__(
         self, costs: Costs, longest: int = LONGEST, *, stepwise: bool = True, lengths: Sequence[int] | None = None
@@ -153,12 +153,11 @@ class AdaptiveLength:
 
         Only verified places count: the accepted ones and the first rejected one.
         """
-        self._tried *= self.FORGET
-        self._kept *= self.FORGET
         for row, (length, kept) in enumerate(zip(lengths, accepted, strict=True)):
             looked_at = min(kept + 1, length)
-            self._tried[:looked_at] += 1
-            self._kept[:kept] += 1
+            # Only what is seen anew makes the old fade: a place that is not tried any more stays as bad as it was.
+            self._tried[:looked_at] = self.FORGET * self._tried[:looked_at] + 1
+            self._kept[:looked_at] = self.FORGET * self._kept[:looked_at] + (np.arange(looked_at) < kept)
             for place, logits in enumerate(self._confidences[:looked_at]):
                 self._seen.append((float(logits[row]), place, place < kept))
         drafted = max(lengths, default=0)
