@@ -157,6 +157,6 @@ def _way(model: Decodable, way: Way, max_new_tokens: int, temperature: float, se
     generator = torch.Generator(model.lm.device).manual_seed(seed) if temperature else None
 
     def ours(ids: Tensor, mask: Tensor) -> tuple[Tensor, GenerationStats | None]:
-        return generate(model, ids, mask, draft_length=way, generator=generator, compile=compile, return_stats=True, **sampling)  # type: ignore[return-value]
+        return generate(model, ids, mask, draft_length=way, generator=generator, compile=compile, return_stats=True, **sampling)
 
     return ours
