@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from nextlat.decoding.comparison import STATIC, TRANSFORMERS, Timing, Way, compare_decoding
 from nextlat.decoding.draft_length import Costs
-from nextlat.decoding.speculative import costs_of
+from nextlat.decoding.known import costs_of
 from nextlat.errors import NextLatError
 from nextlat.evaluation import open_run
 from nextlat.model import ObjectiveModel, load

@@ -21,7 +21,7 @@ import nextlat
 from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.decoding import AdaptiveLength, Costs, Stopping, decode
-from nextlat.decoding.speculative import batches, known
+from nextlat.decoding.known import batches, known
 from test_decoding import VOCABULARY, Oracle, five_token_model, joint
 
 NEW, WIDEST = 22, 11
@@ -136,7 +136,7 @@ def test_a_row_at_the_last_position_of_the_model_does_not_disturb_the_others():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_models_whose_rows_cannot_share_a_pass_say_so_once(family: str, monkeypatch: pytest.MonkeyPatch, caplog):
     model, ids, mask, expected = batch_case(family, 3)
-    monkeypatch.setattr("nextlat.decoding.speculative.supports_ragged", lambda backbone: False)
+    monkeypatch.setattr("nextlat.decoding.known.supports_ragged", lambda backbone: False)
     monkeypatch.setattr(known(model), "ragged", {})
     with caplog.at_level(logging.WARNING, logger="nextlat"):
         for draft_length in (0, 4):
@@ -334,7 +334,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     original = torch.compile
     monkeypatch.setattr(
-        "nextlat.decoding.speculative.torch.compile",
+        "nextlat.decoding.cycle.torch.compile",
         lambda function, **options: original(
             function, backend=backend, fullgraph=options["fullgraph"], dynamic=options["dynamic"]
         ),

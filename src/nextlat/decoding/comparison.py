@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextlat.decoding.generation import generate
-from nextlat.decoding.speculative import Decodable
+from nextlat.decoding.known import Decodable
 from nextlat.decoding.stats import GenerationStats
 from nextlat.errors import NextLatError
 

@@ -16,8 +16,10 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextlat.decoding.cache import CannotForgetError
+from nextlat.decoding.cycle import Rule
+from nextlat.decoding.known import Decodable, batches, tell_once
 from nextlat.decoding.sampling import Greedy, Sampling, Scores
-from nextlat.decoding.speculative import Decodable, Rule, batches, decode, tell_once
+from nextlat.decoding.speculative import decode
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
 from nextlat.decoding.stopping import Stopping
 from nextlat.errors import NextLatError
