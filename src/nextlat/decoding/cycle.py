@@ -201,7 +201,8 @@ class Compiled(Eager):
             times = race((B, planned + 1, V), device, self.rule.generator)
         most_B = torch.tensor(most, device=device)
         drafted_at = clock.mark()
-        torch.compiler.cudagraph_mark_step_begin()  # what the last cycle returned has been read or is copied here
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last cycle returned has been read or is copied here
         tensors = (state_BS.clone(), token_B.clone(), self.cache.lengths_B, most_B, uniform, times)
         packed, state_BS, scores, logits = self._call(self.model, self._pure, self.cache, *tensors, planned, self.drafts)
         return Outcome(packed, state_BS, scores, logits, drafted_at)
