@@ -108,7 +108,7 @@ def test_only_verified_places_teach():
     assert [(place, kept) for _, place, kept in length._seen] == [(0, True), (1, False), (0, True), (1, True)]
 
 
-def test_costs_are_medians_that_never_fall_with_the_width():
+def test_costs_are_the_fastest_of_a_few_rounds_and_never_fall_with_the_width():
     now = [0.0]
     seconds = {1: 1.0, 2: 3.0, 3: 2.0, 5: 4.0, 9: 8.0, 17: 16.0}
 
@@ -122,7 +122,8 @@ def test_costs_are_medians_that_never_fall_with_the_width():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nextlat.decoding.draft_length.time", Clock)
-        costs = measure(lambda width: tick(seconds[width]), lambda: tick(0.1))
+        busy = iter([7.0, 1.0, 5.0, 1.0, 3.0] * 20)  # what else the machine is doing
+        costs = measure(lambda width: tick(seconds[width] * next(busy)), lambda: tick(0.1))
     assert costs.c == pytest.approx(0.1)
     assert [costs.v(k) for k in (0, 1, 2, 4, 8, 16)] == pytest.approx([1, 3, 3, 4, 8, 16])
     assert costs.v(6) == pytest.approx(6)  # between 4 at five tokens and 8 at nine

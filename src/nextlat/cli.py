@@ -13,6 +13,7 @@ import typer.core
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
+    from nextlat.decoding import Pass
     from nextlat.demo import Job
     from nextlat.recipe import Recipe
 
@@ -91,19 +92,34 @@ def evaluate(
 def generate(
     run: Annotated[str, typer.Argument(help="Run directory or hub id of a model with an objective.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; for a city: source and destination, as in '12 57'.")],
-    draft_length: Annotated[int, typer.Option(help="Tokens drafted per cycle; 0 = plain decoding.")] = 0,
+    draft_length: Annotated[
+        str, typer.Option(help="Tokens drafted per cycle; 0 = plain decoding; auto = as many as are worth their time.")
+    ] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: 256, or as many as the model has positions for.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 = greedy, the default; or 1, if one of the next three is given.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Sample among tokens with at least this share of the greatest probability.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that have occurred become less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="STRING", help="End behind this text; can be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    compile: Annotated[bool, typer.Option(help="One graph for a whole cycle; takes a while at first.")] = False,
+    show_drafts: Annotated[bool, typer.Option("--show-drafts", help="Show what became of every drafted token.")] = False,
 ) -> None:
-    """Continue a prompt, and say what the drafts were worth."""
+    """Continue a prompt as it is decoded, and say what the drafts were worth."""
     import torch
     from transformers import AutoTokenizer
 
     from nextlat.model import load
 
+    length = _draft_length(draft_length)
+    sampling = _sampling(temperature, top_k, top_p, min_p)
+    if "" in (stop or ()):
+        raise NextLatError("--stop needs some text to stop at, got none.")
     _no_library_bars()
     model = load(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,23 +127,145 @@ def generate(
         tokenizer = AutoTokenizer.from_pretrained(run)
     except (OSError, ValueError) as error:
         raise NextLatError(f"{run} has no tokenizer: save one there with tokenizer.save_pretrained.") from error
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
-        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
-        raise NextLatError(f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know.")
+    ids = _prompt(run, tokenizer, prompt)
     if max_new_tokens is None:
-        positions = getattr(model.config, "max_position_embeddings", None) or 10**6
-        max_new_tokens = max(1, min(256, positions - ids.shape[1]))
-    sampling: dict[str, Any] = {}
-    if temperature > 0 or top_k is not None or top_p is not None:
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**6
+        max_new_tokens = max(1, min(256, positions - len(ids)))
+    try:
         generator = torch.Generator(model.device).manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    ids, stats = model.generate(ids, max_new_tokens=max_new_tokens, draft_length=draft_length, return_stats=True, **sampling)
-    print(tokenizer.decode(ids[0]))
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise NextLatError(f"--seed {seed} does not fit into 64 bits: give another one.") from error
+    stream = _Stream(tokenizer, ids, show_drafts)
+    input_ids = torch.tensor([ids], dtype=torch.long)
+    with stream:
+        _, stats = model.generate(
+            input_ids,
+            torch.ones_like(input_ids),
+            draft_length=length,
+            generator=generator,
+            compile=compile,
+            return_stats=True,
+            on_pass=stream.show,
+            tokenizer=tokenizer,
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=repetition_penalty,
+            stop_strings=stop or None,
+            **sampling,
+        )
     _say(
-        f"{stats.tokens} tokens in {stats.cycles} cycles: {stats.mean_acceptance_length:.2f} tokens a cycle, "
+        f"{_count(stats.tokens, 'token')} in {_count(stats.cycles, 'cycle')}: {stats.mean_acceptance_length:.2f} tokens a cycle, "
         f"{stats.acceptance_rate:.0%} of the drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
     )
+    measuring = f"{stats.measure_seconds:.2f} timing the machine for auto, " if stats.measure_seconds >= 0.005 else ""
+    _say(
+        f"{stats.seconds:.2f} s: {measuring}{stats.prefill_seconds:.2f} reading the prompt, {stats.draft_seconds:.2f} drafting, "
+        f"{stats.verify_seconds:.2f} verifying, {stats.overhead_seconds:.2f} overhead."
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _draft_length(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise NextLatError(f"--draft-length must be a whole number or auto, got '{text}'.") from None
+
+
+def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None) -> dict[str, Any]:
+    """In the words of `generate`. What is not given is off, whatever a model or transformers has as a default."""
+    truncation = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = [f"--{name.replace('_', '-')}" for name, value in truncation.items() if value is not None]
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise NextLatError(f"--top-p must be between 0 and 1, got {top_p}.")
+    if temperature is None:
+        temperature = 1.0 if given else 0.0
+    if temperature == 0:
+        if given:
+            raise NextLatError(
+                f"{' and '.join(given)} cannot be used at temperature 0, which always takes the likeliest token."
+            )
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": top_k or 0,
+        "top_p": 1.0 if top_p is None else top_p,
+        "min_p": min_p,
+    }
+
+
+def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt as the model saw texts in training.
+
+    In our own runs every sequence begins with the beginning-of-sequence token, where there is one, whether or not the tokenizer
+    puts it there (GPT-2's does not); other models get what their tokenizer makes of it.
+    """
+    ids: list[int] = tokenizer(prompt).input_ids
+    ours = any((directory / "run.json").is_file() for directory in (Path(run), Path(run).parent))
+    if ours and tokenizer.bos_token_id is not None:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        if ids[:1] != [tokenizer.bos_token_id]:
+            ids = [tokenizer.bos_token_id, *ids]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
+        raise NextLatError(f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know.")
+    return ids
+
+
+class _Stream:
+    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left clean however it ends.
+
+    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown by marks.
+    """
+
+    def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
+        from rich.console import Console
+
+        from nextlat.show_drafts import TokenText
+
+        self._text, self._ids, self._drafts = TokenText(tokenizer.decode), ids, drafts
+        out, err = Console(), Console(stderr=True)
+        self._colours, self._coloured_legend = (
+            drafts and console.is_terminal and console.color_system is not None and not console.no_color
+            for console in (out, err)
+        )
+        self._begun = False
+
+    def show(self, done: "Pass") -> None:
+        """One pass of the one prompt."""
+        from nextlat import show_drafts
+
+        if not self._begun:  # not before: whatever is wrong with a request has been said by now
+            if self._drafts:
+                _say(show_drafts.legend(colours=self._colours, styled=self._coloured_legend))
+            self._write(self._text.add(self._ids))
+        [cycle] = done.cycles
+        if cycle is None:
+            return
+        if not self._drafts:
+            self._write(self._text.add(cycle.tokens))
+        else:
+            picture = show_drafts.coloured if self._colours else show_drafts.marked
+            self._write(picture(show_drafts.draw(cycle, self._text)))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        from nextlat.show_drafts import RESET
+
+        if self._begun:
+            self._write(self._text.rest() + (RESET if self._colours else "") + "\n")
+
+    def _write(self, text: str) -> None:
+        self._begun = True
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 @app.command()

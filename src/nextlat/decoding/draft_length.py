@@ -24,7 +24,7 @@ from scipy.special import expit
 
 LONGEST = 16  # most that is drafted at a time when the length is automatic
 WIDTHS = (1, 2, 3, 5, 9, 17)  # tokens a pass that are timed; between them costs are interpolated
-ROUNDS, BUDGET = 5, 1.0  # timings of each; seconds that all of them may take together, once each has been timed once
+ROUNDS, LEAST, BUDGET = 6, 2, 1.0  # timings of each, at most and at least; seconds after which the least are enough
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Costs:
 
 
 def measure(passes: Callable[[int], None], draft: Callable[[], None], longest: int = LONGEST) -> Costs:
-    """Time a pass over so many tokens, and a draft step: the medians of up to 5 rounds, after one that is not timed."""
+    """Time a pass over so many tokens, and a draft step: the fastest of a few rounds, after one that is not timed.
+
+    The fastest, since what else the machine is doing can only add to it, and seldom to all widths alike.
+    """
     widths = [*(width for width in WIDTHS if width <= longest), longest + 1]
     runs: dict[int, Callable[[], None]] = {0: draft} | {width: (lambda w=width: passes(w)) for width in widths}
     seconds: dict[int, list[float]] = {name: [] for name in runs}
@@ -62,12 +65,12 @@ def measure(passes: Callable[[int], None], draft: Callable[[], None], longest: i
             run()
             if round_:
                 seconds[name].append(time.perf_counter() - start)
-        if round_ and time.perf_counter() - begun > BUDGET:
+        if round_ >= LEAST and time.perf_counter() - begun > BUDGET:
             break
-    median = {name: float(np.median(times)) for name, times in seconds.items()}
+    fastest = {name: min(times) for name, times in seconds.items()}
     # A longer pass is never cheaper: where it was timed so, that was the machine's noise.
-    rising = np.maximum.accumulate([median[width] for width in widths])
-    return Costs(median[0], tuple(np.interp(range(1, longest + 2), widths, rising).tolist()))
+    rising = np.maximum.accumulate([fastest[width] for width in widths])
+    return Costs(fastest[0], tuple(np.interp(range(1, longest + 2), widths, rising).tolist()))
 
 
 class FixedLength:

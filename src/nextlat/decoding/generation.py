@@ -7,6 +7,7 @@ place of its own (`custom_generate`): so every word has the meaning that it has 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,14 +47,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 LOAD_BEARING = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
-def speculative(model: Decodable, *, streamer: Any = None) -> Callable[..., Any]:
+def speculative(model: Decodable, *, streamer: Any = None, on_pass: Callable[[Pass], None] | None = None) -> Callable[..., Any]:
     """Self-speculative decoding as a `custom_generate` of `transformers`:
 
         lm.generate(**inputs, custom_generate=nextlat.speculative(model), draft_length=6)
 
     Args:
         model: the `ObjectiveModel` around that very `lm`. streamer: as of `generate`, which (up to 5.23 at least) does not hand
-            its own on.
+            its own on. on_pass: as of `generate` below.
 
     Returns:
         A function that takes, besides what `generate` prepares, `draft_length`, `generator`, `compile` and `return_stats`, with
@@ -88,6 +89,7 @@ def speculative(model: Decodable, *, streamer: Any = None) -> Callable[..., Any]
             compile,
             return_stats,
             streamer,
+            on_pass,
         )
 
     return decode_speculatively
@@ -103,6 +105,7 @@ def generate(
     compile: bool = False,
     return_stats: bool = False,
     streamer: Any = None,
+    on_pass: Callable[[Pass], None] | None = None,
     tokenizer: Any = None,
     **generation: Any,
 ) -> Any:
@@ -119,6 +122,8 @@ def generate(
         compile: one graph for a whole cycle (a CUDA graph on a GPU), compiled at the first call for a batch size and length.
         return_stats: also return the `GenerationStats`.
         streamer: is given the tokens of the one prompt as they come. tokenizer: needed for `stop_strings`.
+        on_pass: is called with every `Pass` when it is done, the prefill first: what was drafted, and what became of it. Its cycles
+            are those of all B rows, None for rows that took no part in it. Its time counts as overhead.
         generation: `generation_config` or its fields, `logits_processor`, `stopping_criteria`, ... as of `transformers`'
             `generate`, with the same defaults (those of the model's own generation_config first).
 
@@ -149,7 +154,7 @@ def generate(
     for name in ("assistant_model", "negative_prompt_ids", "inputs_embeds", "past_key_values", "synced_gpus"):
         if generation.get(name) is not None:
             raise NextLatError(f"{name} is not supported by self-speculative decoding: leave it out, or use model.lm.generate")
-    call = speculative(model, streamer=streamer)
+    call = speculative(model, streamer=streamer, on_pass=on_pass)
     extra: dict[str, Any] = {"draft_length": draft_length, "compile": compile, "return_stats": return_stats}
     try:
         return lm.generate(
@@ -176,6 +181,7 @@ def _generate(
     compile: bool,
     return_stats: bool,
     streamer: Any,
+    on_pass: Callable[[Pass], None] | None,
 ) -> Any:
     """The loop, with what `transformers` has prepared."""
     B, T = input_ids.shape
@@ -202,12 +208,20 @@ def _generate(
         some, seen = [prompts[b] for b in group], [input_ids[b] for b in group]
         return decode(model, some, rule, stopping, length, seen=seen, compile=compile, keep_scores=keep)
 
+    def tell(done: Pass, group: range) -> None:
+        if streamer is not None:
+            for token in done.cycles[0].tokens if done.cycles[0] is not None else ():
+                streamer.put(torch.tensor([token]))
+        if on_pass is not None:
+            after = B - len(group) - group[0]
+            on_pass(replace(done, cycles=(*[None] * group[0], *done.cycles, *[None] * after)))
+
     stats, rows = GenerationStats(), list[list[Cycle]]()
     begun = time.perf_counter()
     with _evaluating(model), _memory(B, T + stopping.new_tokens):
         for group in [range(B)] if together else [range(b, b + 1) for b in range(B)]:
             try:
-                rows += _gather(passes(group, draft_length), len(group), stats, streamer)
+                rows += _gather(passes(group, draft_length), group, stats, tell)
             except CannotForgetError:  # found out before any token came
                 if draft_length != AUTO:
                     raise
@@ -215,7 +229,7 @@ def _generate(
                     model, f"{type(model.lm).__name__} has recurrent layers, which cannot forget a draft: decoding plainly"
                 )
                 draft_length = 0
-                rows += _gather(passes(group, draft_length), len(group), stats, streamer)
+                rows += _gather(passes(group, draft_length), group, stats, tell)
     stats.seconds = time.perf_counter() - begun
     if streamer is not None:
         streamer.end()
@@ -223,16 +237,17 @@ def _generate(
     return (out, stats) if return_stats else out
 
 
-def _gather(passes: Iterator[Pass], rows: int, stats: GenerationStats, streamer: Any) -> list[list[Cycle]]:
-    """The cycles of each row."""
-    cycles: list[list[Cycle]] = [[] for _ in range(rows)]
+def _gather(
+    passes: Iterator[Pass], group: range, stats: GenerationStats, tell: Callable[[Pass, range], None]
+) -> list[list[Cycle]]:
+    """The cycles of each row of the group."""
+    cycles: list[list[Cycle]] = [[] for _ in group]
     for i, done in enumerate(passes):
         stats.count(done) if i else stats.count_prefill(done)
         for row, cycle in zip(cycles, done.cycles, strict=True):
             if cycle is not None:
                 row.append(cycle)
-                for token in cycle.tokens if streamer is not None else ():
-                    streamer.put(torch.tensor([token]))
+        tell(done, group)
     return cycles
 
 

@@ -91,7 +91,9 @@ def decode(
         seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, token_B, strict=True)]
 
     cycle = (Compiled if compile else Eager)(model, rule, cache, drafts=draft_length != 0)
+    begun = time.perf_counter()
     length = _draft_length(model, cycle, draft_length, state_BS, token_B)
+    measuring = time.perf_counter() - begun
     while not all(ended):
         rooms = [0 if done else most_new - n - 1 for done, n in zip(ended, produced, strict=True)]
         active = [b for b in rows if not ended[b]]
@@ -127,7 +129,9 @@ def decode(
                 seen[b] = torch.cat([seen[b], torch.tensor(tokens, device=device)])
         cache.keep(counts)
         state_BS, token_B = out.state_BS, out.packed[1]
-        yield Pass(tuple(cycles), draft=clock.seconds(start, out.drafted_at), verify=clock.seconds(out.drafted_at, end))
+        seconds = {"draft": clock.seconds(start, out.drafted_at), "verify": clock.seconds(out.drafted_at, end)}
+        yield Pass(tuple(cycles), measure=measuring, **seconds)
+        measuring = 0.0
 
 
 def _kept_cache(model: Decodable, rows: int, length: int) -> RaggedCache:

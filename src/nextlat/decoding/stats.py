@@ -29,6 +29,7 @@ class Pass:
     prefill: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
+    measure: float = 0.0
 
 
 @dataclass
@@ -47,7 +48,8 @@ class GenerationStats:
         tried_by_position: cycles that drafted an i-th token and kept all before it.
         seconds: wall-clock time of everything.
         prefill_seconds, draft_seconds, verify_seconds: of reading the prompts, drafting, and the passes with the acceptance
-            tests; a compiled cycle is one piece, counted as verification. The rest is `overhead_seconds`.
+            tests; a compiled cycle is one piece, counted as verification.
+        measure_seconds: of timing the machine for draft_length="auto", once for a setting. The rest is `overhead_seconds`.
     """
 
     sequences: int = 0
@@ -63,6 +65,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    measure_seconds: float = 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -104,13 +107,15 @@ class GenerationStats:
 
     @property
     def overhead_seconds(self) -> float:
-        return max(0.0, self.seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds)
+        known = self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.measure_seconds
+        return max(0.0, self.seconds - known)
 
     def count(self, done: Pass) -> None:
         """Add one pass after the prefill."""
         self.passes += 1
         self.draft_seconds += done.draft
         self.verify_seconds += done.verify
+        self.measure_seconds += done.measure
         for cycle in filter(None, done.cycles):
             self.cycles += 1
             self.tokens += len(cycle.tokens)
