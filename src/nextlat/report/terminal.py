@@ -6,6 +6,7 @@ from rich.text import Text
 
 from nextlat.report.comparison import Comparison, MetricComparison, TaskComparison, Verdict
 from nextlat.report.glossary import describe
+from nextlat.report.solving import sentences, solving
 from nextlat.report.wording import difference_text, estimate_text, footnotes
 
 STYLES: dict[Verdict, str] = {"better": "bold green", "worse": "bold red", "within noise": "dim", "no claim": "dim"}
@@ -43,4 +44,5 @@ def _cell(metric: MetricComparison, label: str, *, beside: bool) -> Text:
 
 def _notes(task: TaskComparison) -> str:
     arrows = f"{ARROWS[True]} higher is better, {ARROWS[False]} lower is better."
-    return "\n".join(["", arrows, *footnotes(task), ""])
+    found = solving(task.task, task.models)
+    return "\n".join(["", arrows, *(sentences(found) if found else []), *footnotes(task), ""])
