@@ -107,7 +107,14 @@ def metric_panel(task: TaskComparison) -> Figure | None:
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = _figure(1.5 * rows + 0.4)
-    figure.legend(handles=_handles(task), loc="outside upper center", ncols=_legend_columns(_handles(task)), frameon=False, fontsize=LABEL, labelcolor=INK)
+    figure.legend(
+        handles=_handles(task),
+        loc="outside upper center",
+        ncols=_legend_columns(_handles(task)),
+        frameon=False,
+        fontsize=LABEL,
+        labelcolor=INK,
+    )
     grid = figure.add_gridspec(rows, columns)
     for place, metric in enumerate(metrics):
         _draw_metric(figure.add_subplot(grid[divmod(place, columns)]), task, metric)
@@ -290,7 +297,12 @@ def _shares_by_place(ax: Axes, place: str) -> None:
 
 def _legend_below(figure: Figure, handles: list[Line2D]) -> None:
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=_legend_columns(handles), frameon=False, fontsize=LABEL, labelcolor=INK
+        handles=handles,
+        loc="outside lower center",
+        ncols=_legend_columns(handles),
+        frameon=False,
+        fontsize=LABEL,
+        labelcolor=INK,
     )
 
 
