@@ -24,6 +24,13 @@ CITY = {  # metric -> (next-token, NextLat)
     "detour_robustness_least_likely": (0.41, 0.40),
     "effective_latent_rank": (28.4, 21.2),
 }
+FIVE = ("next-token", "nextlat", "mtp", "jtp", "bst")
+PARTS = {  # of the loss, and how high they begin
+    "nextlat": {"next_h": 0.4, "kl": 0.6},
+    "mtp": {"multi_token": 1.2},
+    "jtp": {"multi_token": 1.0},
+    "bst": {"pairs": 4.0, "pairs_next": 2.0, "pairs_previous": 2.0},
+}
 NETWORK = StreetNetwork.embedded(rows=5, columns=5, seed=0)
 
 
@@ -45,7 +52,7 @@ def write_run(
         items: metric -> what each item contributed. numbers: metrics without items.
         changes: of the recipe, dotted. record: of run.json. entry: of results.json.
     """
-    horizon = 0 if objective == "next-token" else 2
+    horizon = 0 if objective in ("next-token", "bst") else 2
     recipe: dict[str, Any] = {
         "task": {"name": task, "tests": ITEMS},
         "objective": objective,
@@ -65,8 +72,7 @@ def write_run(
         for key in path:
             table = table[key]
         table[last] = value
-    if task == "word-problem":
-        recipe["task"] |= {"group": "Z5", "length": 8}
+    recipe["task"] |= {"word-problem": {"group": "Z5", "length": 8}, "path-star": {"arms": 2, "length": 3}}.get(task, {})
     directory.mkdir(parents=True)
     _dump(
         directory / "run.json",
@@ -107,7 +113,7 @@ def write_run(
     lines = []
     for step in range(10, recipe["steps"] + 1, 10):
         loss = 1 + 3 * np.exp(-step / 60) + 0.02 * rng.normal() - 0.02 * bool(horizon)
-        parts = {"next_h": 0.4 * np.exp(-step / 90) + 0.05, "kl": 0.6 * np.exp(-step / 70) + 0.1} if horizon else {}
+        parts = {name: height * np.exp(-step / 80) + 0.1 for name, height in PARTS.get(objective, {}).items()}
         lines.append({"step": step, "loss": loss, "next_token": loss, **parts, "learning_rate": 1e-3, "tokens": 2048 * step})
         if step % 100 == 0:
             lines.append({"step": step, "eval_loss": loss, "eval_next_token": loss + 0.02})
@@ -165,6 +171,47 @@ def write_word_problem_run(directory: Path, objective: str, seed: int) -> Path:
         curves["dynamics_accuracy_by_position"] = alone.tolist()
         items |= {f"dynamics_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * alone[n - 1]) for n in (8, 16, 24)}
     return write_run(directory, objective, seed, task="word-problem", items=items, curves=curves)
+
+
+def write_path_star_run(directory: Path, objective: str, seed: int, losses: dict[int, float], exact: float) -> Path:
+    """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths; the branch is as good as the path."""
+    shares = {1: 1.0, 2: exact, 3: 1.0}
+    items = {f"accuracy_position_{place}": np.arange(ITEMS) < round(ITEMS * share) for place, share in shares.items()}
+    items |= {name: items["accuracy_position_2"] for name in ("exact_path_accuracy", "exact_path_accuracy_sampled")}
+    items["next_token_loss"] = np.full(ITEMS, 0.2)
+    path = write_run(
+        directory, objective, seed, task="path-star", items=items, curves={"accuracy_by_position": list(shares.values())}
+    )
+    log = [line for line in (path / "metrics.jsonl").read_text().splitlines() if "eval_loss" not in line]
+    log += [json.dumps({"step": step, "eval_loss": loss, "eval_next_token": loss}) for step, loss in losses.items()]
+    (path / "metrics.jsonl").write_text("".join(line + "\n" for line in log))
+    return path
+
+
+def write_countdown_run(directory: Path, objective: str, seed: int, solved: float) -> Path:
+    """One run with two equations; held-out targets are solved half as often as those seen in training."""
+    shares = {"solved_seen": solved, "solved_held_out": solved / 2}
+    for place, easier in ((1, 0.9), (2, 0.3)):
+        shares |= {f"true_equation_{place}_seen": easier + (1 - easier) * solved, f"true_equation_{place}_held_out": easier}
+    items = {name: np.arange(ITEMS) < round(ITEMS * share) for name, share in shares.items()}
+    return write_run(directory, objective, seed, task="countdown", items=items)
+
+
+def write_hmm_run(directory: Path, objective: str, seed: int, r2: float) -> Path:
+    """One run of the hidden Markov model whose state tells this much of the belief."""
+    luck = np.random.default_rng(seed)
+    items = {"belief_r2": r2 + 0.02 * luck.normal(size=ITEMS), "next_token_kl": 0.01 * luck.random(ITEMS)}
+    items |= {"entropy_floor": np.linspace(0.9, 1.1, ITEMS)}
+    items |= {"transition_consistency_error": 0.1 + 0.01 * luck.random(ITEMS)} if objective == "nextlat" else {}
+    return write_run(directory, objective, seed, task="hmm", items=items)
+
+
+def write_text_run(directory: Path, objective: str, seed: int, ahead: float) -> Path:
+    """One run of the text task whose probes are so many nats better at 20 tokens ahead, and not at all at one."""
+    offsets = np.arange(20)
+    curve = 3 + 2 * (1 - np.exp(-offsets / 4)) + 0.05 * seed - ahead * offsets / 19
+    items = {"perplexity": np.full(ITEMS, 12.0 + seed), "effective_latent_rank": np.full(ITEMS, 40.0)}
+    return write_run(directory, objective, seed, task="text", items=items, curves={"probe_cross_entropy": curve.tolist()})
 
 
 def _dump(path: Path, content: Any) -> None:

@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_help_names_the_commands() -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(name in out for name in ("train", "evaluate", "generate", "report", "demo"))
+    assert code == 0 and all(name in out for name in ("train", "evaluate", "generate", "compare", "report", "demo"))
 
 
 def test_training_leaves_a_plain_model_with_results(trained: dict[str, Path]) -> None:
@@ -110,6 +110,8 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert "not a run directory" in fails("report", tmp_path)
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in fails("train", "city-tiny", *TINY, "--out", tmp_path / "file" / "run", "--no-progress")
+    assert "unknown objective 'btp'" in fails("compare", "city-tiny", "--objectives", "btp", "--out", tmp_path / "compare")
+    assert "'3' is not an override" in fails("compare", "city-tiny", "3", "--out", tmp_path / "compare")
     assert "seeds 1 1" in fails("demo", "--seeds", "1", "1", "--out", tmp_path / "demo")
 
 

@@ -16,7 +16,10 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import HIGHER_IS_BETTER
 from nextlat.report import claims, compare, read_runs
 from nextlat.report.comparison import Difference, TaskComparison, verdict
-from nextlat.report.glossary import PUBLISHED, describe, higher_is_better
+from nextlat.report.glossary import PUBLISHED, describe, higher_is_better, order
+from nextlat.tasks.countdown import CountdownConfig
+from nextlat.tasks.hmm import HMM
+from nextlat.tasks.path_star import PathStarConfig
 from nextlat.tasks.streets import Streets
 from nextlat.tasks.text import Text
 from nextlat.tasks.word_problem import WordProblemConfig
@@ -269,9 +272,30 @@ def test_comparison_is_json_without_nan(tmp_path: Path) -> None:
 
 def test_every_metric_is_explained_with_the_direction_its_task_gives() -> None:
     words = WordProblemConfig(group="Z3", length=4, sequences=50, tests=5).build().higher_is_better
-    directions = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better, **words}
+    path = PathStarConfig(arms=2, length=4, names=10, graphs=10, tests=5).build().higher_is_better
+    equations = CountdownConfig(numbers=3, max_number=9, min_target=1, max_target=20, tests=4).build().higher_is_better
+    of_classes = {**Streets.higher_is_better, **Text.higher_is_better, **HMM.higher_is_better}
+    directions = {**HIGHER_IS_BETTER, **of_classes, **words, **path, **equations, "entropy_floor": None}
     for name, direction in directions.items():
         assert higher_is_better(name) == direction
         assert describe(name).definition, name
         assert describe(name).source, name
     assert {name for row in PUBLISHED["streets"].rows.values() for name in row} <= set(Streets.higher_is_better)
+    for published in PUBLISHED.values():
+        assert published.rows or published.words
+        assert all(describe(name).definition for row in published.rows.values() for name in row)
+
+
+def test_metrics_by_place_are_told_apart_and_ordered() -> None:
+    names = [
+        "accuracy_position_10",
+        "true_equation_2_held_out",
+        "true_equation_2_seen",
+        "true_equation_1_held_out",
+        "solved_seen",
+    ]
+    assert sorted(names[1:], key=order) == [names[4], names[3], names[2], names[1]]
+    assert sorted(["accuracy_position_10", "accuracy_position_9"], key=order)[0] == "accuracy_position_9"
+    assert [describe(f"accuracy_position_{place}").headline for place in (1, 2, 3)] == [False, True, False]
+    titles = {describe(name).title for name in names}
+    assert len(titles) == len(names)

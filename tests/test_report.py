@@ -14,7 +14,19 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from fabricated_runs import CITY, NETWORK, write_city_run, write_run, write_word_problem_run
+from fabricated_runs import (
+    CITY,
+    FIVE,
+    NETWORK,
+    PARTS,
+    write_city_run,
+    write_countdown_run,
+    write_hmm_run,
+    write_path_star_run,
+    write_run,
+    write_text_run,
+    write_word_problem_run,
+)
 from nextlat.errors import NextLatError
 from nextlat.report import claims, compare, read_runs, terminal_table, write_report
 from nextlat.report import plots as figures
@@ -208,6 +220,123 @@ def test_a_map_survives_its_record() -> None:
     assert again.counts() == reconstructed.counts()
 
 
+# ---- five objectives ----
+
+LIMIT = 0.1 * np.log(2) / 4  # G(2, 3): a tenth of guessing one of two arms, over three nodes and the end
+FALLING = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 1.1, 400: LIMIT * 0.9}
+EARLY = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 0.5, 400: LIMIT * 0.9}
+NEVER = {100: 0.3, 200: 0.17, 300: 0.17, 400: 0.17}
+
+
+@pytest.fixture(scope="module")
+def stars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Path-Star by all objectives: NextLat solves both seeds, BST one of them, the others guess."""
+    folder, exact = tmp_path_factory.mktemp("stars"), {"nextlat": (0.99, 1.0), "bst": (0.985, 0.995)}
+    logs = {"nextlat": (FALLING, EARLY), "bst": (EARLY, NEVER)}
+    return [
+        write_path_star_run(
+            folder / f"{name}-{seed}", name, seed, logs.get(name, (NEVER, NEVER))[seed], exact.get(name, (0.5, 0.52))[seed]
+        )
+        for name in FIVE
+        for seed in (0, 1)
+    ]
+
+
+def test_five_objectives_are_each_compared_with_next_token(stars: list[Path], tmp_path: Path) -> None:
+    runs = read_runs(stars)
+    [task] = compare(runs).tasks
+    others = ["NextLat d=2", "MTP d=2", "JTP d=2", "BST"]
+    assert list(task.models) == ["next-token", *others]
+    [exact] = [metric for metric in task.metrics if metric.name == "exact_path_accuracy"]
+    assert {label: d.value for label, d in exact.differences.items()} == pytest.approx(
+        dict(zip(others, (0.485, 0.0, 0.0, 0.48), strict=True)), abs=1e-9
+    )
+    page = Page(write_report(runs, tmp_path / "report").read_text())
+    assert "NextLat, MTP, JTP, BST against next-token" in page.words
+    assert all(claim.text in page.words for claim in claims(task))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(compare(runs)))
+    text = console.export_text()
+    heads = [line.split("next-token ")[1] for line in text.splitlines() if line.startswith("   ") and "next-token " in line]
+    assert [[label for label in others if label in line] for line in heads] == [others[:2], others[2:]]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "cross-entropy" in text  # no word is broken
+
+
+def test_learning_curves_of_five_objectives_have_a_panel_for_every_part_of_the_loss(stars: list[Path]) -> None:
+    figure = figures.learning_curves(compare(read_runs(stars)).tasks[0])
+    assert figure is not None
+    _, *parts = figure.axes
+    names = dict.fromkeys(part for objective in FIVE for part in PARTS.get(objective, {}))
+    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in parts]
+    assert titles == [figures.PART_TITLES[name] for name in names]
+    lines = dict(zip(titles, (len(ax.lines) for ax in parts), strict=True))
+    assert lines[figures.PART_TITLES["multi_token"]] == 4  # of MTP and JTP
+    assert lines[figures.PART_TITLES["pairs"]] == 2
+    boxes = [ax.get_position() for ax in parts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_path_star_says_which_seeds_solve_it_and_from_which_step(stars: list[Path], tmp_path: Path) -> None:
+    runs = read_runs(stars)
+    page = write_report(runs, tmp_path / "report")
+    stored = json.loads((page.parent / "comparison.json").read_text())["tasks"][0]["solving"]
+    assert stored["NextLat d=2"] == {"0": {"solved": True, "step": 400}, "1": {"solved": True, "step": 200}}
+    assert stored["BST"] == {"0": {"solved": False, "step": 200}, "1": {"solved": True, "step": None}}
+    assert stored["MTP d=2"]["0"] == {"solved": False, "step": None}
+    text = re.sub(r"<[^>]+>", " ", page.read_text())
+    assert re.search(r"NextLat d=2\s+2 of 2\s+from step 400\s+from step 200", text)
+    assert re.search(r"BST\s+1 of 2\s+not solved\s+solved", text)
+    assert "starts to fail on G(7, 7)" in text
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal_table(compare(runs)))
+    words = " ".join(console.export_text().split())
+    assert "next-token 0 of 2; NextLat d=2 2 of 2, from step 400 (seed 0), 200 (seed 1); MTP" in words
+
+
+def test_path_accuracy_draws_every_seed_and_chance(stars: list[Path]) -> None:
+    figure = figures.path_accuracy(compare(read_runs(stars)).tasks[0])
+    assert figure is not None
+    lines = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines]
+    assert sorted(line[1, 1] for line in lines if len(line) == 3) == [*[0.5] * 3, *[0.52] * 3, 0.985, 0.99, 0.995, 1.0]
+    assert [line[:, 1].tolist() for line in lines if len(line) == 2] == [[0.5, 0.5]]
+
+
+def test_equations_are_drawn_for_seen_and_held_out_targets(tmp_path: Path) -> None:
+    paths = [write_countdown_run(tmp_path / name, name, 0, 0.3 + 0.1 * place) for place, name in enumerate(FIVE)]
+    runs = read_runs(paths)
+    [task] = compare(runs).tasks
+    figure = figures.equation_accuracy(task)
+    assert figure is not None
+    assert len(figure.axes[0].lines) == 10
+    run = runs[FIVE.index("bst")]
+    drawn = [line.get_ydata() for line in figure.axes[0].lines if line.get_color() == figures.PALETTE[4]]
+    for split, line in zip(("seen", "held_out"), drawn, strict=True):
+        assert list(line) == [run.metrics[f"true_equation_{place}_{split}"] for place in (1, 2)]
+    words = Page(write_report(runs, tmp_path / "report").read_text()).words
+    assert "58.7 %" in words and "another scale" in words
+
+
+def test_probe_curves_are_relative_to_next_token_of_the_same_seed(tmp_path: Path) -> None:
+    better = {"next-token": 0.0, "nextlat": 0.1, "mtp": -0.2}
+    paths = [write_text_run(tmp_path / f"{name}-{seed}", name, seed, x) for name, x in better.items() for seed in (0, 1)]
+    alone = write_text_run(tmp_path / "alone", "nextlat", 2, 0.5)  # no baseline of this seed
+    figure = figures.probe_curves(compare(read_runs([*paths, alone])).tasks[0])
+    assert figure is not None
+    curves = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 20]
+    assert sorted(round(float(curve[-1]), 6) for curve in curves) == [-0.1, -0.1, 0.2, 0.2]
+    assert all(abs(curve[0]) < 1e-9 for curve in curves)
+    assert figures.probe_curves(compare(read_runs(paths[:2])).tasks[0]) is None  # next-token alone
+
+
+def test_the_hmm_is_compared_and_its_entropy_is_no_finding(tmp_path: Path) -> None:
+    paths = [write_hmm_run(tmp_path / name, name, 0, r2) for name, r2 in (("next-token", 0.8), ("nextlat", 0.9))]
+    [task] = compare(read_runs(paths)).tasks
+    found = {claim.metric: claim.verdict for claim in claims(task)}
+    assert found == {"belief_r2": "better", "next_token_kl": "within noise"}
+    assert "transition_consistency_error" in {metric.name for metric in task.metrics}
+
+
 # ---- words ----
 
 
@@ -233,6 +362,7 @@ def test_terminal_table_fits_and_shows_the_verdicts(runs: list[Path]) -> None:
         (-1.234, None, "number", True, "−1.23"),
         (2.3, 0.04, "factor", False, "2.30× ± 0.04"),
         (0.98765, 0.0, "nats", False, "0.988 ± 0.000"),
+        (0.98765, 1e-17, "nats", False, "0.988 ± 0.000"),
         (float("nan"), None, "number", False, "not a number"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: train | evaluate | generate | report | demo. The only place that prints.
+"""The command line: train | evaluate | generate | compare | report | demo. The only place that prints.
 
 Heavy imports stay inside the commands, so that `--help` answers at once. What the user can mend ends as one sentence and exit code 2.
 """
@@ -14,7 +14,7 @@ from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
     from nextlat.decoding import Pass
-    from nextlat.demo import Job
+    from nextlat.jobs import Job
     from nextlat.recipe import Recipe
 
 
@@ -269,6 +269,55 @@ class _Stream:
 
 
 @app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe (path-star-small, ...) or a .toml file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings of the recipe to change; objectives.NAME... of that objective alone."
+        ),
+    ] = None,
+    objectives: Annotated[str, typer.Option(help="all, or some of next-token,nextlat,mtp,jtp,bst.")] = "all",
+    seeds: Annotated[int | None, typer.Option(help="One or several, as in --seeds 0 1 2; default: 0.")] = None,
+    horizon: Annotated[int | None, typer.Option(help="d, of every objective that has one; default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where everything goes; default: compare/<recipe>.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Models trained at a time; default: as many as the cores can take.")
+    ] = None,
+) -> None:
+    """Train a recipe by several objectives and seeds, side by side, and compare what they know."""
+    from rich.console import Console
+
+    from nextlat.compare import plan
+    from nextlat.jobs import collect
+
+    given = overrides or []
+    more = [item for item in given if seeds is not None and item.isdecimal()]  # --seeds 0 1 2: all but the first end up here
+    out = out or Path("compare") / Path(recipe).stem
+    planned = plan(
+        recipe,
+        [item for item in given if item not in more],
+        objectives=objectives,
+        seeds=[seeds or 0, *map(int, more)],
+        horizon=horizon,
+        out=out,
+    )
+    for sentence in planned.skipped.values():
+        _say(sentence)
+    todo = [job for job in planned.jobs if not job.done]
+    if len(todo) < len(planned.jobs):
+        _say(f"{len(planned.jobs) - len(todo)} of {len(planned.jobs)} models are trained and measured already.")
+    failures: dict[Job, str] = {}
+    _watch(todo, Console(stderr=True), jobs or planned.processes, failures)
+    done = [job for job in planned.jobs if job not in failures]
+    if done:
+        collect(done, out)
+        _report([job.directory for job in done], out)
+    if failures:
+        raise NextLatError(" ".join(f"{reason}." for reason in failures.values()))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report"),
@@ -352,11 +401,11 @@ def _report(directories: list[Path], out: Path | None) -> None:
         _say(f"Look at {write_report(runs, out)}.")
 
 
-def _watch(jobs: "list[Job]", console: Any) -> None:
-    """Run the demo's jobs and show how far each is."""
+def _watch(jobs: "list[Job]", console: Any, processes: int | None = None, failures: "dict[Job, str] | None" = None) -> None:
+    """Run jobs and show how far each is; the other arguments are those of `jobs.run`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from nextlat.demo import run
+    from nextlat.jobs import run
 
     columns = (
         TextColumn("{task.description:<28}"),
@@ -367,7 +416,7 @@ def _watch(jobs: "list[Job]", console: Any) -> None:
     )
     with Progress(*columns, console=console) as bars:
         rows = {job.name: bars.add_task(job.name, total=job.steps, state="waiting") for job in jobs}
-        for job, step, state in run(jobs):
+        for job, step, state in run(jobs, processes, failures):
             bars.update(rows[job.name], completed=step, state=state)
 
 

@@ -190,13 +190,7 @@ def load_recipe(
     Raises:
         NextLatError: no such recipe, not TOML, an unknown key or objective, a wrong type or range, settings that contradict.
     """
-    path = _find(str(name_or_path))
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
+    path, content = _read(name_or_path)
     requests = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
     requests |= {"objective": (objective, f"--objective {objective}")} if objective is not None else {}
     requests |= {"seed": (str(seed), f"--seed {seed}")} if seed is not None else {}
@@ -210,6 +204,33 @@ def load_recipe(
     for key, (text, _) in requests.items():
         _place(content, key, text)
     return _build(content, requests, path.stem, f"recipe {path.name}")
+
+
+def recipe_horizon(name_or_path: str | Path) -> tuple[int | None, set[str]]:
+    """The horizon that a recipe's file sets, for its own objective or else for NextLat, and the objectives it has a table for.
+
+    Raises:
+        NextLatError: no such recipe, or not TOML.
+    """
+    content = _read(name_or_path)[1]
+    tables = content.get("objectives", {})
+    tables = tables if isinstance(tables, dict) else {}  # `load_recipe` says what is wrong with it
+    for name in (content.get("objective"), "nextlat"):
+        table = tables.get(name)
+        if isinstance(table, dict) and isinstance(table.get("horizon"), int):
+            return table["horizon"], {*tables}
+    return None, {*tables}
+
+
+def _read(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe and what stands in it."""
+    path = _find(str(name_or_path))
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise NextLatError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
 
 
 def _find(name_or_path: str) -> Path:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
     with sole_writer(out) if first else nullcontext(), threads(recipe.run.threads):
         with args.main_process_first():  # the first process tidies up before the others look
             record = read_record(out)
-            _check_same_run(record, recipe, out)
+            check_same_run(record, recipe, out)
             if first:
                 remove_unfinished(out)
         if record is None or record["status"] != "finished":
@@ -191,7 +192,12 @@ def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
         return out
 
 
-def _check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> None:
+def check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> None:
+    """Whether a run directory with this run.json (None = without one) may be that of a recipe.
+
+    Raises:
+        NextLatError: it holds something else.
+    """
     if record is None:
         refuse_foreign_directory(out)
         return
@@ -259,6 +265,16 @@ def _train(
         write_json(out / RECORD, {**record, "status": "finished", "steps": recipe.steps, "finished": _now()})
         rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
     trainer.accelerator.wait_for_everyone()
+
+
+def check_trains(recipe: Recipe, task: Task) -> None:
+    """Whether `train` would get to its first step with a recipe whose task is built, found out on one layer of its transformer.
+
+    Raises:
+        NextLatError: the objective does not fit the model, or its horizon the task.
+    """
+    backbone = recipe.backbone if recipe.backbone.pretrained is not None else replace(recipe.backbone, layers=1)
+    _check_horizon(build_model(replace(recipe, backbone=backbone), task), task, len(task.eval_dataset()[0]["input_ids"]))
 
 
 def _check_horizon(model: ObjectiveModel, task: Task, row_length: int) -> None:

@@ -1,7 +1,8 @@
 """Reports: evaluated run directories become tables, plots, maps and one self-contained HTML page.
 
-runs.py and models.py read and order them, comparison.py compares, glossary.py and wording.py say it, terminal.py, plots.py and page.py
-show it, writing.py writes it. Nothing here measures anything: all numbers come from the files that `evaluation` wrote.
+runs.py and models.py read and order them, comparison.py and solving.py compare, glossary.py and wording.py say it, terminal.py,
+plots.py and page.py show it, writing.py writes it. Nothing here measures anything: all numbers come from the files that
+`evaluation` wrote.
 """
 
 from nextlat.report.comparison import Comparison, compare

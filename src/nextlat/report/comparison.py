@@ -25,6 +25,7 @@ from nextlat.metrics import Score, mean_score, paired_difference
 from nextlat.report.glossary import describe, higher_is_better, order
 from nextlat.report.models import Models, caveats, first_run, group_models
 from nextlat.report.runs import Run
+from nextlat.report.solving import solving
 
 Verdict = Literal["better", "worse", "within noise", "no claim"]
 
@@ -127,11 +128,17 @@ class Comparison:
                         for label, runs in task.models.items()
                     },
                     "caveats": task.caveats,
+                    **_solving(task),
                     "metrics": [_finite(asdict(metric)) for metric in task.metrics],
                 }
                 for task in self.tasks
             ]
         }
+
+
+def _solving(task: TaskComparison) -> dict[str, Any]:
+    found = solving(task.task, task.models)
+    return {} if found is None else {"solving": {k: {str(s): asdict(one) for s, one in v.items()} for k, v in found.items()}}
 
 
 def compare(runs: Sequence[Run], baseline: str = BASELINE) -> Comparison:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextlat.evaluation import HIGHER_IS_BETTER
+from nextlat.tasks.hmm import HMM
 from nextlat.tasks.streets import Streets
 from nextlat.tasks.text import Text
 
@@ -16,6 +17,8 @@ Unit = Literal["share", "nats", "factor", "number"]
 
 VAFA = "Vafa et al., arXiv 2406.03689"
 NEXTLAT = "Teoh et al., arXiv 2511.05963"
+PATH_STAR = f"Bachmann & Nagarajan 2024; {NEXTLAT}"
+COUNTDOWN = f"Gandhi et al. 2024; {NEXTLAT}"
 OURS = "ours"
 
 
@@ -125,10 +128,84 @@ _TERMS: dict[str, Term] = {
         unit="number",
         items="groups of rows (jackknife)",
     ),
+    "exact_path_accuracy": Term(
+        "Exact paths",
+        "share of exact paths",
+        "Share of unseen graphs whose whole path from the centre to the goal the model gives greedily, node by node.",
+        PATH_STAR,
+        items="graphs",
+    ),
+    "exact_path_accuracy_sampled": Term(
+        "Exact paths (sampled)",
+        "share of exact paths when sampling",
+        "The same with every node sampled at temperature 1.",
+        PATH_STAR,
+        items="graphs",
+    ),
+    "solved": Term(
+        "Problems solved",
+        "share of problems solved",
+        "The paper's accuracy: share of test problems solved by a valid derivation.",
+        COUNTDOWN,
+        items="problems",
+    ),
+    "solved_seen": Term(
+        "Solved, targets seen in training",
+        "share of problems solved with targets seen in training",
+        "Share of unseen problems that the model solves greedily by any valid derivation: each number used once, every equation true, "
+        "the last one yielding the target. The targets occur in training, in other problems.",
+        COUNTDOWN,
+        items="problems",
+    ),
+    "solved_held_out": Term(
+        "Solved, held-out targets",
+        "share of problems solved with held-out targets",
+        "The same for targets that never occur in training.",
+        COUNTDOWN,
+        items="problems",
+    ),
+    "belief_r2": Term(
+        "Belief state, R\N{SUPERSCRIPT TWO}",
+        "share of the belief's variance that a linear probe reads off the state",
+        "How much of the variance of the exact belief (the probabilities of the hidden states given all symbols so far) a linear probe "
+        "of the transformer's state explains, fitted on half of the held-out sequences and read on the others; 1 = all.",
+        OURS,
+        unit="number",
+        items="sequences",
+    ),
+    "next_token_kl": Term(
+        "KL from the exact distribution",
+        "divergence from the exact next-token distribution",
+        "KL divergence of the model's next-token distribution from the exact one, which is known here; nats, mean over places.",
+        OURS,
+        unit="nats",
+        items="sequences",
+    ),
+    "entropy_floor": Term(
+        "Entropy of the process",
+        "entropy of the process",
+        "Mean entropy of the exact next-token distribution at the same places, below which no cross-entropy can lie; of the data, "
+        "not of a model.",
+        OURS,
+        unit="nats",
+        items="sequences",
+        headline=False,
+    ),
+    "transition_consistency_error": Term(
+        "Transition consistency error",
+        "transition consistency error",
+        "How far the latent dynamics model misses the next state, divided by how far the state moves: sums of "
+        "||p(h, x) \N{MINUS SIGN} h'|| and of ||h' \N{MINUS SIGN} h|| over all held-out sequences; "
+        "0 = exact. Without such a model there is none.",
+        f"{OURS}, after the theorem of {NEXTLAT}",
+        unit="number",
+        items="sequences",
+    ),
     "mean_acceptance_length": Term(
         "Mean acceptance length",
         "mean acceptance length",
-        "Tokens per forward pass of the transformer when the latent dynamics model drafts, the transformer's own token included.",
+        "Tokens per forward pass of the transformer when what the objective added to it drafts (NextLat: the latent dynamics model), the "
+        "transformer's own token included.",
         "Leviathan et al., arXiv 2211.17192",
         unit="number",
         reference=1.0,
@@ -166,16 +243,25 @@ _TERMS: dict[str, Term] = {
 }
 
 _WORD_PROBLEM = re.compile(r"(transformer|dynamics)_accuracy_(\d+)")
+_PATH = re.compile(r"(accuracy)_position_(\d+)")
+_EQUATION = re.compile(r"true_equation_(\d+)_(seen|held_out)")
+BRANCH = 2  # the one place of a path in a star that does not follow from the place before it
 
 
 def describe(metric: str) -> Term:
     """The entry of a metric; of one that is not known, its name and nothing else."""
-    match = _WORD_PROBLEM.fullmatch(metric)
-    if match is None:
-        name = metric.replace("_", " ")
-        return _TERMS.get(metric) or Term(name, name, "", "", unit="number")
-    length = match[2]
-    if match[1] == "transformer":
+    if match := _WORD_PROBLEM.fullmatch(metric):
+        return _word_problem(match[1], match[2])
+    if match := _PATH.fullmatch(metric):
+        return _place_of_path(int(match[2]))
+    if match := _EQUATION.fullmatch(metric):
+        return _equation(match[1], match[2])
+    name = metric.replace("_", " ")
+    return _TERMS.get(metric) or Term(name, name, "", "", unit="number")
+
+
+def _word_problem(who: str, length: str) -> Term:
+    if who == "transformer":
         return Term(
             f"Transformer, {length} elements",
             f"accuracy of the transformer at {length} elements",
@@ -194,27 +280,63 @@ def describe(metric: str) -> Term:
     )
 
 
+def _place_of_path(place: int) -> Term:
+    branch = place == BRANCH
+    return Term(
+        f"Node {place} of the path{', the branch' if branch else ''}",
+        f"accuracy at {'the branch' if branch else f'node {place} of the path'}",
+        f"Share of unseen graphs of whose path the model predicts node {place}, given the true ones before it"
+        + ("; the only hard one, chance is one over the number of arms." if branch else "."),
+        PATH_STAR,
+        items="graphs",
+        headline=branch,  # the others are in the curve, and of no interest
+    )
+
+
+def _equation(place: str, split: str) -> Term:
+    targets = "targets seen in training" if split == "seen" else "held-out targets"
+    return Term(
+        f"Equation {place} true, {targets}",
+        f"share of true equations at place {place} with {targets}",
+        f"Share of unseen problems ({targets}) whose equation {place}, given greedily, is one and is true, be its numbers available or not.",
+        COUNTDOWN,
+        items="problems",
+        headline=False,  # in the curve; whether the problem is solved is what counts
+    )
+
+
 def higher_is_better(metric: str) -> bool | None:
     """The direction of a metric as its task or the evaluation states it; None for one that is not known."""
-    known = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better}
-    return True if _WORD_PROBLEM.fullmatch(metric) else known.get(metric)
+    known = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better, **HMM.higher_is_better, **_ANSWERS}
+    return True if any(pattern.fullmatch(metric) for pattern in (_WORD_PROBLEM, _PATH, _EQUATION)) else known.get(metric)
+
+
+_ANSWERS = dict.fromkeys(("exact_path_accuracy", "exact_path_accuracy_sampled", "solved_seen", "solved_held_out"), True)
 
 
 def order(metric: str) -> tuple[int, int, str]:
-    """Sorting key: metrics as they stand here, word problems by length, unknown ones last."""
-    if match := _WORD_PROBLEM.fullmatch(metric):
+    """Sorting key: metrics as they stand here, then those by length or place, unknown ones last."""
+    if match := _WORD_PROBLEM.fullmatch(metric) or _PATH.fullmatch(metric):
         return (len(_TERMS), int(match[2]), "" if match[1] == "transformer" else match[1])
+    if match := _EQUATION.fullmatch(metric):
+        return (len(_TERMS), int(match[1]), "" if match[2] == "seen" else match[2])
     known = list(_TERMS)
     return (known.index(metric), 0, "") if metric in known else (len(_TERMS) + 1, 0, metric)
 
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of a paper for one task: `rows` maps a method to its metrics."""
+    """Figures of a paper for one task.
+
+    Attributes:
+        setting, source: of what and from where. rows: method -> metrics, each with an entry here.
+        words: what the paper says without figures.
+    """
 
     setting: str
     source: str
     rows: dict[str, dict[str, float]]
+    words: tuple[str, ...] = ()
 
 
 def _manhattan(test: float, valid: float, compression: float, rank: float | None, detours: float) -> dict[str, float]:
@@ -238,5 +360,50 @@ PUBLISHED: dict[str, Published] = {
             "NextLat": _manhattan(1.0, 0.987, 0.71, 52.7, 0.950),
             "true world model": _manhattan(1.0, 1.0, 1.0, None, 1.0),
         },
+    ),
+    "path-star": Published(
+        "200,000 training graphs of 100 names, 12 layers of width 384, horizon of the arm length minus 2, five seeds",
+        f"{NEXTLAT}v4",
+        {},
+        (
+            "NextLat: near 100 % on G(2, 10), G(5, 5) and G(7, 7).",
+            "BST: solves the first two and starts to fail on G(7, 7).",
+            "GPT, MTP and JTP: fail.",
+        ),
+    ),
+    "countdown": Published(
+        "four numbers, three equations, 500,000 problems, 12 layers of width 768, three seeds",
+        f"{NEXTLAT}v4",
+        {
+            "GPT": {"solved": 0.331},
+            "BST": {"solved": 0.423},
+            **{f"MTP d={d}": {"solved": x} for d, x in ((1, 0.392), (4, 0.497), (8, 0.573))},
+            **{f"JTP d={d}": {"solved": x} for d, x in ((1, 0.390), (4, 0.494), (8, 0.550))},
+            **{f"NextLat d={d}": {"solved": x} for d, x in ((1, 0.548), (4, 0.576), (8, 0.587))},
+        },
+        ("Valid last equations at d=1: NextLat 54.8 %, the next best method 42.3 %.",),
+    ),
+    "word-problem": Published(
+        "A5, one million sequences of 12 elements, 2 layers of width 512, horizon 1",
+        f"{NEXTLAT}v4",
+        {},
+        (
+            "The latent dynamics model run alone stays above 95 % at 36 elements, three times the training length.",
+            "Both transformers fail beyond 12, and so does a GPT trained on 36.",
+        ),
+    ),
+    "text": Published(
+        "FineWeb-Edu, 1.3 billion parameters, 100 billion tokens, GPT-2's vocabulary; linear probes: TinyStories, 8 layers of width 768",
+        f"{NEXTLAT}v4",
+        {
+            "GPT": {"perplexity": 10.52},
+            **{f"JTP d={d}": {"perplexity": x} for d, x in ((1, 11.08), (2, 11.18))},
+            **{f"MTP d={d}": {"perplexity": x} for d, x in ((1, 10.90), (2, 11.00))},
+            **{f"NextLat d={d}": {"perplexity": x} for d, x in ((1, 10.83), (2, 10.88))},
+        },
+        (
+            "Linear probes, NextLat: as good as GPT one token ahead, and the best of all at long offsets for d=1 and d=8.",
+            "Linear probes, BST, MTP and JTP: worse at offset 1; MTP and JTP fall behind quickly with the offset.",
+        ),
     ),
 }

@@ -8,13 +8,19 @@ from nextlat.errors import NextLatError
 from nextlat.recipe import differences
 from nextlat.report.runs import Run
 
-TITLES = {"next-token": "next-token", "nextlat": "NextLat"}
+TITLES = {
+    "next-token": "next-token",
+    "nextlat": "NextLat",
+    "mtp": "MTP",
+    "jtp": "JTP",
+    "bst": "BST",
+}  # in the order of the report
 
 Models = dict[str, dict[int, Run]]  # label -> seed -> run
 
 
 def group_models(runs: list[Run], baseline: str) -> Models:
-    """The models of one task, the baseline first, the others by objective and horizon.
+    """The models of one task, the baseline first, the others by objective (as in `TITLES`) and horizon.
 
     A label is the objective with its horizon and, where several models share that, the settings in which their recipes differ.
 
@@ -22,7 +28,9 @@ def group_models(runs: list[Run], baseline: str) -> Models:
         NextLatError: two runs of one recipe and seed; two recipes of the baseline objective.
     """
     groups: dict[str, dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.objective != baseline, run.objective, run.horizon, run.seed)):
+    known = [baseline, *TITLES]
+    place = {run.objective: known.index(run.objective) if run.objective in known else len(known) for run in runs}
+    for run in sorted(runs, key=lambda run: (place[run.objective], run.objective, run.horizon, run.seed)):
         group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
         if run.seed in group:
             raise NextLatError(

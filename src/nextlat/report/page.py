@@ -12,6 +12,7 @@ from nextlat.report.comparison import Comparison, MetricComparison, TaskComparis
 from nextlat.report.glossary import PUBLISHED, describe
 from nextlat.report.models import TITLES
 from nextlat.report.runs import Run
+from nextlat.report.solving import definition, solving
 from nextlat.report.style import STYLE
 from nextlat.report.terminal import ARROWS
 from nextlat.report.wording import claims, difference_text, estimate_text, footnotes, summary, with_error
@@ -19,7 +20,14 @@ from nextlat.report.wording import claims, difference_text, estimate_text, footn
 MARKS: dict[Verdict, str] = {"better": "▲ better", "worse": "▼ worse", "within noise": "≈ within noise", "no claim": "no claim"}
 CLASSES: dict[Verdict, str] = {"better": "better", "worse": "worse", "within noise": "noise", "no claim": "noise"}
 NONE = "\N{EN DASH}"
-TASK_TITLES = {"streets": "Streets of a city", "word-problem": "Word problem"}
+TASK_TITLES = {
+    "streets": "Streets of a city",
+    "word-problem": "Word problem",
+    "path-star": "Path-Star",
+    "countdown": "Countdown",
+    "text": "Text",
+    "hmm": "Hidden Markov model",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def _task(task: TaskComparison, pictures: Pictures, *, alone: bool) -> str:
     title = TASK_TITLES.get(task.task, task.task)
     return (
         f"<section>\n{'' if alone else f'<h2 class=task>{escape(title)}</h2>'}\n"
-        f"{_findings(task)}{_maps(pictures)}{_table(task)}{''.join(_figure(picture) for picture in pictures.figures)}"
+        f"{_findings(task)}{_maps(pictures)}{_table(task)}{_solving(task)}{''.join(_figure(picture) for picture in pictures.figures)}"
         f"{_every_seed(task)}{_published(task)}{_making(task)}</section>\n"
     )
 
@@ -140,12 +148,35 @@ def _every_seed(task: TaskComparison) -> str:
     )
 
 
+def _solving(task: TaskComparison) -> str:
+    """Which seeds solve Path-Star, and from which step on."""
+    found = solving(task.task, task.models)
+    if found is None:
+        return ""
+    seeds = sorted({seed for one in found.values() for seed in one})
+    head = "".join(f"<th scope=col>seed {seed}</th>" for seed in seeds)
+    rows = ""
+    for label, ours in found.items():
+        cells = ""
+        for seed in seeds:
+            one = ours.get(seed)
+            step = f"from step {one.step:,}" if one is not None and one.step is not None else "solved"
+            cells += f"<td>{NONE if one is None else step if one.solved else '<span class=quiet>not solved</span>'}</td>"
+        share = f"{sum(one.solved for one in ours.values())} of {len(ours)}"
+        rows += f"<tr><th scope=row>{escape(label)}</th><td>{share}</td>{cells}</tr>\n"
+    return (
+        f"<h2>Which seeds solve it</h2>\n<div class=scroll><table>\n<thead><tr><td></td><th scope=col>solved</th>{head}</tr></thead>\n"
+        f"<tbody>\n{rows}</tbody></table></div>\n<ul class=notes><li>{escape(definition())}</li></ul>\n"
+    )
+
+
 def _published(task: TaskComparison) -> str:
     published = PUBLISHED.get(task.task)
     if published is None:
         return ""
     here = [metric.name for metric in task.metrics]
-    names = [name for name in here if any(name in row for row in published.rows.values())]
+    given = list(dict.fromkeys(name for row in published.rows.values() for name in row))
+    names = [*(name for name in here if name in given), *(name for name in given if name not in here)]
     head = "".join(f"<th scope=col>{escape(describe(name).title)}</th>" for name in names)
     rows = "".join(
         f"<tr><th scope=row>{escape(method)}</th>"
@@ -155,11 +186,13 @@ def _published(task: TaskComparison) -> str:
         + "</tr>\n"
         for method, row in published.rows.items()
     )
+    table = f"<div class=scroll><table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>"
+    words = "".join(f"<li>{escape(sentence)}</li>" for sentence in published.words)
     return (
         "<details><summary>Published figures, on another scale</summary>\n"
         f"<p>Not comparable number by number, these are of {escape(published.setting)} ({escape(published.source)}). "
         "What can be compared is which method is ahead.</p>\n"
-        f"<div class=scroll><table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div></details>\n"
+        f"{table if rows else ''}{f'<ul>{words}</ul>' if words else ''}</details>\n"
     )
 
 

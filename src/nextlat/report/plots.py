@@ -5,6 +5,7 @@ colour-blind.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from nextlat.report.comparison import MetricComparison, TaskComparison
-from nextlat.report.glossary import describe
+from nextlat.report.glossary import BRANCH, describe
 from nextlat.report.runs import Run
 from nextlat.report.terminal import ARROWS
 from nextlat.tasks.word_problem import group
@@ -30,10 +31,19 @@ PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 INK, QUIET, FAINT = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 TITLE, LABEL, TICK = 9.5, 8.5, 8.0  # points
 PANEL_LINE = 22  # characters of a small panel's title
+LEGEND_LINE, LEGEND_GAP = 94, 9  # characters that fit beside one another in a legend, and those that a line and its space take
 
 CROSS_ENTROPY = "next_token"  # the part of the loss that every objective has
 NO_LOSS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", CROSS_ENTROPY)
-PART_TITLES = {"next_h": "Next latent state (Smooth L1)", "kl": "KL of predicted and true next token"}
+PART_TITLES = {
+    "next_h": "Next latent state (Smooth L1)",
+    "kl": "KL of predicted and true next token",
+    "multi_token": "Tokens beyond the next, nats",
+    "pairs": "Pairs: next and previous token",
+    "pairs_next": "Pairs: next token, nats",
+    "pairs_previous": "Pairs: previous token, nats",
+}
+MOST_PARTS = 3  # beside one another
 WARM_UP_SHARE = 0.15  # of the steps: the steep start, which would flatten all that follows, does not set the axis
 
 
@@ -51,9 +61,10 @@ def learning_curves(task: TaskComparison) -> Figure | None:
     if not logs:
         return None
     parts = list(dict.fromkeys(key for _, run in logs for line in run.log for key in line if _is_part(key)))
-    figure = _figure(2.6 + 1.8 * bool(parts))
-    heights = [3.0, 2.0] if parts else [1.0]
-    grid = figure.add_gridspec(len(heights), max(len(parts), 1), height_ratios=heights)
+    columns = min(len(parts), MOST_PARTS) or 1
+    rows = math.ceil(len(parts) / columns)
+    figure = _figure(2.6 + 1.8 * rows)
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[3.0, *[2.0] * rows])
     top = figure.add_subplot(grid[0, :])
     for color, run in logs:
         top.plot(*_curve(run, CROSS_ENTROPY), color=color, linewidth=0.8, alpha=0.45)
@@ -66,14 +77,21 @@ def learning_curves(task: TaskComparison) -> Figure | None:
         Line2D([], [], color=QUIET, linewidth=1.2, marker="o", markersize=3.5, label="held-out"),
     ]
     top.legend(handles=[*_handles(task), *handles], frameon=False, fontsize=LABEL, labelcolor=INK, ncols=2)
-    for column, part in enumerate(parts):
-        ax = figure.add_subplot(grid[1, column], sharex=top)
+    for place, part in enumerate(parts):
+        row, column = divmod(place, columns)
+        ax = figure.add_subplot(grid[1 + row, column], sharex=top if columns < MOST_PARTS else None)
+        if columns == MOST_PARTS:  # too narrow for the steps that fit above
+            ax.set_xlim(0, max(_curve(run, CROSS_ENTROPY)[0].max() for _, run in logs))
+            ax.xaxis.set_major_locator(MaxNLocator(3))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         for color, run in logs:
             if any(part in line for line in run.log):
                 ax.plot(*_curve(run, part), color=color, linewidth=0.8, alpha=0.8)
-        _finish(ax, PART_TITLES.get(part, part.replace("_", " ")))
+        title = PART_TITLES.get(part, part.replace("_", " "))
+        _finish(ax, title if columns < MOST_PARTS else "\n".join(textwrap.wrap(title, PANEL_LINE)))
         _fit(ax, [_curve(run, part) for _, run in logs])
-        ax.set_xlabel("optimiser steps", size=LABEL, color=QUIET)
+        if place + columns >= len(parts):
+            ax.set_xlabel("optimiser steps", size=LABEL, color=QUIET)
     if not parts:
         top.set_xlabel("optimiser steps", size=LABEL, color=QUIET)
     top.set_xlim(left=0)
@@ -89,7 +107,14 @@ def metric_panel(task: TaskComparison) -> Figure | None:
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = _figure(1.5 * rows + 0.4)
-    figure.legend(handles=_handles(task), loc="outside upper center", ncols=4, frameon=False, fontsize=LABEL, labelcolor=INK)
+    figure.legend(
+        handles=_handles(task),
+        loc="outside upper center",
+        ncols=_legend_columns(_handles(task)),
+        frameon=False,
+        fontsize=LABEL,
+        labelcolor=INK,
+    )
     grid = figure.add_gridspec(rows, columns)
     for place, metric in enumerate(metrics):
         _draw_metric(figure.add_subplot(grid[divmod(place, columns)]), task, metric)
@@ -183,6 +208,104 @@ def _mark_word_problem(ax: Axes, settings: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
+def path_accuracy(task: TaskComparison) -> Figure | None:
+    """Path-Star: accuracy at every node of the path, given the true ones before it."""
+    curves = [(color, run.curves["accuracy_by_position"]) for color, run in _runs(task) if "accuracy_by_position" in run.curves]
+    if not curves:
+        return None
+    figure = _figure(2.6)
+    ax = figure.add_subplot()
+    for color, curve in curves:
+        _dotted(ax, curve, color)
+    arms = next(run for _, run in _runs(task)).recipe["task"].get("arms")
+    if arms:
+        ax.plot([BRANCH - 0.25, BRANCH + 0.25], [1 / arms, 1 / arms], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.annotate(
+            "chance", (BRANCH + 0.25, 1 / arms), (4, 0), textcoords="offset points", size=TICK, color=QUIET, va="center"
+        )
+    _finish(ax, "Accuracy by node of the path (2: the branch)")
+    _shares_by_place(ax, "node of the path")
+    _legend_below(figure, _handles(task))
+    return figure
+
+
+def equation_accuracy(task: TaskComparison) -> Figure | None:
+    """Countdown: share of true equations at every place, and of problems solved, with seen and with held-out targets."""
+    styles: dict[str, LineStyle] = {"seen": "-", "held_out": (0, (4, 2))}
+    names = {split: [m.name for m in task.metrics if re.fullmatch(rf"true_equation_\d+_{split}", m.name)] for split in styles}
+    drawn = [
+        (color, split, [run.metrics[name] for name in names[split]])
+        for color, run in _runs(task)
+        for split in styles
+        if names[split] and all(name in run.metrics for name in names[split])
+    ]
+    if not drawn:
+        return None
+    figure = _figure(2.9)
+    ax = figure.add_subplot()
+    for color, split, shares in drawn:
+        _dotted(ax, shares, color, styles[split])
+    _finish(ax, "True equations by their place in the derivation")
+    _shares_by_place(ax, "equation")
+    words = {"seen": "targets seen in training", "held_out": "held-out targets"}
+    lines = [Line2D([], [], color=QUIET, linewidth=1.1, linestyle=styles[split], label=words[split]) for split in styles]
+    _legend_below(figure, [*_handles(task), *lines])
+    return figure
+
+
+def probe_curves(task: TaskComparison) -> Figure | None:
+    """Text: held-out cross-entropy of linear probes by how far they look ahead, minus that of the baseline's probes at the same seed."""
+    name = "probe_cross_entropy"
+    base = (
+        {} if task.baseline is None else {s: r.curves[name] for s, r in task.models[task.baseline].items() if name in r.curves}
+    )
+    drawn = [
+        (color, np.subtract(run.curves[name], base[run.seed]))
+        for color, run in _runs(task)
+        if name in run.curves and run.seed in base and len(run.curves[name]) == len(base[run.seed])
+    ]
+    others = [
+        label for label, runs in task.models.items() if label != task.baseline and any(name in r.curves for r in runs.values())
+    ]
+    if not drawn or not others:
+        return None
+    figure = _figure(2.9)
+    ax = figure.add_subplot()
+    for color, curve in drawn:
+        if curve.any():  # the baseline itself is the line at 0
+            _dotted(ax, curve, color)
+    ax.axhline(0, color=_colors(task)[0], linewidth=1.4, zorder=1)
+    _finish(ax, f"Linear probes of the state: cross-entropy minus that of {task.baseline}, nats")
+    ax.set_xlabel("tokens ahead", size=LABEL, color=QUIET)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(figure, [handle for handle in _handles(task) if handle.get_label() in (task.baseline, *others)])
+    return figure
+
+
+def _dotted(ax: Axes, values: Sequence[float] | np.ndarray, color: str, style: LineStyle = "-") -> None:
+    """Values at places 1, 2, ..."""
+    places = np.arange(1, len(values) + 1)
+    ax.plot(places, values, color=color, linestyle=style, linewidth=1.1, marker="o", markersize=3.5, markeredgewidth=0)
+
+
+def _shares_by_place(ax: Axes, place: str) -> None:
+    ax.set_xlabel(place, size=LABEL, color=QUIET)
+    ax.set_ylim(0, 1.04)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
+
+def _legend_below(figure: Figure, handles: list[Line2D]) -> None:
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=_legend_columns(handles),
+        frameon=False,
+        fontsize=LABEL,
+        labelcolor=INK,
+    )
+
+
 def acceptance(task: TaskComparison) -> Figure | None:
     """Share of drafted tokens accepted, by their place in the draft."""
     drawn = [(color, run.decoding["acceptance_by_position"]) for color, run in _runs(task) if _accepts(run)]
@@ -235,6 +358,17 @@ def _handles(task: TaskComparison) -> list[Line2D]:
     return [
         Line2D([], [], color=color, linewidth=2.2, label=label) for label, color in zip(task.models, _colors(task), strict=True)
     ]
+
+
+def _legend_columns(handles: list[Line2D]) -> int:
+    """As many as the width of a figure holds."""
+    lengths = [len(str(handle.get_label())) for handle in handles]
+    for columns in range(len(lengths), 1, -1):
+        rows = math.ceil(len(lengths) / columns)
+        widest = sum(max(lengths[first : first + rows]) for first in range(0, len(lengths), rows))
+        if widest + LEGEND_GAP * columns <= LEGEND_LINE:
+            return columns
+    return 1
 
 
 def _is_part(key: str) -> bool:

@@ -8,6 +8,7 @@ from nextlat.report.glossary import Term, Unit, describe
 
 _DECIMALS: dict[Unit, int] = {"share": 1, "nats": 3, "factor": 2, "number": 2}
 MOST_DECIMALS = 2  # more than usual, where the error is that small
+ROUNDING = 1e-12  # an error below it is none, but the rounding of equal numbers
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -34,7 +35,7 @@ def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = 
 def decimals_for(value: float, error: float | None, unit: Unit) -> int:
     """Those usual for the unit, or more where the error would be written as zero."""
     usual = 1 if unit == "number" and abs(value) >= 10 else _DECIMALS[unit]
-    if error is None or not error > 0:
+    if error is None or not error > ROUNDING:
         return usual
     scale = 100 if unit == "share" else 1
     return max(usual, min(_DECIMALS[unit] + MOST_DECIMALS, math.ceil(-math.log10(2 * scale * error))))

@@ -66,6 +66,19 @@ def _draw(task: TaskComparison, folder: Path, suffix: str) -> Pictures:
             "Points: seeds with one standard error over test items; broad bars: means over seeds; dashes: plain decoding.",
         ),
         ("accuracy", plots.accuracy_by_position, f"Accuracy of {labels} by the number of elements read.", ""),
+        (
+            "accuracy",
+            plots.path_accuracy,
+            f"Accuracy of {labels} by node of the path.",
+            "One line per seed; each node is predicted after the true ones before it.",
+        ),
+        ("equations", plots.equation_accuracy, f"Share of true equations of {labels} by their place.", "One line per seed."),
+        (
+            "probes",
+            plots.probe_curves,
+            f"Cross-entropy of linear probes of {labels} by the number of tokens ahead, minus that of {task.baseline}.",
+            "One line per seed, each minus the baseline of the same seed; below zero the state tells more about what is to come.",
+        ),
         ("learning-curves", plots.learning_curves, f"Losses of {labels} over the optimiser steps.", "One line per seed."),
         (
             "acceptance",
