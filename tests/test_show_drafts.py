@@ -243,7 +243,7 @@ def test_an_interrupt_leaves_the_terminal_clean(endless: Path):
         assert process.stdout is not None
         begun = process.stdout.read(400)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert begun.startswith(b"<|endoftext|>Once\x1b[")
     assert out.endswith(RESET.encode() + b"\n")

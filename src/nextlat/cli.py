@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that `--help` answers at once. What the user can mend ends as one sentence and exit code 2.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -234,7 +235,7 @@ class _Stream:
             drafts and console.is_terminal and console.color_system is not None and not console.no_color
             for console in (out, err)
         )
-        self._begun = False
+        self._begun = self._stopped = False
 
     def show(self, done: "Pass") -> None:
         """One pass of the one prompt."""
@@ -244,6 +245,8 @@ class _Stream:
             if self._drafts:
                 _say(show_drafts.legend(colours=self._colours, styled=self._coloured_legend))
             self._write(self._text.add(self._ids))
+        if self._stopped:
+            raise KeyboardInterrupt
         [cycle] = done.cycles
         if cycle is None:
             return
@@ -254,11 +257,17 @@ class _Stream:
             self._write(picture(show_drafts.draw(cycle, self._text)))
 
     def __enter__(self) -> None:
-        pass
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        """The pass under way is finished first: an exception at any moment can be lost in a destructor. A second one takes effect at once."""
+        self._stopped = True
+        signal.signal(signal.SIGINT, self._before)
 
     def __exit__(self, *_: Any) -> None:
         from nextlat.show_drafts import RESET
 
+        signal.signal(signal.SIGINT, self._before)
         if self._begun:
             self._write(self._text.rest() + (RESET if self._colours else "") + "\n")
 
