@@ -58,7 +58,7 @@ def decode(
     cache: RaggedCache | SequenceCache
     if compile:
         cache = _kept_cache(model, len(prompts), max(map(len, prompts)) + most_new)
-    elif batches(model):
+    elif batches(model) and (len(prompts) > 1 or draft_length != 0):  # alone and without drafts nothing is ragged
         cache = RaggedCache(backbone, objective.cache_config, max(map(len, prompts)) + most_new)
     else:
         cache = SequenceCache(backbone, objective.cache_config, forgets=draft_length != 0)
