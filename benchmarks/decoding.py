@@ -193,7 +193,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     single = [found for found in results if found["batch"] == min(other["batch"] for other in results)]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     speed, acceptance = figure.subplots(1, 2)
     for i, found in enumerate(single):
         label = "greedy" if not found["temperature"] else f"temperature {found['temperature']:g}"
@@ -220,7 +220,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     )
     acceptance.set_ylim(0, 1)
     for axes in (speed, acceptance):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
