@@ -136,11 +136,13 @@ def accept(
     past = Past(rows, read_BK) if rule.scores.need_past else None
     scores_BKV = rule.scores(logits_BKV, past)
     accepted_B, following_B = rule.verify(scores_BKV, drafts, noise, most_B)
-    used_BK = torch.arange(len(read), device=h_BKD.device) <= accepted_B[:, None]
-    sound_B = (logits_BKV.amax(dim=-1).isfinite() | ~used_BK).all(dim=-1)
-    packed = torch.stack([accepted_B, following_B, sound_B.long(), finite_B.long(), *read[1:]])
+    sound_BK = logits_BKV.amax(dim=-1).isfinite()
+    if drafts:
+        sound_BK = sound_BK | (torch.arange(len(read), device=h_BKD.device) > accepted_B[:, None])
+    packed = torch.stack([accepted_B, following_B, sound_BK.all(dim=-1).long(), finite_B.long(), *read[1:]])
     # The state that `following` was chosen in starts the next draft.
-    state_BS = at(objective.drafting_states(h_BKD, read_BK) if goes_on else h_BKD, accepted_B)
+    states_BKS = objective.drafting_states(h_BKD, read_BK) if goes_on else h_BKD
+    state_BS = at(states_BKS, accepted_B) if drafts else states_BKS[:, 0]
     return Outcome(packed, state_BS, scores_BKV, logits_BKV)
 
 
