@@ -152,6 +152,8 @@ def test_llama_is_the_papers_backbone() -> None:
     again = nextlat.llama(40, layers=2, width=64, heads=4, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), again.parameters(), strict=True))
+    wider = nextlat.llama(40, layers=2, width=64, heads=4, initializer_range=0.1, seed=5)
+    assert wider.lm_head.weight.std().item() == pytest.approx(0.1, rel=0.05)
     with pytest.raises(nextlat.NextLatError, match="heads"):
         nextlat.llama(40, width=30, heads=4)
 

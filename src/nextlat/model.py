@@ -270,17 +270,19 @@ def llama(
     heads: int = 4,
     max_length: int = 1024,
     intermediate_size: int | None = None,
+    initializer_range: float | None = None,
     tie_embeddings: bool = False,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     seed: int | None = None,
 ) -> LlamaForCausalLM:
-    """The paper's backbone from scratch: rotary positions, RMSNorm, SwiGLU, no biases, untied head, weights ~ N(0, 0.02).
+    """The paper's backbone from scratch: rotary positions, RMSNorm, SwiGLU, no biases, untied head, weights ~ N(0, initializer_range).
 
     Args:
         vocab_size: V. layers, width, heads: of the transformer (D = width). max_length: positions.
         intermediate_size: of the SwiGLU; None = 8/3 of the width, rounded up to a multiple of 32 (Llama's rule).
+        initializer_range: standard deviation of the weights; None = 0.02, the paper's.
         seed: of the initial weights, without touching torch's global random state; None = drawn from that state.
 
     Raises:
@@ -297,7 +299,7 @@ def llama(
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=tie_embeddings,
-        initializer_range=0.02,
+        initializer_range=initializer_range or 0.02,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,

@@ -31,13 +31,14 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 class BackboneSettings:
     """The transformer: from scratch (`nextlat.llama` with layers, width, heads) or `pretrained`, a directory or hub id.
 
-    `max_length` None = the longest sequence of the task; `intermediate_size` None = as in `nextlat.llama`.
+    `max_length` None = the longest sequence of the task; `intermediate_size`, `initializer_range` None = as in `nextlat.llama`.
     """
 
     layers: Count | None = None
     width: Count | None = None
     heads: Count | None = None
     intermediate_size: Count | None = None
+    initializer_range: Positive | None = None
     max_length: Count | None = None
     pretrained: str | None = None
 

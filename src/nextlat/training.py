@@ -82,6 +82,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             width=backbone.width or 0,
             heads=backbone.heads or 0,
             intermediate_size=backbone.intermediate_size,
+            initializer_range=backbone.initializer_range,
             max_length=backbone.max_length or task.max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
