@@ -1,5 +1,6 @@
 """The word problem: groups, products, splits, and a perfect tracker that must score 1 everywhere."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
+from nextlat.recipe import load_recipe
 from nextlat.tasks.word_problem import BEGIN, END, FIRST_ELEMENT, WordProblem, WordProblemConfig, group
+from nextlat.training import build_model
 
 SMALL = WordProblemConfig(group="S3", length=4, sequences=500, tests=60)
 
@@ -121,3 +124,15 @@ def test_an_unknown_group_is_named(name: str) -> None:
 def test_bad_sizes_are_one_sentence() -> None:
     with pytest.raises(NextLatError, match="length"):
         WordProblemConfig(length=0).build()
+
+
+def test_the_papers_recipe() -> None:
+    """Hyperparameters of arXiv 2511.05963, and the dynamics model of 2.62 M parameters that it counts."""
+    recipe = load_recipe("a5")
+    backbone, objective, optimizer = recipe.backbone, recipe.objective_config, recipe.optimizer
+    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (400_000, 1024, 2, 8, 512)
+    assert (objective.horizon, objective.lambda_next_h, objective.lambda_kl) == (1, 1, 0)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (1e-4, 0.01, 1)
+    assert (recipe.task.group, recipe.task.length, recipe.task.sequences) == ("A5", 12, 1_000_000)
+    model = build_model(recipe, WordProblem(replace(recipe.task, sequences=1000)))
+    assert round(sum(p.numel() for p in model.objective.parameters()) / 1e6, 2) == 2.62
