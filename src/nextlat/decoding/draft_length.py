@@ -107,7 +107,7 @@ class AdaptiveLength:
         self._tried, self._kept = np.zeros(longest), np.zeros(longest)
         self._tokens = self._time = 0.0  # discounted sums; S is their quotient
         self._seen: deque[tuple[float, int, bool]] = deque(maxlen=self.WINDOW)  # logit of confidence, place, accepted
-        self._theta = np.array([0.7, 0.0, *[0.0] * longest])  # w, b, and what each place differs from b
+        self._theta = self._centre = np.array([0.7, 0.0, *[0.0] * longest])  # w, b, and what each place differs from b
         self._cycles = self._idle = 0
 
     @property
@@ -177,10 +177,9 @@ class AdaptiveLength:
         design[:, 0], design[:, 1] = logits, 1.0
         design[np.arange(len(logits)), 2 + places] = 1.0
         ridge = np.array([1.0, 0.1, *[4.0] * self.longest])
-        centre = np.array([0.7, 0.0, *[0.0] * self.longest])
         for _ in range(3):
             p = expit(design @ self._theta)
-            gradient = design.T @ (p - kept) + ridge * (self._theta - centre)
+            gradient = design.T @ (p - kept) + ridge * (self._theta - self._centre)
             hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
             self._theta = self._theta - np.linalg.solve(hessian, gradient)
 
