@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import nextlat
 from conftest import FAMILIES, tiny_lm
 from nextlat.batch import Batch
-from nextlat.decoding.cache import RaggedCache, SequenceCache
+from nextlat.decoding.cache import GrowingCache, RaggedCache
 from nextlat.losses import one_by_one
 from nextlat.objectives import belief_state, multi_token
 from nextlat.objectives.belief_state import Pairs
@@ -384,7 +384,7 @@ def test_mtp_drafts_what_its_heads_say_with_and_without_a_cache(family: str, rag
         cache = (
             RaggedCache(backbone, objective.cache_config, 24)
             if ragged
-            else SequenceCache(backbone, objective.cache_config, forgets=True)
+            else GrowingCache(backbone, objective.cache_config, forgets=True)
         )
         cached = torch.zeros_like(state_BTS)
         done = 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,15 @@ class Oracle(Objective):
         return self.states[row][here], (sequence[here + 1] + (here + 1 in self.wrong)) % VOCABULARY
 
 
+HYBRID: dict[str, dict[str, Any]] = {  # settings of the tiny ones
+    "lfm2": {"block_multiple_of": 8, "tie_word_embeddings": False},
+    "qwen3_next": {
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "head_dim": 8, "mlp_only_layers": [0, 1],
+    },
+}  # fmt: skip
+
+
 def hybrid_lm(family: str, layer_types: list[str], **settings: object) -> PreTrainedModel:
     """A tiny random model with convolutional or recurrent layers beside attention."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layer_types), "initializer_range": 0.2}
@@ -68,7 +78,7 @@ def hybrid_lm(family: str, layer_types: list[str], **settings: object) -> PreTra
 def greedy_case(family: str, prompt_length: int) -> tuple[PreTrainedModel, Tensor, Tensor]:
     """A model, a prompt (1, T) and what transformers itself makes of it, (T + NEW + 10,)."""
     if family == "lfm2":
-        lm = hybrid_lm("lfm2", ["conv", "full_attention", "conv"], block_multiple_of=8, tie_word_embeddings=False)
+        lm = hybrid_lm("lfm2", ["conv", "full_attention", "conv"], **HYBRID["lfm2"])
     else:
         # Untied: with tied random embeddings the most likely token is mostly the last one, for ever.
         lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
@@ -147,7 +157,7 @@ def test_greedy_equals_transformers_with_its_own_drafts(family: str):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_transformer_runs_once_for_the_prompt_and_once_per_cycle(family: str, draft_length: int):
     model, prompt, _ = oracle_model(family, 5, wrong_positions(5))
-    run(model, prompt, 0)  # what is tried out once is over
+    run(model, prompt, 1)  # what is tried out once is over
     widths: list[int] = []
     hook = model.lm.base_model.register_forward_hook(
         lambda _, args, kwargs, out: widths.append(out[0].shape[1]), with_kwargs=True
@@ -473,8 +483,7 @@ def test_a_limited_drafter_names_its_limit():
 
 
 def test_a_cache_that_cannot_forget_is_refused():
-    sizes = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    lm = hybrid_lm("qwen3_next", ["linear_attention", "full_attention"], head_dim=8, mlp_only_layers=[0, 1], **sizes)
+    lm = hybrid_lm("qwen3_next", ["linear_attention", "full_attention"], **HYBRID["qwen3_next"])
     model, prompt = attach(lm, NextLatConfig()), torch.arange(1, 5)[None]
     with pytest.raises(NextLatError, match="draft_length=0"):
         model.generate(prompt, max_new_tokens=4, draft_length=2)

@@ -22,7 +22,7 @@ from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.decoding import AdaptiveLength, Costs, Stopping, decode
 from nextlat.decoding.known import batches, known
-from test_decoding import VOCABULARY, Oracle, five_token_model, joint
+from test_decoding import HYBRID, VOCABULARY, Oracle, five_token_model, hybrid_lm, joint
 
 NEW, WIDEST = 22, 11
 RAGGED = (11, 1, 7, 3, 10, 2, 5, 4)
@@ -65,8 +65,19 @@ def test_ragged_batches_equal_transformers_with_mixed_acceptance(family: str, ro
         assert stats.tokens == rows * NEW
         if draft_length == 4:
             assert 0.2 < stats.acceptance_rate < 0.95
-        if batches(model):
+        if batches(model) or draft_length == 0:  # without drafts any model's rows share their passes
             assert stats.passes < stats.cycles or rows == 1
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+def test_without_drafts_recurrent_models_decode_batches_as_transformers_does(family: str, caplog):
+    layers = {"lfm2": ["conv", "full_attention", "conv"], "qwen3_next": ["linear_attention", "full_attention"]}[family]
+    lm = hybrid_lm(family, layers, **HYBRID[family])
+    lm.generation_config.pad_token_id = 0
+    ids, mask = ragged_prompts(4)
+    out, stats = attach(lm, NextTokenConfig()).generate(ids, mask, max_new_tokens=NEW, return_stats=True)
+    assert out.tolist() == theirs(lm, ids, mask).tolist()
+    assert stats.passes == NEW - 1 and not [r for r in caplog.records if r.name.startswith("nextlat")]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, D width, V vocabulary, E width of the embeddings (= D 
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -218,6 +218,11 @@ class Backbone:
         if kept is None:
             raise NextLatError(f"{type(self.lm).__name__} keeps no key-value cache: it can be trained here, but not decoded.")
         return out[0], kept
+
+    @property
+    def step_arguments(self) -> Set[str]:
+        """Names that `step` takes."""
+        return inspect.signature(self.lm.base_model.forward).parameters.keys()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """E(x): (...,) -> (..., E), by the model's own input embedding module (its scaling included, where it has one)."""

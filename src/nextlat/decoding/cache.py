@@ -1,4 +1,4 @@
-"""Key-value caches that forget rejected drafts: one for ragged batches, and one for a sequence of any model that can forget.
+"""Key-value caches: one for ragged batches, and the library's own for what any model can do.
 
 The only part of decoding that knows the caches of `transformers`. Both classes do three things: `prefill` reads the prompts,
 `read` reads some more tokens of every row in one forward pass, `keep` says how many of those last tokens stay.
@@ -7,19 +7,20 @@ The only part of decoding that knows the caches of `transformers`. Both classes 
 rows are of any length, taking back a token is forgetting that it is there (the slot is written again before a query can see
 it), shapes are static, and there is no padding inside.
 
-`SequenceCache`: the library's own growing cache, for one row. Measured on 5.17 and 5.23: `crop` takes the number of tokens to remove
-as a NEGATIVE number, and layers with a sliding window or a convolution throw their past away unless they were told beforehand
-to record it; those have to be cropped after every forward pass, by zero tokens too, because only `crop` brings them back to size.
+`GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows then advance together, padded on the
+left as `transformers` does it. Measured on 5.17 and 5.23: `crop` takes the number of tokens to remove as a NEGATIVE number, and
+layers with a sliding window or a convolution throw their past away unless they were told beforehand to record it; those have to
+be cropped after every forward pass, by zero tokens too, because only `crop` brings them back to size.
 
 Shapes: B rows, T prompt tokens, K tokens read at a time, S slots, D width, H heads, E width of a head.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -33,41 +34,57 @@ class CannotForgetError(NextLatError):
     """The model's layers sum up all of their past: what was read cannot be taken back."""
 
 
-class SequenceCache:
-    """One row in the library's growing cache.
+class GrowingCache:
+    """The library's cache, which every model knows.
 
     Args:
         backbone: of the model. config: `Objective.cache_config`, what the cache is built from.
-        forgets: whether tokens will be taken back; without, the model chooses a cache of its own.
+        forgets: whether tokens will be taken back, possible for one row only; without, the model chooses a cache of its own.
     """
 
     def __init__(self, backbone: Backbone, config: PreTrainedConfig, *, forgets: bool) -> None:
         self._backbone, self._forgets, self._last = backbone, forgets, 0
         self._cache: Cache | None = None
+        self._mask_BT: Tensor | None = None  # 0 on the padding of a batch that has any
         if forgets:
             self._cache = DynamicCache(config=config)
             self._cache.activate_past_recording()
 
-    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The one prompt (T,) as (1, T), and its states (1, T, D); `keep` has to follow as after `read`.
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompts (T,) as (B, T), filled up on the left; their states (B, T, D); and where each ends, (B,).
 
         Raises:
-            CannotForgetError: it has recurrent layers, but `forgets`.
+            CannotForgetError: the model has recurrent layers, but `forgets`.
         """
-        (prompt_T,) = prompts
-        h_1TD = self.read(prompt_T[None])
+        lengths = [len(prompt) for prompt in prompts]
+        tokens_BT = torch.stack([F.pad(prompt, (max(lengths) - len(prompt), 0)) for prompt in prompts])
+        if min(lengths) < max(lengths):
+            before_B1 = torch.tensor([max(lengths) - length for length in lengths], device=tokens_BT.device)[:, None]
+            self._mask_BT = (torch.arange(max(lengths), device=tokens_BT.device) >= before_B1).long()
+        h_BTD = self._step(tokens_BT)
         # Only now: a recurrent layer does not know what it stores before the first pass.
         if self._forgets and self._cache is not None and not self._cache.is_croppable:
             raise CannotForgetError(
                 "this model has recurrent layers, whose state cannot forget a rejected draft: use draft_length=0"
             )
-        return prompt_T[None], h_1TD
+        return tokens_BT, h_BTD, torch.full_like(tokens_BT[:, 0], max(lengths) - 1)
 
-    def read(self, tokens_1K: Tensor) -> Tensor:
-        """(1, K, D): one forward pass over the next tokens."""
-        h_1KD, self._cache = self._backbone.step(tokens_1K, self._cache)
-        self._last = tokens_1K.shape[1]
-        return h_1KD
+    def read(self, tokens_BK: Tensor) -> Tensor:
+        """(B, K, D): one forward pass over the next tokens of every row."""
+        if self._mask_BT is not None:
+            self._mask_BT = F.pad(self._mask_BT, (0, tokens_BK.shape[1]), value=1)
+        return self._step(tokens_BK)
+
+    def _step(self, tokens_BK: Tensor) -> Tensor:
+        arguments = {}
+        if self._mask_BT is not None:
+            arguments["attention_mask"] = self._mask_BT
+            if "position_ids" in self._backbone.step_arguments:
+                places_BT = (self._mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+                arguments["position_ids"] = places_BT[:, -tokens_BK.shape[1] :]
+        h_BKD, self._cache = self._backbone.step(tokens_BK, self._cache, **arguments)
+        self._last = tokens_BK.shape[1]
+        return h_BKD
 
     def keep(self, counts: Sequence[int]) -> None:
         """Forget all but the first so many of the tokens read last; to be called once after every `read`."""
@@ -100,12 +117,13 @@ class RaggedCache:
         self._cache = Cache(layers=layers)
         self._lengths: list[int] = []
 
-    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The prompts (T,) as (B, T), filled up on the right, and their states (B, T, D); `keep` says how long each is."""
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompts (T,) as (B, T), filled up on the right; their states (B, T, D); where each ends, (B,). `keep` has to follow."""
         tokens_BT = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
         self._lengths = [0] * len(prompts)
         self.lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=tokens_BT.device)
-        return tokens_BT, self.read(tokens_BT)
+        ends_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=tokens_BT.device)
+        return tokens_BT, self.read(tokens_BT), ends_B
 
     def read(self, tokens_BK: Tensor) -> Tensor:
         """(B, K, D): one forward pass over the next tokens of every row."""
@@ -198,8 +216,7 @@ def supports_ragged(backbone: Backbone) -> bool:
     """Whether a `RaggedCache` gives the states of this model: full attention in every layer, tried out on two rows."""
     lm = backbone.lm
     config = lm.config.get_text_config(decoder=True)
-    accepted = inspect.signature(lm.base_model.forward).parameters
-    if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in accepted:
+    if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in backbone.step_arguments:
         return False
     if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=lm.config).layers):
         return False

@@ -191,7 +191,9 @@ def _generate(
     if streamer is not None and B > 1:
         raise NextLatError(f"a streamer shows one sequence, not {B}: give one prompt, or leave streamer out")
     compile = compile and _can_compile(model, Scores(processors))
-    together = batches(model)
+    if model.objective.max_draft_length == 0 and draft_length == AUTO:
+        draft_length = 0
+    together = draft_length == 0 or batches(model)
     if B > 1 and not together:
         tell_once(
             model,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextlat.decoding.cache import RaggedCache, SequenceCache
+from nextlat.decoding.cache import GrowingCache, RaggedCache
 from nextlat.decoding.cycle import Clock, Compiled, Eager, Rule, at
 from nextlat.decoding.draft_length import LONGEST, AdaptiveLength, Costs, FixedLength, measure
 from nextlat.decoding.known import Decodable, batches, known
@@ -48,25 +48,24 @@ def decode(
     """The loop itself, one `Pass` per forward pass of the transformer as it happens; the first is the prefill, with one token a row.
 
     Args are those of `generate`, already checked; the caller holds `no_grad` and eval mode.
-        prompts: (T,) each, without padding. More than one only where `batches(model)`.
+        prompts: (T,) each, without padding. More than one only without drafts, or where `batches(model)`.
         seen: the prompts as logits processors and stopping criteria shall see them, left padding included.
         keep_scores: leave scores and logits of every new token in the cycles.
     """
     seen = list(prompts if seen is None else seen)
     backbone, objective, device, rows = model.backbone, model.objective, model.lm.device, range(len(prompts))
     most_new = stopping.new_tokens
-    cache: RaggedCache | SequenceCache
+    cache: RaggedCache | GrowingCache
     if compile:
         cache = _kept_cache(model, len(prompts), max(map(len, prompts)) + most_new)
-    elif batches(model) and (len(prompts) > 1 or draft_length != 0):  # alone and without drafts nothing is ragged
+    elif draft_length != 0 and batches(model):  # without drafts nothing is ragged
         cache = RaggedCache(backbone, objective.cache_config, max(map(len, prompts)) + most_new)
     else:
-        cache = SequenceCache(backbone, objective.cache_config, forgets=draft_length != 0)
+        cache = GrowingCache(backbone, objective.cache_config, forgets=draft_length != 0)
     clock = Clock(device)
 
     start = clock.mark()
-    tokens_BT, h_BTD = cache.prefill(prompts)
-    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    tokens_BT, h_BTD, last_B = cache.prefill(prompts)
     logits_BV = model.next_token_logits(at(objective.output_states(h_BTD, tokens_BT), last_B))
     # The second is asked for before anything is forgotten, and only by those who draft (it may have work to do).
     state_BS = at(objective.drafting_states(h_BTD, tokens_BT) if draft_length != 0 else h_BTD, last_B)
