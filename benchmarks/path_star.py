@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nextlat.errors import NextLatError
-from nextlat.jobs import Job, check_seeds, run
+from nextlat.jobs import Job, check_seeds, watch
 from nextlat.recipe import load_recipe
 from nextlat.report.runs import read_runs
 from nextlat.report.solving import METRIC, found_at
@@ -64,9 +64,7 @@ def main() -> None:
         raise NextLatError(f"there is no variant '{unknown[0]}': {', '.join(known)}.")
     jobs = {name: plan(arguments.recipe, name, (*arguments.settings, *known[name]), arguments.seeds, out) for name in chosen}
     todo = [job for group in jobs.values() for job in group if not job.done]
-    for job, _, state in run(todo, arguments.jobs):
-        if state == "done":
-            print(f"done: {job.directory}", file=sys.stderr)
+    watch(todo, arguments.jobs)
     rows = [row(name, group) for name, group in jobs.items()]
     print_table(rows)
     (out / "variants.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -77,7 +75,7 @@ def plan(recipe: str, name: str, settings: tuple[str, ...], seeds: Sequence[int]
     objective = NEXT_TOKEN if name == NEXT_TOKEN else "nextlat"
     steps = load_recipe(recipe, settings, objective=objective).steps
     folder = out / name.replace(" ", "-")
-    return [Job(recipe, objective, seed, steps, folder / f"s{seed}", settings) for seed in seeds]
+    return [Job(recipe, objective, seed, steps, folder / f"s{seed}", settings, f"{name} s{seed}") for seed in seeds]
 
 
 def row(name: str, jobs: Sequence[Job]) -> dict[str, object]:

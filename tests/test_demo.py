@@ -7,6 +7,7 @@ import pytest
 
 from nextlat import demo
 from nextlat.errors import NextLatError
+from nextlat.jobs import collect, run
 
 
 @pytest.fixture
@@ -27,9 +28,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_demo_trains_both_objectives_and_gathers_the_results(tiny: Path) -> None:
     jobs = demo.jobs(tiny, [3])
     assert [(job.objective, job.seed) for job in jobs] == [("nextlat", 3), ("next-token", 3)]
-    states = list(demo.run(jobs))
+    states = list(run(jobs))
     assert [state for job, _, state in states if job == jobs[0]][-1] == "done"
-    entries = json.loads(demo.collect(jobs, tiny).read_text())
+    entries = json.loads(collect(jobs, tiny).read_text())
     assert [entry["objective"] for entry in entries] == ["nextlat", "next-token"]
     assert {"next_token_test", "valid_trajectories", "effective_latent_rank"} <= entries[0]["metrics"].keys()
 
@@ -39,7 +40,7 @@ def test_a_job_that_fails_says_why(tiny: Path) -> None:
     jobs[1].directory.parent.mkdir(parents=True)
     jobs[1].directory.write_text("in the way")
     with pytest.raises(NextLatError, match="next-token s0' failed"):
-        list(demo.run(jobs))
+        list(run(jobs))
 
 
 @pytest.mark.parametrize("seeds", [[-1], [1, 1]])

@@ -1,9 +1,10 @@
-"""The command line: train | evaluate | generate | compare | report | demo. The only place that prints.
+"""The command line: train | evaluate | generate | compare | report | demo.
+
+It alone prints, but for the text that is decoded (`show_drafts.Stream`) and the bars of jobs (`jobs.watch`).
 
 Heavy imports stay inside the commands, so that `--help` answers at once. What the user can mend ends as one sentence and exit code 2.
 """
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,6 @@ import typer.core
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
-    from nextlat.decoding import Pass
     from nextlat.jobs import Job
     from nextlat.recipe import Recipe
 
@@ -116,6 +116,7 @@ def generate(
     from transformers import AutoTokenizer
 
     from nextlat.model import load
+    from nextlat.show_drafts import Stream
 
     length = _draft_length(draft_length)
     sampling = _sampling(temperature, top_k, top_p, min_p)
@@ -136,7 +137,7 @@ def generate(
         generator = torch.Generator(model.device).manual_seed(seed)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise NextLatError(f"--seed {seed} does not fit into 64 bits: give another one.") from error
-    stream = _Stream(tokenizer, ids, show_drafts)
+    stream = Stream(tokenizer, ids, show_drafts)
     input_ids = torch.tensor([ids], dtype=torch.long)
     with stream:
         _, stats = model.generate(
@@ -218,65 +219,6 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-class _Stream:
-    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left clean however it ends.
-
-    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown by marks.
-    """
-
-    def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
-        from rich.console import Console
-
-        from nextlat.show_drafts import TokenText
-
-        self._text, self._ids, self._drafts = TokenText(tokenizer.decode), ids, drafts
-        out, err = Console(), Console(stderr=True)
-        self._colours, self._coloured_legend = (
-            drafts and console.is_terminal and console.color_system is not None and not console.no_color
-            for console in (out, err)
-        )
-        self._begun = self._stopped = False
-
-    def show(self, done: "Pass") -> None:
-        """One pass of the one prompt."""
-        from nextlat import show_drafts
-
-        if not self._begun:  # not before: whatever is wrong with a request has been said by now
-            if self._drafts:
-                _say(show_drafts.legend(colours=self._colours, styled=self._coloured_legend))
-            self._write(self._text.add(self._ids))
-        if self._stopped:
-            raise KeyboardInterrupt
-        [cycle] = done.cycles
-        if cycle is None:
-            return
-        if not self._drafts:
-            self._write(self._text.add(cycle.tokens))
-        else:
-            picture = show_drafts.coloured if self._colours else show_drafts.marked
-            self._write(picture(show_drafts.draw(cycle, self._text)))
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
-
-    def _interrupt(self, *_: Any) -> None:
-        """The pass under way is finished first: an exception at any moment can be lost in a destructor. A second one takes effect at once."""
-        self._stopped = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *_: Any) -> None:
-        from nextlat.show_drafts import RESET
-
-        signal.signal(signal.SIGINT, self._before)
-        if self._begun:
-            self._write(self._text.rest() + (RESET if self._colours else "") + "\n")
-
-    def _write(self, text: str) -> None:
-        self._begun = True
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
 @app.command()
 def compare(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe (path-star-small, ...) or a .toml file.")],
@@ -295,10 +237,8 @@ def compare(
     ] = None,
 ) -> None:
     """Train a recipe by several objectives and seeds, side by side, and compare what they know."""
-    from rich.console import Console
-
     from nextlat.compare import plan
-    from nextlat.jobs import collect
+    from nextlat.jobs import collect, watch
 
     given = overrides or []
     more = [item for item in given if seeds is not None and item.isdecimal()]  # --seeds 0 1 2: all but the first end up here
@@ -317,7 +257,7 @@ def compare(
     if len(todo) < len(planned.jobs):
         _say(f"{len(planned.jobs) - len(todo)} of {len(planned.jobs)} models are trained and measured already.")
     failures: dict[Job, str] = {}
-    _watch(todo, Console(stderr=True), jobs or planned.processes, failures)
+    watch(todo, jobs or planned.processes, failures)
     done = [job for job in planned.jobs if job not in failures]
     if done:
         collect(done, out)
@@ -342,14 +282,12 @@ def demo(
     more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
     """Train the same transformer twice, by next-token and by next-latent prediction, and compare what they know."""
-    from rich.console import Console
-
     from nextlat import demo as show
+    from nextlat.jobs import collect, watch
 
     jobs = show.jobs(out, [seeds, *(more_seeds or [])])
-    console = Console(stderr=True)
-    _watch(jobs, console)
-    show.collect(jobs, out)
+    watch(jobs)
+    collect(jobs, out)
     _report([job.directory for job in jobs], out)
 
 
@@ -408,25 +346,6 @@ def _report(directories: list[Path], out: Path | None) -> None:
     Console().print(terminal_table(compare(runs)))
     if out is not None:
         _say(f"Look at {write_report(runs, out)}.")
-
-
-def _watch(jobs: "list[Job]", console: Any, processes: int | None = None, failures: "dict[Job, str] | None" = None) -> None:
-    """Run jobs and show how far each is; the other arguments are those of `jobs.run`."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from nextlat.jobs import run
-
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        rows = {job.name: bars.add_task(job.name, total=job.steps, state="waiting") for job in jobs}
-        for job, step, state in run(jobs, processes, failures):
-            bars.update(rows[job.name], completed=step, state=state)
 
 
 def _say(sentence: str) -> None:

@@ -1,7 +1,7 @@
 """Training runs side by side, each a process of its own: what the demo and a comparison are made of.
 
-Every job is the command `nextlat train RECIPE --objective ... --seed ...`; this module only starts them, reads how far they are from
-their metrics.jsonl, and gathers the results. Stopped anywhere, the same jobs go on where they were.
+Every job is the command `nextlat train RECIPE --objective ... --seed ...`; this module only starts them, reads and shows how far they
+are from their metrics.jsonl, and gathers the results. Stopped anywhere, the same jobs go on where they were.
 """
 
 import os
@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nextlat.errors import NextLatError
 from nextlat.evaluation import RESULTS, read_results
@@ -29,6 +32,7 @@ class Job:
     Attributes:
         recipe: built-in name or path. objective, seed: of the run. steps: that it takes. directory: where it goes.
         settings: further arguments of `nextlat train`, overrides of the recipe and options.
+        label: what it is called; by default by recipe, objective and seed.
     """
 
     recipe: str
@@ -37,10 +41,11 @@ class Job:
     steps: int
     directory: Path
     settings: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.recipe} {self.objective} s{self.seed}"
+        return self.label or f"{self.recipe} {self.objective} s{self.seed}"
 
     @property
     def command(self) -> list[str]:
@@ -110,6 +115,24 @@ def run(
             process.send_signal(signal.SIGINT)  # finishes its step, saves, and can go on another time
         for process in running.values():
             process.wait()
+
+
+def watch(todo: Sequence[Job], processes: int | None = None, failures: dict[Job, str] | None = None) -> None:
+    """`run`, with how far each job is on standard error.
+
+    Where that is no terminal, only the end shows.
+    """
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        rows = {job: bars.add_task(job.name, total=job.steps, state="waiting") for job in todo}
+        for job, step, state in run(todo, processes, failures):
+            bars.update(rows[job], completed=step, state=state)
 
 
 def _state(job: Job) -> tuple[int, str]:

@@ -14,11 +14,11 @@ from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.losses import Losses, Term, cross_entropy
-from nextlat.objectives.next_token import NextToken
+from nextlat.objectives.tokens_ahead import TokensAhead, TokensAheadConfig
 
 
 @dataclass(frozen=True)
-class JTPConfig:
+class JTPConfig(TokensAheadConfig):
     """Settings of joint multi-token prediction.
 
     Attributes:
@@ -29,15 +29,6 @@ class JTPConfig:
     Raises:
         NextLatError: a value outside its range.
     """
-
-    horizon: int = 1
-    lambda_mtp: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.horizon >= 1:
-            raise NextLatError(f"JTPConfig.horizon is {self.horizon}: it must be at least 1.")
-        if not self.lambda_mtp > 0:
-            raise NextLatError(f"JTPConfig.lambda_mtp is {self.lambda_mtp}: it must be above 0.")
 
 
 class Fetch(nn.Module):
@@ -86,7 +77,7 @@ class Fetch(nn.Module):
         return self.norm(out_NWD + skip_NWD)
 
 
-class JTP(NextToken):
+class JTP(TokensAhead):
     """L = CE_0 + lambda_MTP * mean(CE_1..CE_d),   CE_i = mean_t CE(W Fetch_i(h_t, x_t..x_{t+i}), x_{t+1+i})"""
 
     name: ClassVar[str] = "jtp"
@@ -103,12 +94,6 @@ class JTP(NextToken):
             )
         self.fetch = Fetch(backbone.width, heads, config.horizon)
         self.max_draft_length = config.horizon
-
-    def counts(self, batch: Batch) -> Tensor:
-        """(1 + d,): scored positions; positions t with a target x_{t+1+i}."""
-        sizes = [len(at) for at, _ in batch.ahead(self.horizon)]
-        rest = torch.tensor(sizes, dtype=torch.float32, device=batch.input_ids.device)
-        return torch.cat([super().counts(batch), rest])
 
     def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
         d = self.horizon

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from nextlat.backbone import Backbone, LastCall, LastLayer
+from nextlat.backbone import Backbone
 from nextlat.batch import Batch
-from nextlat.errors import NextLatError
+from nextlat.last_layer import LastCall, LastLayer
 from nextlat.losses import Losses, Term, cross_entropy, one_by_one
-from nextlat.objectives.next_token import NextToken
+from nextlat.objectives.tokens_ahead import TokensAhead, TokensAheadConfig
 
 
 @dataclass(frozen=True)
-class MTPConfig:
+class MTPConfig(TokensAheadConfig):
     """Settings of multi-token prediction.
 
     Attributes:
@@ -29,15 +29,6 @@ class MTPConfig:
     Raises:
         NextLatError: a value outside its range.
     """
-
-    horizon: int = 1
-    lambda_mtp: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.horizon >= 1:
-            raise NextLatError(f"MTPConfig.horizon is {self.horizon}: it must be at least 1.")
-        if not self.lambda_mtp > 0:
-            raise NextLatError(f"MTPConfig.lambda_mtp is {self.lambda_mtp}: it must be above 0.")
 
 
 class ExtraHead(nn.Module):
@@ -52,7 +43,7 @@ class ExtraHead(nn.Module):
         return call.run(self.layer, self.norm, trunk_BTD)
 
 
-class MTP(NextToken):
+class MTP(TokensAhead):
     """L = L_0 + lambda_MTP * mean(L_1..L_d),   L_i = mean_t CE(W head_i(trunk_t), x_{t+1+i})
 
     The trunk is the LM without its last layer; head 0 is that layer and the final norm, so that the LM stays an ordinary model
@@ -68,12 +59,6 @@ class MTP(NextToken):
         copies = self.last_layer.copies(backbone, config.horizon)
         self.heads = nn.ModuleList(ExtraHead(layer, norm) for layer, norm in copies)
         self.max_draft_length = config.horizon if self.last_layer.caches(backbone, copies) else 0
-
-    def counts(self, batch: Batch) -> Tensor:
-        """(1 + d,): scored positions; positions from which head i has a target."""
-        sizes = [len(at) for at, _ in batch.ahead(self.horizon)]
-        rest = torch.tensor(sizes, dtype=torch.float32, device=batch.input_ids.device)
-        return torch.cat([super().counts(batch), rest])
 
     def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
         counts = self.counts(batch) if counts is None else counts

@@ -12,11 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence as InTurn
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
-from nextlat.tasks.base import STREAM
+from nextlat.tasks.base import Rows
 from nextlat.tasks.street_rides import SequenceModel, inference
 
 PAD, UNK, END = 0, 1, 2
@@ -46,27 +45,19 @@ def row_keys(rows: np.ndarray) -> np.ndarray:
     return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
 
 
-class AnswerRows(Dataset[dict[str, Tensor]]):
-    """Rows `prompt answer` with labels on the answer alone: a stream of reshuffled epochs (seed), or once in order (seed None).
+class AnswerRows(Rows):
+    """Rows `prompt answer` with labels on the answer alone.
 
     Args:
         tokens: (P, T + A), of any integer type. prompt_length: T.
     """
 
     def __init__(self, tokens: np.ndarray, prompt_length: int, seed: int | None = None) -> None:
-        self.tokens, self.prompt_length, self.seed = tokens, prompt_length, seed
-        self._epoch, self._order = -1, np.arange(len(tokens))
+        super().__init__(len(tokens), seed)
+        self.tokens, self.prompt_length = tokens, prompt_length
 
-    def __len__(self) -> int:
-        return len(self.tokens) if self.seed is None else STREAM
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        epoch, place = divmod(index, len(self.tokens))
-        if self.seed is not None and epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.tokens))
-        input_ids = torch.from_numpy(self.tokens[self._order[place]].astype(np.int64))
+    def row(self, place: int) -> dict[str, Tensor]:
+        input_ids = torch.from_numpy(self.tokens[place].astype(np.int64))
         labels = input_ids.clone()
         labels[: self.prompt_length] = IGNORE
         return {"input_ids": input_ids, "labels": labels}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +24,29 @@ def find_data(path: str, *, file: bool = False) -> Path | None:
     """A data directory (or file): as given, or below $NEXTLAT_DATA (default: shared/data beside the working directory)."""
     places = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
     return next((place for place in places if (place.is_file() if file else place.is_dir())), None)
+
+
+class Rows(Dataset[dict[str, Tensor]], ABC):
+    """`count` rows: a stream of epochs, each in an order of its own by (seed, epoch), or once in order (seed None)."""
+
+    def __init__(self, count: int, seed: int | None) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._order = -1, np.arange(count)
+
+    @abstractmethod
+    def row(self, place: int) -> dict[str, Tensor]:
+        """The row that stands at a place before any shuffling."""
+
+    def __len__(self) -> int:
+        return self.count if self.seed is None else STREAM
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        epoch, place = divmod(index, self.count)
+        if self.seed is not None and epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        return self.row(int(self._order[place]))
 
 
 class Task(ABC):

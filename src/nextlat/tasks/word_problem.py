@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.metrics import Score, mean_score
-from nextlat.tasks.base import STREAM, Metric, Task
+from nextlat.tasks.base import Metric, Rows, Task
 from nextlat.tasks.latent_rank import latent_rank
 
 if TYPE_CHECKING:
@@ -193,24 +193,15 @@ class WordProblem(Task):
         return found
 
 
-class WordDataset(Dataset[dict[str, Tensor]]):
-    """Rows of given sequences: as a stream of reshuffled epochs (seed), or once in order (seed None)."""
+class WordDataset(Rows):
+    """Rows of given sequences."""
 
     def __init__(self, task: WordProblem, words: np.ndarray, seed: int | None) -> None:
+        super().__init__(len(words), seed)
         self.data = task.rows(words)
-        self.count, self.seed = len(words), seed
-        self._epoch, self._order = -1, np.arange(self.count)
 
-    def __len__(self) -> int:
-        return self.count if self.seed is None else STREAM
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        epoch, place = divmod(index, self.count)
-        if self.seed is not None and epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        return {name: x[self._order[place]] for name, x in self.data.items()}
+    def row(self, place: int) -> dict[str, Tensor]:
+        return {name: x[place] for name, x in self.data.items()}
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:
