@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import nextlat
 from nextlat.errors import NextLatError
-from nextlat.flops import Shape, training_flops
+from nextlat.flops import training_flops
 from nextlat.objectives import OBJECTIVES, NextLat, NextToken
 
 OTHER = "x-transformers"
@@ -116,7 +116,7 @@ def our_ways(arguments: argparse.Namespace, device: torch.device) -> list[Way]:
             )
             config = config_type(**{"horizon": horizon} if has_horizon else {})
             model = nextlat.attach(lm, config).to(device).train()
-            flops = training_flops(Shape.of(model), config, arguments.length)
+            flops = training_flops(model, arguments.length)
             ways.append(Way(name, horizon, NextToken.name, model, our_loss(model), sum(flops.values()) if flops else None))
     return ways
 

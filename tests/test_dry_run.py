@@ -46,7 +46,9 @@ def test_what_is_too_large_to_try_is_estimated_and_not_trained(monkeypatch: pyte
     cost = dry_run(load_recipe("city-tiny", SMALL))
     assert cost.flops is not None
     assert not cost.timed and cost.seconds == pytest.approx(sum(cost.flops.values()) / 1e6)
-    monkeypatch.setattr(module, "step_flops", lambda *arguments: None)  # an objective without a formula: rows are timed
+    monkeypatch.setattr(
+        module, "step_flops", lambda *arguments, **batch: None
+    )  # an objective without a formula: rows are timed
     monkeypatch.setattr(module, "_seconds", lambda action, device: action() or 0.5)
     cost = dry_run(load_recipe("city-tiny", SMALL))
     assert (cost.flops, cost.timed, cost.step_seconds) == (None, False, 0.5 * 8)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nextlat.flops import Shape, step_flops
+from nextlat.flops import step_flops
 from nextlat.model import ObjectiveModel
 from nextlat.recipe import Recipe
 from nextlat.tasks import Task
@@ -69,8 +69,7 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
         batch = _first_batch(recipe, task)
         (rows, length), steps = batch["input_ids"].shape, recipe.steps
         tokens = int(batch.get("attention_mask", torch.ones(rows, length)).sum())
-        counts = model.counts(**batch).tolist()
-        flops = step_flops(Shape.of(model), recipe.objective_config, rows, length, counts)
+        flops = step_flops(model, **batch)
         throughput = _matmul_flops_per_second(recipe, model)
         expected = sum(flops.values()) / throughput if flops else _seconds_row_by_row(recipe, model, batch)
         timed = expected * (TIMED_STEPS + 1) < BUDGET

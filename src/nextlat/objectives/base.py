@@ -54,6 +54,13 @@ class Objective(nn.Module):
         """The loss parts on a batch; `counts` defaults to `self.counts(batch)`."""
         raise NotImplementedError
 
+    def flops(self, batch: Batch) -> dict[str, float] | None:
+        """Floating-point operations of a training step besides those of the transformer's layers, by part; see `flops`.
+
+        None where nobody has counted them: the cost is then only measured.
+        """
+        return None
+
     def output_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
         """(B, T, D) hidden states and the (B, T) tokens read last in each -> what `next_token_logits` takes; h itself by default."""
         return h

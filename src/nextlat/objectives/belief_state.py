@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nextlat.backbone import Backbone
 from nextlat.batch import IGNORE, Batch
 from nextlat.errors import NextLatError
+from nextlat.flops import TRAINING, head_weights, transformer_flops, weights
 from nextlat.losses import Losses, Term, cross_entropy, one_by_one
 from nextlat.objectives.base import Objective
 
@@ -149,6 +150,14 @@ class BST(Objective):
                 "pairs_previous": Term(parts[PREVIOUS:], one, weight=0.0),
             }
         )
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        pairs = Pairs.of(batch, self.config.pair_share)
+        return {
+            "backward encoder": transformer_flops(self.backbone, batch),
+            "text head": TRAINING * weights(self.text_head) * len(pairs.prefix),
+            "head": TRAINING * head_weights(self.backbone) * int(pairs.counts().sum()),
+        }
 
     def _piece(self, pairs: Pairs, divisors: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """The share of some pairs in both means, as a function of the states of F and B."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.flops import TRAINING
 from nextlat.losses import Losses, Term, cross_entropy
 from nextlat.objectives.tokens_ahead import TokensAhead, TokensAheadConfig
 
@@ -113,6 +114,11 @@ class JTP(TokensAhead):
                 "multi_token": Term(torch.stack(sums), counts[1:], self.config.lambda_mtp),
             }
         )
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        N, W, D = batch.input_ids.numel(), self.horizon + 1, self.backbone.width
+        projections, attention = 4 * D * D * N * W, 2 * W * W * D * N
+        return super().flops(batch) | {"fetch": TRAINING * (projections + attention)}
 
     def output_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
         """Fetch's output 0 at every position, from h_t and E(x_t)."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
+from nextlat.flops import TRAINING, attention_flops, weights
 from nextlat.last_layer import LastCall, LastLayer
 from nextlat.losses import Losses, Term, cross_entropy, one_by_one
 from nextlat.objectives.tokens_ahead import TokensAhead, TokensAheadConfig
@@ -80,6 +81,10 @@ class MTP(TokensAhead):
                 "multi_token": Term(extra.view(1), torch.ones_like(counts[:1]), self.config.lambda_mtp),
             }
         )
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        products = TRAINING * weights(self.heads) * batch.input_ids.numel()
+        return super().flops(batch) | {"extra heads": products + attention_flops(self.backbone, self.horizon, batch)}
 
     def _piece(
         self, head: nn.Module, call: LastCall, at: Tensor, targets: Tensor, divisor: Tensor

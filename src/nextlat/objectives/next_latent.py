@@ -12,6 +12,7 @@ from torch import Tensor
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.flops import FORWARD, TRAINING, head_weights, weights
 from nextlat.losses import Losses, Term, cross_entropy, kl_divergence, mse, same_head_kl, smooth_l1
 from nextlat.objectives.latent_dynamics import GRUDynamics, LatentDynamics
 from nextlat.objectives.next_token import NextToken
@@ -160,6 +161,17 @@ class NextLat(NextToken):
         if config.stop_gradient_teacher:
             return kl_divergence(backbone.frozen_head, student, h.detach(), h_hat)
         return kl_divergence(backbone.head, student, h, h_hat)
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        d, config, counts = self.horizon, self.config, self.counts(batch).tolist()
+        # Products with W that the token-level loss of one predicted state needs: 3 in the paper's form.
+        student = 2 if config.stop_gradient_head else 3  # forward, gradient to h_hat, and to W where W moves
+        teacher = 0 if config.kl_loss == "cross_entropy" else 1 if config.stop_gradient_teacher else 3
+        products = student + teacher if config.lambda_kl else 0
+        return super().flops(batch) | {
+            "dynamics": TRAINING * weights(self.dynamics) * sum(counts[1 : 1 + d]),
+            "kl": FORWARD * products * head_weights(self.backbone) * sum(counts[1 + d :]),
+        }
 
     def ramp(self) -> float:
         """What both lambdas are multiplied by at the optimiser step under way: step n of the warm-up has n / warmup_steps of them."""

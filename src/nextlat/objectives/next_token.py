@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nextlat.batch import Batch
+from nextlat.flops import TRAINING, head_weights
 from nextlat.losses import Losses, Term, cross_entropy
 from nextlat.objectives.base import Objective
 
@@ -28,6 +29,9 @@ class NextToken(Objective):
         counts = self.counts(batch) if counts is None else counts
         h_ND = self.backbone.hidden(batch).flatten(0, 1)
         return Losses({"next_token": self.next_token_term(h_ND, batch, counts[:1])})
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        return {"head": TRAINING * head_weights(self.backbone) * int(batch.scored().sum())}
 
     def next_token_term(self, h_ND: Tensor, batch: Batch, counts: Tensor) -> Term:
         """The cross-entropy that every objective shares; `counts` has shape (1,)."""

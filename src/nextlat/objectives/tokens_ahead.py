@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.flops import TRAINING, head_weights
 from nextlat.objectives.next_token import NextToken
 
 
@@ -39,3 +40,6 @@ class TokensAhead(NextToken):
         sizes = [len(at) for at, _ in batch.ahead(self.horizon)]
         rest = torch.tensor(sizes, dtype=torch.float32, device=batch.input_ids.device)
         return torch.cat([super().counts(batch), rest])
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        return {"head": TRAINING * head_weights(self.backbone) * float(self.counts(batch).sum())}
