@@ -113,9 +113,9 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert str(tmp_path / "file") in fails("train", "city-tiny", *TINY, "--out", tmp_path / "file" / "run", "--no-progress")
     assert "unknown objective 'btp'" in fails("compare", "city-tiny", "--objectives", "btp", "--out", tmp_path / "compare")
     assert "'3' is not an override" in fails("compare", "city-tiny", "3", "--out", tmp_path / "compare")
-    assert "'--seeds': 'x' is not a valid" in fails("compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare")
+    assert "Invalid value for '--seeds'" in fails("compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare")
     assert "No such option: --horizn" in fails("train", "city-tiny", "--horizn", "2")
-    assert "Missing argument 'RECIPE'" in fails("train")
+    assert "Missing argument 'recipe'" in fails("train")
     assert "seeds 1 1" in fails("demo", "--seeds", "1", "1", "--out", tmp_path / "demo")
 
 
