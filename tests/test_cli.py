@@ -1,6 +1,7 @@
 """The command line: what it prints, and that what the user can mend is one sentence with exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert str(tmp_path / "file") in fails("train", "city-tiny", *TINY, "--out", tmp_path / "file" / "run", "--no-progress")
     assert "unknown objective 'btp'" in fails("compare", "city-tiny", "--objectives", "btp", "--out", tmp_path / "compare")
     assert "'3' is not an override" in fails("compare", "city-tiny", "3", "--out", tmp_path / "compare")
+    assert "Invalid value for '--seeds'" in fails("compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare")
+    assert "No such option: --horizn" in fails("train", "city-tiny", "--horizn", "2")
+    assert "Missing argument 'recipe'" in fails("train")
     assert "seeds 1 1" in fails("demo", "--seeds", "1", "1", "--out", tmp_path / "demo")
 
 
@@ -122,8 +126,26 @@ def test_truncated_weights_are_one_sentence(trained: dict[str, Path], tmp_path: 
     assert "corrupt" in fails("generate", tmp_path, "0 5")
 
 
+def test_damaged_parts_of_a_run_are_one_sentence(trained: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(trained["nextlat"], path)
+    for name, command in (
+        ("tokenizer.json", ("generate", path, "0 5")),
+        ("nextlat/objective.json", ("generate", path, "0 5")),
+        ("run.json", ("evaluate", path)),
+    ):
+        whole = (path / name).read_text()
+        for damaged in ("{", "[1]", whole[:-20]):
+            (path / name).write_text(damaged)
+            assert str(path) in fails(*command)
+        (path / name).write_text(whole)
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**record, "task": {}}))
+    assert "is not the record of a run" in fails("evaluate", path)
+
+
 def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"status": "running", "recipe": {}, "task": {}}))
+    (tmp_path / "run.json").write_text(json.dumps({"status": "running", "recipe": {}, "task": {"fingerprint": ""}}))
     assert "is not finished" in fails("evaluate", tmp_path)
 
 

@@ -219,3 +219,4 @@ def test_a_horizon_beyond_the_sequences_is_one_sentence(name: str, tmp_path: Pat
     recipe = tiny("task.max_moves=6", f"objectives.{name}.horizon=8", objective=name)
     with pytest.raises(nextlat.NextLatError, match=r"horizon 8 is too long for sequences of at most 9 tokens: .* at most 7\."):
         train(recipe, tmp_path / "run", progress=False)
+    assert list((tmp_path / "run").iterdir()) == []  # a shorter one can be trained there

@@ -544,13 +544,22 @@ def test_pretrained_backbone_starts_from_its_weights(whole: Path, tmp_path: Path
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
 
 
-def test_pretrained_backbone_that_does_not_fit_is_named(whole: Path, tmp_path: Path) -> None:
+def test_pretrained_backbone_that_does_not_fit_is_named(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
     with pytest.raises(NextLatError, match="cannot be loaded"):
         train(tiny(*sizes, f"backbone.pretrained={tmp_path}"), tmp_path / "run", progress=False)
     larger_city = tiny(*sizes, f"backbone.pretrained={whole}", "task.rows=9", "task.columns=9")
     with pytest.raises(NextLatError, match=r"knows \d+ tokens, the task streets needs"):
         train(larger_city, tmp_path / "large", progress=False)
+    longer_rides = tiny(*sizes, f"backbone.pretrained={whole}", "task.max_moves=25")
+    with pytest.raises(NextLatError, match=r"gives 23 positions, the task streets needs 28"):
+        train(longer_rides, tmp_path / "longer", progress=False)
+    assert capfd.readouterr().err == ""  # no bar of a library
+
+
+def test_too_few_positions_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(NextLatError, match=r"backbone.max_length = 5 gives 5 positions, the task streets needs 23"):
+        train(tiny("backbone.max_length=5"), tmp_path / "run", progress=False)
 
 
 def test_reporting_tool_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, first_line
 
 if TYPE_CHECKING:
     from nextlat.jobs import Job
@@ -31,6 +31,13 @@ class _Commands(typer.core.TyperGroup):
         except KeyboardInterrupt as error:
             _say(str(error) or "stopped.")
             raise typer.Exit(130) from None
+        except Exception as error:
+            say = getattr(error, "format_message", None)  # of click's errors of usage, whose classes typer has moved
+            if say is None:
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
+            _say(f"error: {say().rstrip('.')} (see '{path} --help').")
+            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -115,6 +122,7 @@ def generate(
     import torch
     from transformers import AutoTokenizer
 
+    from nextlat.hub import hub_or_cache
     from nextlat.model import load
     from nextlat.show_drafts import Stream
 
@@ -126,9 +134,12 @@ def generate(
     model = load(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(run)
-    except (OSError, ValueError) as error:
-        raise NextLatError(f"{run} has no tokenizer: save one there with tokenizer.save_pretrained.") from error
+        with hub_or_cache(run):
+            tokenizer = AutoTokenizer.from_pretrained(run)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise NextLatError(
+            f"{run} has no tokenizer that can be loaded ({first_line(error)}): save one there with tokenizer.save_pretrained."
+        ) from error
     ids = _prompt(run, tokenizer, prompt)
     if max_new_tokens is None:
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**6
@@ -215,7 +226,9 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
             ids = [tokenizer.bos_token_id, *ids]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
-        raise NextLatError(f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know.")
+        raise NextLatError(
+            f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know: use words that it does."
+        )
     return ids
 
 

@@ -22,7 +22,8 @@ from transformers.utils.hub import cached_file
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.decoding import generate
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, first_line
+from nextlat.hub import hub_or_cache
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 
 SIDECAR, SIDECAR_CONFIG, SIDECAR_WEIGHTS, SIDECAR_FORMAT = "nextlat", "objective.json", "objective.safetensors", 1
@@ -214,9 +215,12 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     Raises:
         NextLatError: nothing there, no sidecar, a truncated file, or a sidecar that belongs to another model.
     """
-    lm = _open(directory, lambda: AutoModelForCausalLM.from_pretrained(directory, **model_arguments))
-    sidecar = {name: _sidecar_file(directory, name) for name in (SIDECAR_CONFIG, SIDECAR_WEIGHTS)}
+    with hub_or_cache(directory):
+        lm = _open(directory, lambda: AutoModelForCausalLM.from_pretrained(directory, **model_arguments))
+        sidecar = {name: _sidecar_file(directory, name) for name in (SIDECAR_CONFIG, SIDECAR_WEIGHTS)}
     description = _open(sidecar[SIDECAR_CONFIG], lambda: json.loads(sidecar[SIDECAR_CONFIG].read_text()))
+    if not isinstance(description, dict):
+        raise NextLatError(f"{sidecar[SIDECAR_CONFIG]} does not describe an objective: restore it.")
     name = description.get("objective")
     if description.get("format") != SIDECAR_FORMAT or name not in OBJECTIVES:
         raise NextLatError(
@@ -226,7 +230,7 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     config_type, _ = OBJECTIVES[name]
     try:
         model = attach(lm, config_type(**description["config"]))
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise NextLatError(f"{sidecar[SIDECAR_CONFIG]} does not describe objective '{name}' ({error}): restore it.") from error
     if description.get("backbone") != model._backbone_description():
         raise NextLatError(
@@ -258,8 +262,7 @@ def _open(path: str | Path, read: Any) -> Any:
     except SafetensorError as error:
         raise NextLatError(f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint.") from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NextLatError(f"cannot open {path}: {reason}") from error
+        raise NextLatError(f"cannot open {path} ({first_line(error)}): restore it, or name another model.") from error
 
 
 def llama(

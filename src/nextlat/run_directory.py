@@ -47,7 +47,8 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise NextLatError(f"{path} is corrupt ({error}): restore it, or choose another run directory.") from error
-    if not isinstance(record, dict) or not {"status", "recipe", "task"} <= record.keys():
+    whole = isinstance(record, dict) and "status" in record and isinstance(record.get("recipe"), dict)
+    if not whole or "fingerprint" not in (record.get("task") or ()):
         raise NextLatError(f"{path} is not the record of a run: choose another run directory.")
     return record
 

@@ -17,7 +17,7 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"perhaps {close[0]} is meant"
-    return f"there are {', '.join(valid)}" if valid else "it takes no settings"
+    return f"there {'is only' if len(valid) == 1 else 'are'} {', '.join(valid)}" if valid else "it takes no settings"
 
 
 @cache

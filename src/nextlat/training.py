@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write_errors, write_json
+from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach, llama
 from nextlat.recipe import Recipe, differences
 from nextlat.run_directory import (
@@ -34,7 +36,7 @@ from nextlat.run_directory import (
     sole_writer,
 )
 from nextlat.tasks import Task
-from nextlat.trainer import FirstRows, NextLatTrainer, StopSignal
+from nextlat.trainer import FirstRows, NextLatTrainer, StopSignal, no_library_bars
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +59,21 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
     """The untrained model of a recipe. The backbone's initial weights depend on the seed alone, not on the objective.
 
     Raises:
-        NextLatError: sizes that do not fit together; a pretrained model that cannot be loaded, or with too small a vocabulary.
+        NextLatError: a horizon beyond the task's sequences; sizes that do not fit together; a pretrained model that cannot be loaded, or
+            with too small a vocabulary.
     """
+    _check_horizon(recipe, task)
     backbone, tokenizer = recipe.backbone, task.tokenizer
     lm: Any
     vocab_size = len(tokenizer)
     if backbone.pretrained is not None:
         try:
-            lm = AutoModelForCausalLM.from_pretrained(backbone.pretrained, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+            with hub_or_cache(backbone.pretrained), no_library_bars():
+                lm = AutoModelForCausalLM.from_pretrained(backbone.pretrained, dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
             raise NextLatError(
-                f"backbone.pretrained = '{backbone.pretrained}' cannot be loaded: {_first_line(error)}."
+                f"backbone.pretrained = '{backbone.pretrained}' cannot be loaded ({first_line(error)}): give the directory of a "
+                "saved causal LM, or a hub id that can be reached."
             ) from error
         known = lm.get_input_embeddings().num_embeddings
         if known < vocab_size:
@@ -88,6 +94,13 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             seed=recipe.seed,
+        )
+    positions = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and positions < task.max_length:
+        key = "max_length" if backbone.pretrained is None else "pretrained"
+        raise NextLatError(
+            f"backbone.{key} = {getattr(backbone, key)!r} gives {positions} positions, the task {recipe.task_name} needs "
+            f"{task.max_length}: leave it out, or give one with as many."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -237,7 +250,6 @@ def _train(
     if recipe.run.compile:
         model.lm.base_model.compile()  # the layers: fixed shapes and one graph, which the losses' masked positions have not
     rows = task.train_dataset(recipe.seed)
-    _check_horizon(model, task, len(rows[0]["input_ids"]))
     stop = StopSignal()
     trainer = NextLatTrainer(
         model,
@@ -275,12 +287,13 @@ def check_trains(recipe: Recipe, task: Task) -> None:
         NextLatError: the objective does not fit the model, or its horizon the task.
     """
     backbone = recipe.backbone if recipe.backbone.pretrained is not None else replace(recipe.backbone, layers=1)
-    _check_horizon(build_model(replace(recipe, backbone=backbone), task), task, len(task.eval_dataset()[0]["input_ids"]))
+    build_model(replace(recipe, backbone=backbone), task)
 
 
-def _check_horizon(model: ObjectiveModel, task: Task, row_length: int) -> None:
-    """The last of d steps beyond the next token must have a target somewhere."""
-    d, longest = model.objective.horizon, min(task.max_length, row_length)
+def _check_horizon(recipe: Recipe, task: Task) -> None:
+    """The last of d steps beyond the next token must have a target somewhere. (Before the model is built: MTP's grows with d.)"""
+    d = getattr(recipe.objective_config, "horizon", 0)
+    longest = min(task.max_length, len(task.train_dataset(recipe.seed)[0]["input_ids"]))
     if d and d + 2 > longest:
         raise NextLatError(
             f"the horizon {d} is too long for sequences of at most {longest} tokens: choose one of at most {max(longest - 2, 0)}."
@@ -314,10 +327,6 @@ def _new_record(recipe: Recipe, fingerprint: str, model: ObjectiveModel, args: T
         "started": _now(),
         "resumed_at": [],
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _now() -> str:

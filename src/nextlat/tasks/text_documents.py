@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, first_line
+from nextlat.hub import hub_or_cache
 from nextlat.tasks.base import find_data
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -85,7 +86,7 @@ def _separated(file: Path, separator: str) -> Iterator[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
+        raise NextLatError(f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give text in UTF-8.") from error
     yield from (document.strip() for document in text.split(separator))
 
 
@@ -94,13 +95,18 @@ def _records(file: Path, column: str) -> Iterator[str]:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    record = json.loads(line)
+                    try:
+                        record = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise NextLatError(
+                            f"line {number} of {file} is no JSON ({error.msg} at column {error.colno}): give one record a line."
+                        ) from error
                     if not isinstance(record, dict):
                         raise NextLatError(f"line {number} of {file} is no JSON object: give one record a line.")
                     yield _text(record, column, f"line {number} of {file}")
-    except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are ValueErrors
+    except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise NextLatError(f"cannot read {file}: {reason}; it must hold one JSON object a line.") from error
+        raise NextLatError(f"cannot read {file}: {reason}; it must hold one JSON object a line, in UTF-8.") from error
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:
@@ -115,7 +121,7 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
         for batch in table.iter_batches(columns=[column]):
             yield from (_text({column: value}, column, str(file)) for value in batch.column(0).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
-        raise NextLatError(f"cannot read {file}: {_first_line(error)}.") from error
+        raise NextLatError(f"cannot read {file} ({first_line(error)}): give a whole .parquet file.") from error
 
 
 def _dataset(name: str, subset: str | None, split: str, column: str, streaming: bool) -> Iterator[str]:
@@ -126,15 +132,16 @@ def _dataset(name: str, subset: str | None, split: str, column: str, streaming: 
             f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a local file."
         ) from error
     try:
-        local = find_data(name)
-        rows: Any = datasets.load_dataset(str(local or name), subset, split=split, streaming=streaming)
+        where = str(find_data(name) or name)
+        with hub_or_cache(where):
+            rows: Any = datasets.load_dataset(where, subset, split=split, streaming=streaming)
         for record in rows:
             yield _text(record, column, f"dataset {name}")
     except NextLatError:
         raise
     except Exception as error:  # the library, the hub's client and the network raise whatever they like
         raise NextLatError(
-            f"dataset {name} cannot be read ({_first_line(error)}): check its name, subset and split and the network, or "
+            f"dataset {name} cannot be read ({first_line(error)}): check its name, subset and split and the network, or "
             f"set task.train and task.validation to local {_either(SUFFIXES)} files of it, or task.dataset to a directory of them."
         ) from error
 
@@ -144,7 +151,7 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
     value = record[column]
     if not isinstance(value, str | None):
         raise NextLatError(
-            f"column '{column}' of {where} holds a {type(value).__name__}, not text: choose another task.column."
+            f"column '{column}' of {where} holds {type(value).__name__} values, not text: choose another task.column."
         )
     return value or ""
 
@@ -152,7 +159,3 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
 def _check_column(names: list[str], column: str, where: str) -> None:
     if column not in names:
         raise NextLatError(f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set task.column.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, write_text
+from nextlat.hub import hub_or_cache
 from nextlat.tasks.base import STREAM, find_data
 
 logger = logging.getLogger(__name__)
@@ -116,11 +117,11 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     where = str(find_data(name) or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        with hub_or_cache(where):
+            tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # missing files, no network, foreign classes: each raises its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise NextLatError(
-            f"task.tokenizer = '{name}' cannot be loaded ({reason}): give a directory with tokenizer.json, or leave it out and "
+            f"task.tokenizer = '{name}' cannot be loaded ({first_line(error)}): give a directory with tokenizer.json, or leave it out and "
             "set task.vocab_size."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
