@@ -111,6 +111,7 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert "not a run directory" in fails("report", tmp_path)
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in fails("train", "city-tiny", *TINY, "--out", tmp_path / "file" / "run", "--no-progress")
+    assert str(tmp_path / "file") in fails("compare", "city-tiny", "--objectives", "nextlat", "--out", tmp_path / "file")
     assert "unknown objective 'btp'" in fails("compare", "city-tiny", "--objectives", "btp", "--out", tmp_path / "compare")
     assert "'3' is not an override" in fails("compare", "city-tiny", "3", "--out", tmp_path / "compare")
     assert "Invalid value for '--seeds'" in fails("compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare")

@@ -21,6 +21,7 @@ from nextlat.evaluation import RESULTS, read_results
 from nextlat.files import write_errors, write_json
 from nextlat.run_directory import is_finished, read_metrics
 
+WAY_OUT = "choose another --out"
 POLL = 0.5  # seconds between two looks at the jobs
 SHOWN = ("next_token", "next_h", "kl", "multi_token", "pairs")  # parts of the loss
 
@@ -85,15 +86,14 @@ def run(
         NextLatError: a job failed, and `failures` is None; the others are stopped and keep what they have.
     """
     processes = processes or os.cpu_count() or 1
+    _make_room(todo)
     waiting, running = list(todo), dict[Job, subprocess.Popen[bytes]]()
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
-                with write_errors(job.log.parent, "choose another --out"):
-                    job.log.parent.mkdir(parents=True, exist_ok=True)
-                    with job.log.open("wb") as log:
-                        running[job] = subprocess.Popen(job.command, stdout=log, stderr=log, start_new_session=True)
+                with write_errors(job.log.parent, WAY_OUT), job.log.open("wb") as log:
+                    running[job] = subprocess.Popen(job.command, stdout=log, stderr=log, start_new_session=True)
                 yield job, 0, "starting"
             for job, process in list(running.items()):
                 code = process.poll()
@@ -129,10 +129,17 @@ def watch(todo: Sequence[Job], processes: int | None = None, failures: dict[Job,
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
     )
+    _make_room(todo)  # what is wrong there is said without bars around it
     with Progress(*columns, console=Console(stderr=True)) as bars:
         rows = {job: bars.add_task(job.name, total=job.steps, state="waiting") for job in todo}
         for job, step, state in run(todo, processes, failures):
             bars.update(rows[job], completed=step, state=state)
+
+
+def _make_room(todo: Sequence[Job]) -> None:
+    for job in todo:
+        with write_errors(job.log.parent, WAY_OUT):
+            job.log.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _state(job: Job) -> tuple[int, str]:

@@ -262,7 +262,9 @@ def _open(path: str | Path, read: Any) -> Any:
     except SafetensorError as error:
         raise NextLatError(f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint.") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise NextLatError(f"cannot open {path} ({first_line(error)}): restore it, or name another model.") from error
+        raise NextLatError(
+            f"cannot open {path} ({first_line(error)}): restore it, or name a model that can be reached."
+        ) from error
 
 
 def llama(
