@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from conftest import tiny_lm
+from nextlat import BSTConfig, JTPConfig, NextTokenConfig, attach
 from nextlat.backbone import Backbone
-from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.metrics import effective_rank, paired_difference
 from nextlat.tasks.latent_rank import latent_rank
@@ -461,9 +461,6 @@ class Plain:
         self.lm = tiny_lm(family, vocab_size=FIRST_NODE + len(city), seed=2)
         self.backbone, self.device = Backbone(self.lm), torch.device("cpu")
 
-    def hidden(self, batch: Batch, /) -> Tensor:
-        return self.backbone.hidden(batch)
-
     def step(self, input_ids: Tensor, past: Any = None, /) -> tuple[Tensor, Any]:
         return self.backbone.step(input_ids, past)
 
@@ -527,6 +524,12 @@ def test_latent_rank_is_the_rank_of_all_states_but_the_padding(city):
     garbage = ids.clone()
     garbage[mask == 0] = 5
     assert latent_rank(model, garbage, positions, mask, groups=4).value == pytest.approx(score.value, rel=1e-6)
+
+
+def test_latent_rank_is_of_the_transformer_whatever_the_objective_makes_of_its_states(city):
+    lm, ids = Plain(city).lm, torch.randint(3, FIRST_NODE + len(city), (8, 12), generator=torch.Generator().manual_seed(0))
+    values = [latent_rank(attach(lm, config), ids, groups=2).value for config in (NextTokenConfig(), JTPConfig(), BSTConfig())]
+    assert values == [values[0]] * 3
 
 
 def test_two_models_are_compared_on_the_same_accidents(city, pairs):

@@ -146,10 +146,10 @@ class HMM(Task):
         return self.process.beliefs(self._held_out)
 
     def states(self, model: "ObjectiveModel") -> Tensor:
-        """(P, L + 1, D) hidden states on the held-out sequences, from `begin` on, in fp32 on the CPU."""
+        """(P, L + 1, D) states of the transformer on the held-out sequences, from `begin` on, in fp32 on the CPU."""
         rows = self.rows(self._held_out).split(BATCH)
         with inference(model):
-            return torch.cat([model.step(ids.to(model.device))[0].float().cpu() for ids in rows])
+            return torch.cat([model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows])
 
     def belief_probe(self, model: "ObjectiveModel") -> "Probe":
         """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on half of the sequences, read on the rest."""
@@ -170,8 +170,9 @@ class HMM(Task):
         log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
         log_q = []
         with inference(model):
-            for h in self.states(model)[:, :-1].split(BATCH):
-                logits = model.next_token_logits(h.to(model.device)).double().cpu()
+            for ids in self.rows(self._held_out)[:, :-1].split(BATCH):
+                h_BTD, _ = model.step(ids.to(model.device))
+                logits = model.next_token_logits(h_BTD).double().cpu()
                 log_q.append(logits.log_softmax(-1)[..., FIRST_SYMBOL : FIRST_SYMBOL + p.shape[-1]].numpy())
         kl = (p * (log_p - np.concatenate(log_q))).sum(axis=-1)
         return {

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.metrics import Score, jackknife_score, rank_of_factor, triangular_factor
 from nextlat.tasks.street_rides import inference
 
 
 class LatentModel(Protocol):
-    """What the latent rank needs of a model: `hidden(batch) -> h_BTD`, the states of whole rows."""
+    """What the latent rank needs of a model: `backbone.hidden(batch) -> h_BTD`, the transformer's states of whole rows."""
 
-    def hidden(self, batch: Batch, /) -> Tensor: ...
+    @property
+    def backbone(self) -> Backbone: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -34,8 +36,8 @@ def latent_rank(
 ) -> Score:
     """Effective rank of the hidden states of whole rows; 256 rows of 256 tokens in arXiv 2511.05963. Lower is more compact.
 
-    The states are those in which the model reads the next token, of every position that is no padding, prompts included; see
-    `metrics.effective_rank` for the definition. The error is a jackknife over `groups` groups of rows.
+    The states are the transformer's own, whatever an objective makes of them, of every position that is no padding, prompts included;
+    see `metrics.effective_rank` for the definition. The error is a jackknife over `groups` groups of rows.
 
     Args:
         input_ids, position_ids, attention_mask: (R, T) rows as the dataset packs them.
@@ -54,7 +56,7 @@ def latent_rank(
                     None if x is None else x[rows].to(model.device) for x in (input_ids, position_ids, attention_mask)
                 )
                 assert ids is not None
-                h_BTD = model.hidden(Batch.from_inputs(ids, ids, positions, mask))
+                h_BTD = model.backbone.hidden(Batch.from_inputs(ids, ids, positions, mask))
                 states.append(h_BTD.flatten(0, 1) if mask is None else h_BTD[mask.bool()])
             factors.append(triangular_factor(torch.cat(states)))
         value = rank_of_factor(torch.cat(factors))
