@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nextlat
 from conftest import tiny_lm
 from nextlat.flops import FORWARD, head_weights, step_flops, training_flops, weights
-from nextlat.objectives import Objective
+from nextlat.objectives import OBJECTIVES, Objective
 
 VOCAB, ROWS, T = 50, 2, 24
 CONFIGS = [
@@ -78,6 +78,22 @@ def test_prediction_is_what_is_counted(family: str, config: object, packed: bool
     predicted = step_flops(model, **inputs)
     assert predicted is not None
     assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(counted(model, inputs), rel=1e-6)
+
+
+def test_heads_whose_token_lies_beyond_every_document_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
+    model = nextlat.attach(tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.MTPConfig(horizon=4))
+    inputs = {name: value[:, :4] for name, value in batch(packed=False).items()}
+    assert [bool(n) for n in model.counts(**inputs)] == [True, True, True, False, False]
+    predicted = step_flops(model, **inputs)
+    assert predicted is not None
+    assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(counted(model, inputs), rel=1e-6)
+
+
+def test_no_formula_goes_unchecked() -> None:
+    """One inherited from another objective by accident would be believed, too."""
+    with_formula = {config for config, objective in OBJECTIVES.values() if objective.flops is not Objective.flops}
+    assert with_formula == {type(config) for config in CONFIGS}
 
 
 def test_parts_are_named_and_add_up_by_hand() -> None:

@@ -83,8 +83,9 @@ class MTP(TokensAhead):
         )
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        products = TRAINING * weights(self.heads) * batch.input_ids.numel()
-        return super().flops(batch) | {"extra heads": products + attention_flops(self.backbone, self.horizon, batch)}
+        run = int((self.counts(batch)[1:] > 0).sum())  # a head whose token lies beyond every document is not
+        products = TRAINING * run * weights(self.heads[0]) * batch.input_ids.numel()
+        return super().flops(batch) | {"extra heads": products + attention_flops(self.backbone, run, batch)}
 
     def _piece(
         self, head: nn.Module, call: LastCall, at: Tensor, targets: Tensor, divisor: Tensor
