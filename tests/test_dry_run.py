@@ -1,5 +1,6 @@
 """A dry run says what is true of the run that would follow, and leaves nothing behind."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from nextlat import dry_run as module
 from nextlat.cli import _duration, app
 from nextlat.dry_run import dry_run
+from nextlat.objectives import OBJECTIVES
 from nextlat.recipe import load_recipe
 from nextlat.run_directory import read_record
 from nextlat.training import build_model, train
@@ -46,9 +48,8 @@ def test_what_is_too_large_to_try_is_estimated_and_not_trained(monkeypatch: pyte
     cost = dry_run(load_recipe("city-tiny", SMALL))
     assert cost.flops is not None
     assert not cost.timed and cost.seconds == pytest.approx(sum(cost.flops.values()) / 1e6)
-    monkeypatch.setattr(
-        module, "step_flops", lambda *arguments, **batch: None
-    )  # an objective without a formula: rows are timed
+    # An objective without a formula: rows are timed.
+    monkeypatch.setattr(module, "step_flops", lambda *arguments, **batch: None)
     monkeypatch.setattr(module, "_seconds", lambda action, device: action() or 0.5)
     cost = dry_run(load_recipe("city-tiny", SMALL))
     assert (cost.flops, cost.timed, cost.step_seconds) == (None, False, 0.5 * 8)
@@ -64,6 +65,17 @@ def test_command_prints_the_cost_and_writes_nothing(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
     result = CliRunner().invoke(app, ["train", "city-tiny", "stepps=3", "--dry-run"])
     assert result.exit_code == 2 and "stepps" in result.stderr
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_command_shows_the_operations_of_every_objective(objective: str, tmp_path: Path) -> None:
+    arguments = ["train", "city-tiny", *SMALL, "--objective", objective, "--dry-run", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("FLOPs")]
+    parts = dict(re.findall(r"([a-z][a-z ]*) (\d+)%", line))
+    assert parts.keys() >= {"backbone", "head"} and sum(map(int, parts.values())) == pytest.approx(100, abs=len(parts))
+    assert (len(parts) == 2) == (objective == "next-token"), line
 
 
 @pytest.mark.parametrize(
