@@ -206,6 +206,9 @@ def test_maps_side_by_side_as_a_png(tmp_path):
     panel = slice(int(0.3 * len(double)), int(0.9 * len(double)))
     assert not reddish[panel, : single.shape[1]].any()
     assert reddish[panel, single.shape[1] :].any()
+    four = matplotlib.image.imread(draw_maps(tmp_path / "four.png", dict.fromkeys("abcd", (city, clean)), dpi=60))
+    assert four.shape[1] == double.shape[1]  # two rows under one legend
+    assert single.shape[0] < four.shape[0] < 2 * single.shape[0]
 
 
 def test_pictures_refuse_what_they_cannot_do(tmp_path):

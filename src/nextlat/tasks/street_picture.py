@@ -26,6 +26,7 @@ CURVE_POINTS = 24
 SMALLEST_PANEL, LARGEST_PANEL = 28.0, 64.0  # square inches of one map
 MARGIN = 0.06  # free border as a share of the larger side of a city
 NARROWEST = 4.0  # inches, for the caption
+MOST_BESIDE = 3  # maps in a row, for their words to be read
 DOTTED = 1000  # intersections up to which they are marked
 
 
@@ -71,11 +72,11 @@ def draw_map(ax: Axes, network: StreetNetwork, reconstructed: ReconstructedMap) 
 
 
 def draw_maps(path: str | Path, maps: Mapping[str, tuple[StreetNetwork, ReconstructedMap]], *, dpi: int = 160) -> Path:
-    """The maps side by side under their titles, with their counts and one legend, as a PNG.
+    """The maps side by side (from four on in rows) under their titles, with their counts and one legend, as a PNG.
 
     Args:
         path: file to write; its directory must exist.
-        maps: title -> (network, reconstructed map), from left to right.
+        maps: title -> (network, reconstructed map), from left to right, from top to bottom.
 
     Raises:
         NextLatError: no map, or a file that cannot be written.
@@ -84,17 +85,20 @@ def draw_maps(path: str | Path, maps: Mapping[str, tuple[StreetNetwork, Reconstr
         raise NextLatError("there is no map to draw: reconstruct at least one.")
     width, height = _panel_size(next(iter(maps.values()))[0])
     caption, legend = 1.05, 0.5
-    figure = Figure(figsize=(width * len(maps), height + caption + legend), facecolor=PAPER)
+    rows = math.ceil(len(maps) / MOST_BESIDE)
+    columns = math.ceil(len(maps) / rows)
+    figure = Figure(figsize=(width * columns, rows * (height + caption) + legend), facecolor=PAPER)
     FigureCanvasAgg(figure)
     total = figure.get_figheight()
-    for column, (title, (network, reconstructed)) in enumerate(maps.items()):
-        left, share = column / len(maps), 1 / len(maps)
-        ax = figure.add_axes((left, legend / total, share, height / total))
+    for place, (title, (network, reconstructed)) in enumerate(maps.items()):
+        row, column = divmod(place, columns)
+        left, share, top = column / columns, 1 / columns, total - row * (height + caption)
+        ax = figure.add_axes((left, (top - caption - height) / total, share, height / total))
         draw_map(ax, network, reconstructed)
         middle = left + share / 2
-        figure.text(middle, 1 - 0.30 / total, title, ha="center", va="center", size=15, weight="bold", color=INK)
+        figure.text(middle, (top - 0.30) / total, title, ha="center", va="center", size=15, weight="bold", color=INK)
         for line, (text, color) in enumerate(_caption(reconstructed)):
-            y = 1 - (0.60 + 0.21 * line) / total
+            y = (top - 0.60 - 0.21 * line) / total
             figure.text(middle, y, text, ha="center", va="center", size=10.5, color=color)
     handles = [
         Line2D([], [], color=USED, linewidth=2.2, label="true street, used"),
