@@ -197,13 +197,17 @@ def write_countdown_run(directory: Path, objective: str, seed: int, solved: floa
     return write_run(directory, objective, seed, task="countdown", items=items)
 
 
-def write_hmm_run(directory: Path, objective: str, seed: int, r2: float) -> Path:
-    """One run of the hidden Markov model whose state tells this much of the belief."""
+def write_hmm_run(directory: Path, objective: str, seed: int, r2: float, states: int = 3) -> Path:
+    """One run of the hidden Markov model whose state tells this much of the belief; the first places are the corners of the simplex."""
     luck = np.random.default_rng(seed)
     items = {"belief_r2": r2 + 0.02 * luck.normal(size=ITEMS), "next_token_kl": 0.01 * luck.random(ITEMS)}
     items |= {"entropy_floor": np.linspace(0.9, 1.1, ITEMS)}
     items |= {"transition_consistency_error": 0.1 + 0.01 * luck.random(ITEMS)} if objective == "nextlat" else {}
-    return write_run(directory, objective, seed, task="hmm", items=items)
+    path = write_run(directory, objective, seed, task="hmm", items=items)
+    true = np.concatenate([np.eye(states), np.random.default_rng(0).dirichlet(np.ones(states), 40)])
+    decoded = true + (1 - r2) * (luck.dirichlet(np.ones(states), len(true)) - 1 / states)
+    _dump(path / "beliefs.json", {"r2": r2, "true": true.round(5).tolist(), "decoded": decoded.round(5).tolist()})
+    return path
 
 
 def write_text_run(directory: Path, objective: str, seed: int, ahead: float) -> Path:

@@ -16,7 +16,8 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import HIGHER_IS_BETTER
 from nextlat.report import claims, compare, read_runs
 from nextlat.report.comparison import Difference, TaskComparison, verdict
-from nextlat.report.glossary import PUBLISHED, describe, higher_is_better, order
+from nextlat.report.glossary import describe, higher_is_better, order
+from nextlat.report.published import PUBLISHED
 from nextlat.tasks.countdown import CountdownConfig
 from nextlat.tasks.hmm import HMM
 from nextlat.tasks.path_star import PathStarConfig
@@ -231,6 +232,16 @@ def _truncate(name: str) -> Callable[[Path], None]:
         (_edit("results.json", lambda entry: entry.pop("metrics")), "corrupt"),
         (_edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=None)), "corrupt"),
         (lambda run: (run / "map.json").write_text("[1, 2"), "corrupt"),
+        (lambda run: (run / "beliefs.json").write_text("[1, 2"), "beliefs.json"),
+        (
+            lambda run: (run / "beliefs.json").write_text('{"true": [[1, 0, 0]], "decoded": [[1, 0, 0]]}'),
+            "beliefs.json: KeyError",
+        ),
+        (
+            lambda run: (run / "beliefs.json").write_text('{"true": [[1, 0, 0]], "decoded": [[1, 0]], "r2": 1}'),
+            "beliefs.json: true",
+        ),
+        (lambda run: (run / "beliefs.json").write_text('{"true": [[1]], "decoded": [[NaN]], "r2": 1}'), "beliefs.json: true"),
         (_edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=0.1)), "do not belong together"),
         (_edit("results.json", lambda entry: entry.update(seed=5)), "of another run"),
         (_edit("run.json", lambda record: record["task"].update(fingerprint="fedcba")), "different worlds"),
@@ -282,7 +293,7 @@ def test_every_metric_is_explained_with_the_direction_its_task_gives() -> None:
         assert describe(name).source, name
     assert {name for row in PUBLISHED["streets"].rows.values() for name in row} <= set(Streets.higher_is_better)
     for published in PUBLISHED.values():
-        assert published.rows or published.words
+        assert published.rows or published.sayings
         assert all(describe(name).definition for row in published.rows.values() for name in row)
 
 

@@ -28,9 +28,9 @@ from fabricated_runs import (
     write_word_problem_run,
 )
 from nextlat.errors import NextLatError
-from nextlat.report import claims, compare, read_runs, terminal_table, write_report
-from nextlat.report import plots as figures
+from nextlat.report import claims, compare, plots, read_runs, task_plots, terminal_table, write_report
 from nextlat.report.comparison import TaskComparison
+from nextlat.report.drawing import PALETTE
 from nextlat.report.wording import with_error
 from nextlat.tasks.street_map import reconstruct
 from nextlat.tasks.street_map_record import map_record, read_map_record
@@ -137,7 +137,7 @@ def test_whatever_is_in_a_run_is_escaped(tmp_path: Path) -> None:
     assert "nothing is compared" in page.words
 
 
-@pytest.mark.parametrize("step", ["save", "draw_maps", "move_into"])
+@pytest.mark.parametrize("step", ["drawing.save", "pictures.draw_maps", "writing.move_into"])
 def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
     (run / "metrics.jsonl").unlink()
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"nextlat.report.{'plots.save' if step == 'save' else f'writing.{step}'}", full)
+    monkeypatch.setattr(f"nextlat.report.{step}", full)
     with pytest.raises(NextLatError, match="No space left"):
         write_report(read_runs([run]), page.parent)
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
@@ -171,7 +171,7 @@ def test_bad_places_and_maps_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_learning_curves_draw_every_seed(city: TaskComparison) -> None:
-    figure = figures.learning_curves(city)
+    figure = plots.learning_curves(city)
     assert figure is not None
     top, *parts = figure.axes
     training = [line for line in top.lines if len(line.get_xdata()) == 40]
@@ -182,7 +182,7 @@ def test_learning_curves_draw_every_seed(city: TaskComparison) -> None:
 
 
 def test_metric_panel_draws_every_seed_at_its_value(city: TaskComparison) -> None:
-    figure = figures.metric_panel(city)
+    figure = plots.metric_panel(city)
     assert figure is not None
     titles = [ax.get_title(loc="left").replace("\n", " ") for ax in figure.axes]
     assert len(titles) == len(CITY) + 2  # mean acceptance length and decoding speed, but not the metrics that repeat them
@@ -194,7 +194,7 @@ def test_metric_panel_draws_every_seed_at_its_value(city: TaskComparison) -> Non
 
 
 def test_accuracy_marks_training_length_and_chance(runs: list[Path]) -> None:
-    figure = figures.accuracy_by_position(compare(read_runs(runs)).tasks[1])
+    figure = task_plots.accuracy_by_position(compare(read_runs(runs)).tasks[1])
     assert figure is not None
     [ax] = figure.axes
     ends = [np.asarray(line.get_xydata()) for line in ax.lines]
@@ -207,8 +207,8 @@ def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").unlink()
     [task] = compare(read_runs([run])).tasks
-    assert figures.learning_curves(task) is figures.metric_panel(task) is figures.acceptance(task) is None
-    assert figures.accuracy_by_position(task) is None
+    assert plots.learning_curves(task) is plots.metric_panel(task) is plots.acceptance(task) is None
+    assert task_plots.accuracy_by_position(task) is None
 
 
 def test_a_map_survives_its_record() -> None:
@@ -264,15 +264,15 @@ def test_five_objectives_are_each_compared_with_next_token(stars: list[Path], tm
 
 
 def test_learning_curves_of_five_objectives_have_a_panel_for_every_part_of_the_loss(stars: list[Path]) -> None:
-    figure = figures.learning_curves(compare(read_runs(stars)).tasks[0])
+    figure = plots.learning_curves(compare(read_runs(stars)).tasks[0])
     assert figure is not None
     _, *parts = figure.axes
     names = dict.fromkeys(part for objective in FIVE for part in PARTS.get(objective, {}))
     titles = [ax.get_title(loc="left").replace("\n", " ") for ax in parts]
-    assert titles == [figures.PART_TITLES[name] for name in names]
+    assert titles == [plots.PART_TITLES[name] for name in names]
     lines = dict(zip(titles, (len(ax.lines) for ax in parts), strict=True))
-    assert lines[figures.PART_TITLES["multi_token"]] == 4  # of MTP and JTP
-    assert lines[figures.PART_TITLES["pairs"]] == 2
+    assert lines[plots.PART_TITLES["multi_token"]] == 4  # of MTP and JTP
+    assert lines[plots.PART_TITLES["pairs"]] == 2
     boxes = [ax.get_position() for ax in parts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
@@ -295,7 +295,7 @@ def test_path_star_says_which_seeds_solve_it_and_from_which_step(stars: list[Pat
 
 
 def test_path_accuracy_draws_every_seed_and_chance(stars: list[Path]) -> None:
-    figure = figures.path_accuracy(compare(read_runs(stars)).tasks[0])
+    figure = task_plots.path_accuracy(compare(read_runs(stars)).tasks[0])
     assert figure is not None
     lines = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines]
     assert sorted(line[1, 1] for line in lines if len(line) == 3) == [*[0.5] * 3, *[0.52] * 3, 0.985, 0.99, 0.995, 1.0]
@@ -306,11 +306,11 @@ def test_equations_are_drawn_for_seen_and_held_out_targets(tmp_path: Path) -> No
     paths = [write_countdown_run(tmp_path / name, name, 0, 0.3 + 0.1 * place) for place, name in enumerate(FIVE)]
     runs = read_runs(paths)
     [task] = compare(runs).tasks
-    figure = figures.equation_accuracy(task)
+    figure = task_plots.equation_accuracy(task)
     assert figure is not None
     assert len(figure.axes[0].lines) == 10
     run = runs[FIVE.index("bst")]
-    drawn = [line.get_ydata() for line in figure.axes[0].lines if line.get_color() == figures.PALETTE[4]]
+    drawn = [line.get_ydata() for line in figure.axes[0].lines if line.get_color() == PALETTE[4]]
     for split, line in zip(("seen", "held_out"), drawn, strict=True):
         assert list(line) == [run.metrics[f"true_equation_{place}_{split}"] for place in (1, 2)]
     words = Page(write_report(runs, tmp_path / "report").read_text()).words
@@ -321,12 +321,12 @@ def test_probe_curves_are_relative_to_next_token_of_the_same_seed(tmp_path: Path
     better = {"next-token": 0.0, "nextlat": 0.1, "mtp": -0.2}
     paths = [write_text_run(tmp_path / f"{name}-{seed}", name, seed, x) for name, x in better.items() for seed in (0, 1)]
     alone = write_text_run(tmp_path / "alone", "nextlat", 2, 0.5)  # no baseline of this seed
-    figure = figures.probe_curves(compare(read_runs([*paths, alone])).tasks[0])
+    figure = task_plots.probe_curves(compare(read_runs([*paths, alone])).tasks[0])
     assert figure is not None
     curves = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 20]
     assert sorted(round(float(curve[-1]), 6) for curve in curves) == [-0.1, -0.1, 0.2, 0.2]
     assert all(abs(curve[0]) < 1e-9 for curve in curves)
-    assert figures.probe_curves(compare(read_runs(paths[:2])).tasks[0]) is None  # next-token alone
+    assert task_plots.probe_curves(compare(read_runs(paths[:2])).tasks[0]) is None  # next-token alone
 
 
 def test_the_hmm_is_compared_and_its_entropy_is_no_finding(tmp_path: Path) -> None:
@@ -335,6 +335,34 @@ def test_the_hmm_is_compared_and_its_entropy_is_no_finding(tmp_path: Path) -> No
     found = {claim.metric: claim.verdict for claim in claims(task)}
     assert found == {"belief_r2": "better", "next_token_kl": "within noise"}
     assert "transition_consistency_error" in {metric.name for metric in task.metrics}
+
+
+def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_path: Path) -> None:
+    paths = [write_hmm_run(tmp_path / f"{name}-{s}", name, s, 0.5 + 0.1 * s) for name in FIVE for s in (0, 1)]
+    [task] = compare(read_runs(paths)).tasks
+    figure = task_plots.beliefs(task)
+    assert figure is not None
+    exact, *decoded = [ax.collections[0] for ax in figure.axes]
+    assert len(decoded) == 5
+    points = np.asarray(exact.get_offsets())
+    np.testing.assert_allclose(points[:3], [[0, 0], [1, 0], [0.5, 3**0.5 / 2]])  # certainty of one state is its corner
+    assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3  # type: ignore[index]
+    for scatter in decoded:
+        assert np.array_equal(scatter.get_facecolor(), exact.get_facecolor())
+        assert not np.allclose(scatter.get_offsets(), points)  # type: ignore[arg-type]
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[2].split("\n") == ["NextLat d=2", "R\N{SUPERSCRIPT TWO} = 0.500"]  # the first seed
+    figure.draw_without_rendering()
+    boxes = [ax.get_position() for ax in figure.axes]
+    assert [round(box.x0 - boxes[place % 3].x0, 3) for place, box in enumerate(boxes)] == [0] * 6  # two rows of three
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
+
+
+def test_beliefs_about_other_than_three_states_are_not_drawn(tmp_path: Path) -> None:
+    [task] = compare(read_runs([write_hmm_run(tmp_path / "four", "nextlat", 0, 0.9, states=4)])).tasks
+    assert task_plots.beliefs(task) is None
+    (tmp_path / "four" / "beliefs.json").unlink()
+    assert task_plots.beliefs(compare(read_runs([tmp_path / "four"])).tasks[0]) is None
 
 
 # ---- words ----

@@ -14,8 +14,18 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import RESULTS, SCORES, read_results
 from nextlat.metrics import Score, mean_score
 from nextlat.run_directory import read_metrics, read_record
+from nextlat.tasks.hmm import BELIEFS
 
 MAP = "map.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Beliefs:
+    """beliefs.json: `true` and `decoded` (places, states) beliefs, and the share of variance explained (R\N{SUPERSCRIPT TWO})."""
+
+    true: np.ndarray
+    decoded: np.ndarray
+    r2: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +37,7 @@ class Run:
         record: run.json. log: the lines of metrics.jsonl.
         metrics: name -> value; stderr: name -> standard error over items, where it is known.
         scores: name -> `Score` with what every item contributed, for the metrics that have items.
-        curves, decoding: as in results.json. map: the content of map.json, None where there is none.
+        curves, decoding: as in results.json. map: the content of map.json. beliefs: that of beliefs.json. None where there is none.
     """
 
     directory: Path
@@ -43,6 +53,7 @@ class Run:
     curves: dict[str, list[float]]
     decoding: dict[str, Any]
     map: dict[str, Any] | None
+    beliefs: Beliefs | None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -100,7 +111,8 @@ def _read_run(path: Path) -> Run:
             scores=_read_scores(path / SCORES),
             curves={name: [float(x) for x in curve] for name, curve in entry["curves"].items()},
             decoding=dict(entry["decoding"]),
-            map=_read_map(path / MAP),
+            map=_read_artifact(path / MAP),
+            beliefs=_read_beliefs(path / BELIEFS),
         )
         recipe = run.recipe
         found, expected = (run.task, run.objective, run.seed), (recipe["task"]["name"], recipe["objective"], recipe["seed"])
@@ -124,10 +136,24 @@ def _read_scores(path: Path) -> dict[str, Score]:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _read_map(path: Path) -> dict[str, Any] | None:
+def _read_artifact(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from error
+
+
+def _read_beliefs(path: Path) -> Beliefs | None:
+    content = _read_artifact(path)
+    if content is None:
+        return None
+    try:
+        true, decoded = (np.array(content[name], dtype=np.float64) for name in ("true", "decoded"))
+        r2 = float(content["r2"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
+    if true.ndim != 2 or true.shape != decoded.shape or not np.isfinite([*true.flat, *decoded.flat, r2]).all():
+        raise ValueError(f"{path.name}: true and decoded beliefs of shapes {true.shape} and {decoded.shape}")
+    return Beliefs(true, decoded, r2)

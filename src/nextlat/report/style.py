@@ -40,6 +40,8 @@ td .value, th .change { display: block; }
 .change { color: var(--quiet); font-size: .82rem; white-space: nowrap; }
 td .mark { margin-left: .5rem; }
 table.facts td { overflow-wrap: anywhere; }
+table.words th, table.words td { text-align: left; }
+table.facts .value, table.words .value { white-space: normal; }
 ul.notes { color: var(--quiet); font-size: .85rem; padding-left: 1.1rem; margin: .9rem 0 0; }
 .quiet { color: var(--quiet); }
 figure { margin: 2rem 0 0; }

@@ -9,11 +9,10 @@ from rich.text import Text
 from nextlat.report.comparison import Comparison, MetricComparison, TaskComparison, Verdict
 from nextlat.report.glossary import describe
 from nextlat.report.solving import sentences, solving
-from nextlat.report.wording import difference_text, estimate_text, footnotes
+from nextlat.report.wording import ARROWS, difference_text, estimate_text, footnotes
 
 STYLES: dict[Verdict, str] = {"better": "bold green", "worse": "bold red", "within noise": "dim", "no claim": "dim"}
 MOST_OTHERS = 3  # models beside the baseline in one table: what 80 columns hold
-ARROWS = {True: "\N{UPWARDS ARROW}", False: "\N{DOWNWARDS ARROW}", None: " "}
 
 
 def terminal_table(comparison: Comparison) -> RenderableType:
@@ -60,6 +59,5 @@ def _cell(metric: MetricComparison, label: str, *, beside: bool) -> Text:
 
 
 def _notes(task: TaskComparison) -> str:
-    arrows = f"{ARROWS[True]} higher is better, {ARROWS[False]} lower is better."
     found = solving(task.task, task.models)
-    return "\n".join(["", arrows, *(sentences(found) if found else []), *footnotes(task), ""])
+    return "\n".join(["", *(sentences(found) if found else []), *footnotes(task), ""])

@@ -10,6 +10,7 @@ _DECIMALS: dict[Unit, int] = {"share": 1, "nats": 3, "factor": 2, "number": 2}
 MOST_DECIMALS = 2  # more than usual, where the error is that small
 ROUNDING = 1e-12  # an error below it is none, but the rounding of equal numbers
 MINUS = "\N{MINUS SIGN}"
+ARROWS = {True: "\N{UPWARDS ARROW}", False: "\N{DOWNWARDS ARROW}", None: " "}
 
 
 def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = False, decimals: int | None = None) -> str:
@@ -148,10 +149,11 @@ def footnotes(task: TaskComparison) -> list[str]:
     """What must be said beside the table for its numbers to be understood."""
     seeds = {seed for runs in task.models.values() for seed in runs}
     several = any(len(runs) > 1 for runs in task.models.values())
-    notes = ["± is one standard error over seeds."]
+    arrows = f"{ARROWS[True]} higher is better, {ARROWS[False]} lower is better."
+    notes = [arrows, "± is one standard error over seeds."]
     if not several:
         one = f"One seed ({', '.join(map(str, sorted(seeds)))}): " if len(seeds) == 1 else ""
-        notes = [f"{one}± is one standard error over test items; it knows nothing of how another seed would have come out."]
+        notes[1] = f"{one}± is one standard error over test items; it knows nothing of how another seed would have come out."
     if task.baseline is not None and len(task.models) > 1:
         rule = (
             "outside the 95 % interval over seeds (Student's t, paired) and beyond twice the error over items"
@@ -160,7 +162,7 @@ def footnotes(task: TaskComparison) -> list[str]:
         )
         tested = sum(d.verdict != "no claim" for metric in task.metrics for d in metric.differences.values())
         notes.append(
-            f"Below a value: its difference to {task.baseline} (of shares in percentage points). A difference counts as better or "
+            f"With a value goes its difference to {task.baseline} (of shares in percentage points). A difference counts as better or "
             f"worse when it is {rule}; of {tested} such tests up to one in twenty would pass by chance if no difference were real."
         )
     names = {metric.name for metric in task.metrics}
