@@ -283,9 +283,13 @@ def compare(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report"),
+    markdown: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The report as Markdown too, with the pictures in --out by relative links."),
+    ] = None,
 ) -> None:
     """Tables, curves and maps of runs, as PNG and in one self-contained HTML page."""
-    _report(runs, out)
+    _report(runs, out, markdown)
 
 
 @app.command()
@@ -349,8 +353,8 @@ def _evaluate(directory: Path, progress: bool) -> None:
         evaluate(directory, progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total))
 
 
-def _report(directories: list[Path], out: Path | None) -> None:
-    """The comparison of runs in the terminal, and as a page in `out`."""
+def _report(directories: list[Path], out: Path | None, markdown: Path | None = None) -> None:
+    """The comparison of runs in the terminal, as a page in `out`, and as Markdown."""
     from rich.console import Console
 
     from nextlat.report import compare, read_runs, terminal_table, write_report
@@ -358,7 +362,8 @@ def _report(directories: list[Path], out: Path | None) -> None:
     runs = read_runs(directories)
     Console().print(terminal_table(compare(runs)))
     if out is not None:
-        _say(f"Look at {write_report(runs, out)}.")
+        page = write_report(runs, out, markdown)
+        _say(f"Look at {page}{f' and {markdown}' if markdown is not None else ''}.")
 
 
 def _say(sentence: str) -> None:

@@ -1,12 +1,14 @@
-"""A report on disk: PNG pictures, comparison.json, and report.html with all of it inside."""
+"""A report on disk: PNG pictures, comparison.json, and report.html with all of it inside; beside them, if wanted, Markdown."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nextlat.files import TEMPORARY, move_into, remove, write_errors
+from nextlat.files import TEMPORARY, move_into, remove, write_errors, write_text
 from nextlat.report.comparison import compare
+from nextlat.report.markdown import markdown as write_markdown
 from nextlat.report.page import page
 from nextlat.report.pictures import draw
 from nextlat.report.reproduction import reproduction
@@ -16,10 +18,14 @@ from nextlat.report.wording import claims
 PAGE, COMPARISON = "report.html", "comparison.json"
 
 
-def write_report(runs: Sequence[Run], directory: str | Path) -> Path:
+def write_report(runs: Sequence[Run], directory: str | Path, markdown: str | Path | None = None) -> Path:
     """Compare runs and write the report into a directory (made if need be), where an older report is replaced.
 
     Every file is moved into place whole, the page last; if anything fails, what was there stays.
+
+    Args:
+        markdown: a file for the report as Markdown too, which shows the pictures in `directory` by relative links; it is written
+            when they are in place.
 
     Returns:
         The path of the page.
@@ -29,6 +35,10 @@ def write_report(runs: Sequence[Run], directory: str | Path) -> Path:
     """
     directory, comparison = Path(directory), compare(runs)
     staging = directory / f"{TEMPORARY}report"
+    if markdown is not None:
+        markdown = Path(markdown)
+        with write_errors(markdown):
+            markdown.parent.mkdir(parents=True, exist_ok=True)
     with write_errors(directory):
         try:
             remove(staging)
@@ -52,4 +62,7 @@ def write_report(runs: Sequence[Run], directory: str | Path) -> Path:
             move_into(staging, directory, last=PAGE)
         finally:
             remove(staging)
+    if markdown is not None:
+        folder = Path(os.path.relpath(directory.resolve(), markdown.parent.resolve()))
+        write_text(markdown, write_markdown(comparison, pictures, folder.as_posix()))
     return directory / PAGE
