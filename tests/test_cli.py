@@ -36,7 +36,7 @@ def fails(*arguments: str | Path) -> str:
     """The one sentence on standard error of a command that exits with 2."""
     code, _, err = run(*arguments)
     assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert err.startswith("error: ") and err.endswith(".\n") and err.count("\n") == 1, err
     return err
 
 
@@ -117,6 +117,8 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert "Invalid value for '--seeds'" in fails("compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare")
     assert "No such option: --horizn" in fails("train", "city-tiny", "--horizn", "2")
     assert "Missing argument 'recipe'" in fails("train")
+    assert "4294967295" in fails("train", "city-tiny", "--seed", "9" * 20, "--out", tmp_path / "seed")
+    assert not (tmp_path / "seed").exists()
     assert "seeds 1 1" in fails("demo", "--seeds", "1", "1", "--out", tmp_path / "demo")
 
 

@@ -225,6 +225,7 @@ def test_beliefs_are_written_for_the_picture(task: HMM) -> None:
         ({"transition": ((1.0,),)}, "has its own matrices"),
         ({"x": 0.0}, "Mess3 needs"),
         ({"process": "random", "states": 1}, "states >= 2"),
+        ({"process": "random", "process_seed": -1}, "seed of a random HMM is -1"),
         ({"length": 1}, "length >= 2"),
     ],
 )

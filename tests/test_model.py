@@ -119,8 +119,10 @@ def test_a_truncated_file_is_one_sentence(name: str, share: float, tmp_path: Pat
 
 
 def test_faults_of_directories_are_named(tmp_path: Path) -> None:
-    with pytest.raises(nextlat.NextLatError, match="cannot open"):
+    with pytest.raises(nextlat.NextLatError, match=r"cannot open .*nowhere \(there is no such directory"):
         nextlat.load(tmp_path / "nowhere")
+    with pytest.raises(nextlat.NextLatError, match=r"cannot open .* \(it has no config\.json\)"):
+        nextlat.load(tmp_path)
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.lm.save_pretrained(tmp_path / "plain")
     with pytest.raises(nextlat.NextLatError, match=r"nextlat\.attach"):

@@ -95,6 +95,7 @@ def test_only_the_chosen_objective_counts(tmp_path: Path) -> None:
         ("steps=", "'steps' is missing"),
         ("seed=true", "'seed' = true is not valid"),
         ("seed=-1", "'seed' = -1 is not valid"),
+        ("seed=4294967296", "less than or equal to 4294967295"),
         ("optimizer.learning_rate=0", "greater than 0"),
         ("optimizer.learning_rate=nan", "finite number"),
         ("optimizer.beta2=1", "less than 1"),

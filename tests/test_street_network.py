@@ -98,7 +98,7 @@ def test_a_seed_always_gives_the_same_city() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rows": 3}, {"columns": 1}, {"one_way": 1.5}, {"missing": -0.1}, {"missing": float("nan")}]
+    "options", [{"rows": 3}, {"columns": 1}, {"seed": -1}, {"one_way": 1.5}, {"missing": -0.1}, {"missing": float("nan")}]
 )
 def test_impossible_cities_are_refused(options: dict) -> None:
     with pytest.raises(NextLatError, match="give"):

@@ -26,7 +26,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except NextLatError as error:
-            _say(f"error: {error}")
+            _say(f"error: {str(error).rstrip('.')}.")
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             _say(str(error) or "stopped.")

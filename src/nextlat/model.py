@@ -215,6 +215,8 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     Raises:
         NextLatError: nothing there, no sidecar, a truncated file, or a sidecar that belongs to another model.
     """
+    if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
+        raise NextLatError(f"cannot open {directory} (it has no config.json): name the directory of a saved model.")
     with hub_or_cache(directory):
         lm = _open(directory, lambda: AutoModelForCausalLM.from_pretrained(directory, **model_arguments))
         sidecar = {name: _sidecar_file(directory, name) for name in (SIDECAR_CONFIG, SIDECAR_WEIGHTS)}
@@ -262,8 +264,9 @@ def _open(path: str | Path, read: Any) -> Any:
     except SafetensorError as error:
         raise NextLatError(f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint.") from error
     except (OSError, ValueError, RuntimeError) as error:
+        missing = "" if Path(path).exists() else "there is no such directory, and as a name of the hub: "
         raise NextLatError(
-            f"cannot open {path} ({first_line(error)}): restore it, or name a model that can be reached."
+            f"cannot open {path} ({missing}{first_line(error)}): restore it, or name a model that can be reached."
         ) from error
 
 

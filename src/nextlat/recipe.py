@@ -22,6 +22,7 @@ BUILT_IN = Path(__file__).parent / "recipes"
 
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as transformers' set_seed takes for numpy
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
@@ -155,7 +156,7 @@ class _Top:
     steps: Count
     batch_size: Count
     gradient_accumulation: Count = 1
-    seed: CountOrNone = 0
+    seed: Seed = 0
 
 
 _TOP = ("steps", "batch_size", "gradient_accumulation", "seed")

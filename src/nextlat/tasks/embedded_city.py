@@ -41,6 +41,8 @@ def embedded_city(
     """
     if min(rows, columns) < 4:
         raise NextLatError(f"a city of {rows} x {columns} is too small: give it at least 4 rows and 4 columns")
+    if seed < 0:
+        raise NextLatError(f"the city's seed is {seed}: give a whole number from 0 on")
     for name, share in (("one_way", one_way), ("missing", missing)):
         if not 0.0 <= share <= 1.0:
             raise NextLatError(f"{name} = {share} is no share: give a number from 0 to 1")

@@ -64,10 +64,12 @@ class HiddenMarkov:
         """Every row of both matrices from a symmetric Dirichlet distribution: the lower the concentration, the more peaked.
 
         Raises:
-            NextLatError: fewer than two states or symbols, or a concentration under 0.01 (rows of nothing but zeros and ones).
+            NextLatError: fewer than two states or symbols, a seed below 0, or a concentration under 0.01 (rows of zeros and ones only).
         """
         if states < 2 or symbols < 2 or concentration < 0.01:
             raise NextLatError("a random HMM needs states >= 2, symbols >= 2 and concentration >= 0.01.")
+        if seed < 0:
+            raise NextLatError(f"the seed of a random HMM is {seed}: give a whole number from 0 on.")
         rng = np.random.default_rng((states, symbols, seed))
         rows = [rng.dirichlet(np.full(size, concentration), size=states) for size in (states, symbols)]
         return cls.of(*rows)
