@@ -18,6 +18,7 @@ from nextlat.report.drawing import (
     colored_runs,
     dotted,
     finish,
+    legend_below,
     legend_columns,
     model_colors,
     model_handles,
@@ -63,7 +64,7 @@ def learning_curves(task: TaskComparison) -> Figure | None:
         Line2D([], [], color=QUIET, linewidth=0.8, alpha=0.6, label="training"),
         Line2D([], [], color=QUIET, linewidth=1.2, marker="o", markersize=3.5, label="held-out"),
     ]
-    top.legend(handles=[*model_handles(task), *handles], frameon=False, fontsize=LABEL, labelcolor=INK, ncols=2)
+    legend_below(figure, [*model_handles(task), *handles])
     for place, part in enumerate(parts):
         row, column = divmod(place, columns)
         ax = figure.add_subplot(grid[1 + row, column], sharex=top if columns < MOST_PARTS else None)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
 from nextlat.report.comparison import TaskComparison
 from nextlat.report.drawing import (
@@ -38,6 +38,8 @@ from nextlat.tasks.word_problem import group
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])  # of the simplex of three states
 CORNER_COLORS = np.array([to_rgb(color) for color in PALETTE[:3]])
 MOST_SIMPLEXES = 3  # beside one another
+LINEAR = 0.1  # nats around the baseline in which probes are drawn on a linear scale
+NATS = (-5, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 def accuracy_by_position(task: TaskComparison) -> Figure | None:
@@ -163,6 +165,10 @@ def probe_curves(task: TaskComparison) -> Figure | None:
         if curve.any():  # the baseline itself is the line at 0
             dotted(ax, curve, color)
     ax.axhline(0, color=model_colors(task)[0], linewidth=1.4, zorder=1)
+    # Near the baseline linear, beyond logarithmic: one token ahead some miss by twenty times what sets them apart further on.
+    ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.yaxis.set_major_locator(FixedLocator(NATS))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:g}"))
     finish(ax, f"Linear probes of the state: cross-entropy minus that of {task.baseline}, nats")
     ax.set_xlabel("tokens ahead", size=LABEL, color=QUIET)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
