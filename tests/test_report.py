@@ -398,3 +398,11 @@ def test_numbers_show_as_many_digits_as_their_error_deserves(
     value: float, error: float | None, unit: str, signed: bool, text: str
 ) -> None:
     assert with_error(value, error, unit, signed=signed) == text  # type: ignore[arg-type]
+
+
+def test_logs_of_a_comparison_are_no_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
+    (tmp_path / "run.log").write_text("loss 1.0")
+    assert [found.directory for found in read_runs(tmp_path.iterdir())] == [run]
+    with pytest.raises(NextLatError, match="no runs"):
+        read_runs([tmp_path / "run.log"])

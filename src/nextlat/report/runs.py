@@ -62,13 +62,14 @@ class Run:
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Read run directories; one that is named twice counts once.
+    """Read run directories; one that is named twice counts once. The logs that a comparison leaves beside its runs are passed
+    over, so that `runs/*` names them all.
 
     Raises:
         NextLatError: none is given; one is no run, not finished, not evaluated or corrupt; or they cannot be compared because they
             lived in different worlds or were measured differently.
     """
-    places = {Path(path).resolve(): Path(path) for path in paths}
+    places = {path.resolve(): path for path in map(Path, paths) if not (path.suffix == ".log" and path.is_file())}
     if not places:
         raise NextLatError("there are no runs to report on: name at least one run directory.")
     runs = [_read_run(path) for path in places.values()]
