@@ -11,12 +11,12 @@ On a CPU: the default recipe, path-star-small. On a GPU the paper's graph, and o
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nextlat.errors import NextLatError
+from nextlat.files import write_json
 from nextlat.jobs import Job, check_seeds, watch
 from nextlat.recipe import load_recipe
 from nextlat.report.runs import read_runs
@@ -67,7 +67,7 @@ def main() -> None:
     watch(todo, arguments.jobs)
     rows = [row(name, group) for name, group in jobs.items()]
     print_table(rows)
-    (out / "variants.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(out / "variants.json", rows)
 
 
 def plan(recipe: str, name: str, settings: tuple[str, ...], seeds: Sequence[int], out: Path) -> list[Job]:

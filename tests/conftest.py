@@ -1,7 +1,10 @@
 """What the tests share: tiny random models of many families, and the real data where it is at hand."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -73,3 +76,13 @@ def data_dir() -> Path:
 def one_thread() -> None:
     """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of them."""
     torch.set_num_threads(1)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module, without running it."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,24 +1,17 @@
 """The study of what decides Path-Star: every variant is a setting that its recipe takes and that changes something."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from conftest import load_benchmark
 from nextlat.recipe import load_recipe
 from nextlat.training import build_model
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "path_star.py"
-    spec = importlib.util.spec_from_file_location("path_star_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("path_star")
 
 
 @pytest.mark.parametrize("name", ["path-star-small", "path-star"])

@@ -1,6 +1,5 @@
 """The benchmark of training cost: it leaves out no objective, and its memory figures are those of tensors of known size."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import fields
@@ -10,17 +9,13 @@ from types import ModuleType
 import pytest
 import torch
 
+from conftest import load_benchmark
 from nextlat.objectives import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "training.py"
-    spec = importlib.util.spec_from_file_location("training_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("training")
 
 
 def test_peak_memory_is_the_most_that_is_held_at_once(benchmark: ModuleType) -> None:

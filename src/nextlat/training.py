@@ -293,8 +293,10 @@ def check_trains(recipe: Recipe, task: Task) -> None:
 def _check_horizon(recipe: Recipe, task: Task) -> None:
     """The last of d steps beyond the next token must have a target somewhere. (Before the model is built: MTP's grows with d.)"""
     d = getattr(recipe.objective_config, "horizon", 0)
+    if not d:  # rows are not made for nothing
+        return
     longest = min(task.max_length, len(task.train_dataset(recipe.seed)[0]["input_ids"]))
-    if d and d + 2 > longest:
+    if d + 2 > longest:
         raise NextLatError(
             f"the horizon {d} is too long for sequences of at most {longest} tokens: choose one of at most {max(longest - 2, 0)}."
         )
