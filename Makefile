@@ -31,7 +31,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -e ".[dev,osm,text]"
+	$(PIP) -e ".[dev,osm,text,lm-eval]"
 	touch $@
 
 clean:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from nextlat.evaluation import HIGHER_IS_BETTER
 from nextlat.tasks.hmm import HMM
+from nextlat.tasks.language_benchmarks import METRICS, PREFIX
 from nextlat.tasks.streets import Streets
 from nextlat.tasks.text import Text
 
@@ -245,6 +246,7 @@ _TERMS: dict[str, Term] = {
 _WORD_PROBLEM = re.compile(r"(transformer|dynamics)_accuracy_(\d+)")
 _PATH = re.compile(r"(accuracy)_position_(\d+)")
 _EQUATION = re.compile(r"true_equation_(\d+)_(seen|held_out)")
+_BENCHMARK = re.compile(rf"{PREFIX}_(.+?)_({'|'.join(METRICS)})")
 BRANCH = 2  # the one place of a path in a star that does not follow from the place before it
 
 
@@ -256,6 +258,8 @@ def describe(metric: str) -> Term:
         return _place_of_path(int(match[2]))
     if match := _EQUATION.fullmatch(metric):
         return _equation(match[1], match[2])
+    if match := _BENCHMARK.fullmatch(metric):
+        return _benchmark(match[1], match[2])
     name = metric.replace("_", " ")
     return _TERMS.get(metric) or Term(name, name, "", "", unit="number")
 
@@ -305,9 +309,24 @@ def _equation(place: str, split: str) -> Term:
     )
 
 
+def _benchmark(name: str, metric: str) -> Term:
+    accuracy = metric.startswith("acc")
+    words = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}.get(metric, metric.replace("_", " "))
+    return Term(
+        f"{name}, {words}",
+        f"{words.partition(',')[0]} on {name}" + (", normalised by length" if metric == "acc_norm" else ""),
+        f"{words[0].upper()}{words[1:]} on {name}, as the harness defines it.",
+        "LM Evaluation Harness, Gao et al., EleutherAI",
+        unit="share" if accuracy else "number",
+        items="documents",
+    )
+
+
 def higher_is_better(metric: str) -> bool | None:
     """The direction of a metric as its task or the evaluation states it; None for one that is not known."""
     known = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better, **HMM.higher_is_better, **_ANSWERS}
+    if match := _BENCHMARK.fullmatch(metric):
+        return METRICS[match[2]]
     return True if any(pattern.fullmatch(metric) for pattern in (_WORD_PROBLEM, _PATH, _EQUATION)) else known.get(metric)
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.losses import cross_entropy
 from nextlat.metrics import Score, exp_score, ratio_score
-from nextlat.tasks.base import Metric, Task
+from nextlat.tasks.base import Metric, Task, find_data
+from nextlat.tasks.language_benchmarks import check_benchmarks, language_benchmark
 from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
 from nextlat.tasks.street_rides import inference
@@ -56,6 +57,8 @@ class TextConfig:
         row_length: tokens in a packed row. max_length: positions of the model and of decoding; None = row_length.
         tests: held-out rows that the metrics use, at most. prompt_length: tokens of the prompts to decode from.
         probes: K, linear probes for 1..K tokens ahead (arXiv 2511.05963, TinyStories: 20); 0 = none. probe_steps: their training.
+        lm_eval: benchmarks of the LM Evaluation Harness (needs the extra `nextlat[lm-eval]`), with commas between them; "" = none.
+        lm_eval_limit: documents of each, 0 = all. lm_eval_files: a directory of further benchmarks, defined in the harness's YAML.
     """
 
     train: str | None = None
@@ -77,6 +80,9 @@ class TextConfig:
     prompt_length: int = 32
     probes: int = 20
     probe_steps: int = 1000
+    lm_eval: str = ""
+    lm_eval_limit: int = 0
+    lm_eval_files: str | None = None
 
     def build(self) -> "Text":
         return Text(self)
@@ -98,6 +104,26 @@ class TextConfig:
             Documents(lambda: islice(train, self.held_out), train.where),
         )
 
+    @property
+    def benchmarks(self) -> list[str]:
+        """The names in `lm_eval`."""
+        return [name.strip() for name in self.lm_eval.split(",") if name.strip()]
+
+    def benchmark_files(self) -> str | None:
+        """Where `lm_eval_files` is.
+
+        Raises:
+            NextLatError: nowhere.
+        """
+        if self.lm_eval_files is None:
+            return None
+        found = find_data(self.lm_eval_files)
+        if found is None:
+            raise NextLatError(
+                f"there is no directory {self.lm_eval_files} (nor in $NEXTLAT_DATA): correct task.lm_eval_files."
+            )
+        return str(found)
+
     def _file(self, key: str, path: str) -> Documents:
         return from_file(path, f"task.{key}", column=self.column, separator=self.separator)
 
@@ -117,6 +143,7 @@ class TextConfig:
                 raise NextLatError(f"task.{name} has no meaning without task.dataset: remove it.")
         least = {
             "held_out": 1, "max_tokens": 1, "row_length": 2, "tests": 2, "prompt_length": 1, "probes": 0, "probe_steps": 1,
+            "lm_eval_limit": 0,
         }  # fmt: skip
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -127,6 +154,8 @@ class TextConfig:
             raise NextLatError(f"task.prompt_length {self.prompt_length} leaves no room to decode: make it smaller.")
         if self.separator == "":
             raise NextLatError("task.separator is empty: give what stands between two documents.")
+        if self.benchmarks:
+            check_benchmarks(self.benchmarks, self.benchmark_files())
 
 
 def _after(documents: Documents, count: int) -> Iterator[str]:
@@ -195,7 +224,7 @@ class Text(Task):
         }
         if self.config.probes:
             found["probes"] = lambda model: {"probe_cross_entropy": self.probe_curve(model)}
-        return found
+        return found | {name: partial(self.benchmark, name) for name in self.config.benchmarks}
 
     @cached_property
     def _test_rows(self) -> dict[str, Tensor]:
@@ -212,6 +241,13 @@ class Text(Task):
                     sums.append(cross_entropy(model.next_token_logits, h_TD[mask_T], targets_T[mask_T]).item())
                     counts.append(int(mask_T.sum()))
         return exp_score(ratio_score(sums, counts))
+
+    def benchmark(self, name: str, model: "ObjectiveModel") -> dict[str, Score]:
+        """One benchmark of the LM Evaluation Harness."""
+        config = self.config
+        return language_benchmark(
+            model, self.tokenizer, name, files=config.benchmark_files(), limit=config.lm_eval_limit or None
+        )
 
     def latent_rank(self, model: "ObjectiveModel") -> Score:
         """Effective rank of the states of the first 256 held-out rows."""
