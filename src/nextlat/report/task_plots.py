@@ -70,14 +70,7 @@ def accuracy_by_position(task: TaskComparison) -> Figure | None:
         for way, label in (("transformer", "transformer"), ("dynamics", "latent dynamics model run alone"))
         if any(found == way for _, found, _ in drawn)
     ]
-    figure.legend(
-        handles=[*model_handles(task), *handles],
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=LABEL,
-        labelcolor=INK,
-    )
+    legend_below(figure, [*model_handles(task), *handles])
     return figure
 
 
