@@ -282,10 +282,10 @@ def _derives(numbers: list[int], target: int, paper: Countdown, answer: list[int
 
 
 class Scribe:
-    """A model that knows the answer to every test prompt by heart: `answers` maps prompts to what it says."""
+    """A model that knows the answer to every test prompt by heart: `answers` maps prompts to what it says; `sure` are the logits."""
 
-    def __init__(self, task: Countdown, answers: dict[tuple[int, ...], list[int]]) -> None:
-        self.task, self.answers, self.device = task, answers, torch.device("cpu")
+    def __init__(self, task: Countdown, answers: dict[tuple[int, ...], list[int]], sure: float = 1.0) -> None:
+        self.task, self.answers, self.sure, self.device = task, answers, sure, torch.device("cpu")
         self.backbone = SimpleNamespace(step=self.step)
 
     def step(self, input_ids: torch.Tensor, past: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,7 +296,7 @@ class Scribe:
         return torch.tensor(following)[:, None, None].expand(-1, input_ids.shape[1], 1), past
 
     def next_token_logits(self, h: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(h[..., 0], len(self.task.tokenizer)).float()
+        return torch.nn.functional.one_hot(h[..., 0], len(self.task.tokenizer)).float() * self.sure
 
 
 def by_heart(task: Countdown, split: str) -> dict[tuple[int, ...], list[int]]:
@@ -311,6 +311,8 @@ def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips
         assert found.keys() == {f"solved_{split}", f"true_equation_1_{split}", f"true_equation_2_{split}"}
         assert all(score.value == 1 for score in found.values())
         assert found[f"solved_{split}"].per_item.shape == (SMALL.tests,)
+        assert task.solved_by_sampling(Scribe(task, known, sure=100.0), split).value == 1
+        assert task.solved_by_sampling(Scribe(task, known), split).value < 0.1  # any token is about as likely there
     slips = {prompt: list(answer) for prompt, answer in answers["seen"].items()}
     prompts = [tuple(row) for row in task._prompts("seen").tolist()]
     slips[prompts[0]][4] += 1  # the first result

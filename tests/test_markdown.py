@@ -77,8 +77,12 @@ def test_the_table_says_of_every_model_what_the_comparison_found(document: Path,
         if "next-token" in metric.estimates and difference is not None:
             [row] = [row for row in by_seed if row[:2] == [describe(metric.name).title, "NextLat d=2"]]
             for (seed, found), cell in zip(difference.seeds.items(), row[2:], strict=True):
-                value, error = metric.estimates["NextLat d=2"].seeds[seed]
-                assert cell == f"{with_error(value, error, describe(metric.name).unit)} ({marks[found.verdict]})"
+                estimate = metric.estimates["NextLat d=2"]
+                text = with_error(*estimate.seeds[seed], describe(metric.name).unit)
+                if describe(metric.name).unit == "share":
+                    low, high = (100 * end for end in estimate.intervals[seed])
+                    text += f" ({low:.1f} to {high:.1f})"
+                assert cell == f"{text} ({marks[found.verdict]})"
 
 
 def test_every_claim_is_made_and_only_clear_ones_are_in_sight(document: Path, runs: list[Path]) -> None:

@@ -16,6 +16,7 @@ from nextlat.metrics import (
     paired_difference,
     rank_of_factor,
     ratio_score,
+    share_interval,
     triangular_factor,
 )
 
@@ -82,6 +83,16 @@ def test_mean_score():
     assert math.isnan(mean_score([1.0]).stderr)
     with pytest.raises(ValueError, match="at least one"):
         mean_score([])
+
+
+def test_the_interval_of_a_share_is_wilsons_and_there_for_no_other_score():
+    n, z = 50, 1.959964
+    for hits in (0, 7, 50):
+        p = hits / n
+        centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        expected = [max(0.0, (centre + sign * half) / (1 + z**2 / n)) for sign in (-1, 1)]
+        assert share_interval(mean_score(np.arange(n) < hits)) == pytest.approx(expected, abs=1e-6)
+    assert share_interval(mean_score([0.0, 0.5, 1.0])) is None
 
 
 def test_ratio_score_pools_trials_and_clusters_the_error():

@@ -19,7 +19,7 @@ from nextlat.decoding.comparison import TRANSFORMERS, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, write_errors, write_json
 from nextlat.losses import cross_entropy
-from nextlat.metrics import Score, ratio_score
+from nextlat.metrics import Score, ratio_score, share_interval
 from nextlat.model import ObjectiveModel, load
 from nextlat.recipe import Recipe
 from nextlat.run_directory import read_record
@@ -116,6 +116,7 @@ def _evaluate(directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel
         "seed": recipe.seed,
         "steps": recipe.steps,
         "metrics": metrics,
+        "intervals": {name: interval for name, score in scores.items() if (interval := share_interval(score)) is not None},
         "curves": curves,
         "decoding": decoding,
     }

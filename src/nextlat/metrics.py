@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 from torch import Tensor
 
 # Normalised singular values below this are noise of the arithmetic and are dropped (arXiv 2511.05963, effective latent rank).
@@ -44,6 +45,19 @@ def mean_score(per_item: ArrayLike) -> Score:
         raise ValueError(f"a mean needs a vector of at least one item, not an array of shape {items.shape}")
     stderr = float(items.std(ddof=1)) / math.sqrt(items.size) if items.size > 1 else math.nan
     return Score(float(items.mean()), stderr, items)
+
+
+def share_interval(score: Score) -> tuple[float, float] | None:
+    """95 % confidence interval of a share, from items that are each 0 or 1; None where they are not.
+
+    Wilson's (1927, as recommended by Brown, Cai & DasGupta 2001): unlike value +- 2 standard errors it stays inside [0, 1], and
+    does not shrink to nothing where all items, or none, succeed.
+    """
+    items = score.per_item
+    if not np.isin(items, (0.0, 1.0)).all():
+        return None
+    interval = binomtest(int(items.sum()), len(items)).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:

@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score, paired_difference
+from nextlat.metrics import Score, mean_score, paired_difference, share_interval
 from nextlat.report.glossary import describe, higher_is_better, order
 from nextlat.report.models import Models, caveats, first_run, group_models
 from nextlat.report.runs import Run
@@ -37,11 +37,12 @@ CONFIDENCE = 0.95  # of the interval over seeds
 @dataclass(frozen=True)
 class Estimate:
     """A metric of one model: the mean over its seeds, the standard error (over seeds; of one seed, over items; None where it is
-    unknown), and each seed's (value, standard error over items)."""
+    unknown), each seed's (value, standard error over items), and of shares of items each seed's 95 % interval."""
 
     value: float
     stderr: float | None
     seeds: dict[int, tuple[float, float | None]]
+    intervals: dict[int, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,9 @@ def _estimate(runs: dict[int, Run], name: str) -> Estimate:
     seeds = {seed: (run.metrics[name], _known(run.stderr.get(name))) for seed, run in runs.items()}
     values = [value for value, _ in seeds.values()]
     over_seeds = mean_score(values)
-    return Estimate(over_seeds.value, _known(over_seeds.stderr) if len(values) > 1 else next(iter(seeds.values()))[1], seeds)
+    error = _known(over_seeds.stderr) if len(values) > 1 else next(iter(seeds.values()))[1]
+    found = {seed: share_interval(run.scores[name]) for seed, run in runs.items() if name in run.scores}
+    return Estimate(over_seeds.value, error, seeds, {seed: ends for seed, ends in found.items() if ends is not None})
 
 
 Pair = tuple[float, float, Score | None]  # our value, theirs, and the difference over items

@@ -22,7 +22,7 @@ INTRODUCTION = (
     "The same transformer trained with different objectives, measured on what it knows about its world. Each difference comes with "
     "its error; only what lies beyond the error is claimed."
 )
-BY_ITEMS = "Errors and verdicts over test items."
+BY_ITEMS = "Errors and verdicts over test items; in brackets the 95 % interval (Wilson) of what is a share of them."
 OTHER_SCALE = "Published figures, on another scale"
 SCALE = (  # what of `facts` says how large a run was
     "Recipe",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nextlat.evaluation import HIGHER_IS_BETTER
+from nextlat.tasks.answers import SAMPLED
 from nextlat.tasks.hmm import HMM
 from nextlat.tasks.language_benchmarks import METRICS, PREFIX
 from nextlat.tasks.streets import Streets
@@ -162,6 +163,20 @@ _TERMS: dict[str, Term] = {
         "Solved, held-out targets",
         "share of problems solved with held-out targets",
         "The same for targets that never occur in training.",
+        COUNTDOWN,
+        items="problems",
+    ),
+    "solved_seen_sampled": Term(
+        "Solved, targets seen in training (sampled)",
+        "share of problems solved by one sampled answer with targets seen in training",
+        "The same by one answer for each, sampled at temperature 1; the targets occur in training.",
+        COUNTDOWN,
+        items="problems",
+    ),
+    "solved_held_out_sampled": Term(
+        "Solved, held-out targets (sampled)",
+        "share of problems solved by one sampled answer with held-out targets",
+        "The same for targets that never occur in training, by one sampled answer for each.",
         COUNTDOWN,
         items="problems",
     ),
@@ -330,7 +345,9 @@ def higher_is_better(metric: str) -> bool | None:
     return True if any(pattern.fullmatch(metric) for pattern in (_WORD_PROBLEM, _PATH, _EQUATION)) else known.get(metric)
 
 
-_ANSWERS = dict.fromkeys(("exact_path_accuracy", "exact_path_accuracy_sampled", "solved_seen", "solved_held_out"), True)
+_ANSWERS = dict.fromkeys(
+    [name + way for name in ("exact_path_accuracy", "solved_seen", "solved_held_out") for way in ("", SAMPLED)], True
+)
 
 
 def order(metric: str) -> tuple[int, int, str]:

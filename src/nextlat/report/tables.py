@@ -9,7 +9,7 @@ from nextlat.report.glossary import describe
 from nextlat.report.published import PUBLISHED
 from nextlat.report.reproduction import REFERENCE, reproduction
 from nextlat.report.solving import solving
-from nextlat.report.wording import ARROWS, difference_text, estimate_text, with_error
+from nextlat.report.wording import ARROWS, difference_text, estimate_text, seed_text, with_error
 
 MARKS: dict[Verdict, str] = {"better": "▲ better", "worse": "▼ worse", "within noise": "≈ within noise", "no claim": "no claim"}
 
@@ -56,14 +56,13 @@ def every_seed(task: TaskComparison) -> Table | None:
         return None
     rows = []
     for metric in task.metrics:
-        term = describe(metric.name)
         for label, estimate in metric.estimates.items():
             difference = metric.differences.get(label)
             cells = []
             for seed in seeds:
-                text = with_error(*estimate.seeds[seed], term.unit) if seed in estimate.seeds else NONE
+                text = seed_text(metric.name, estimate, seed) if seed in estimate.seeds else NONE
                 cells.append(Cell(text, verdict=_claimed(difference.seeds.get(seed) if difference is not None else None)))
-            rows.append(([term.title, label], cells))
+            rows.append(([describe(metric.name).title, label], cells))
     return Table(["metric", "model"], [f"seed {seed}" for seed in seeds], rows)
 
 

@@ -47,6 +47,14 @@ def estimate_text(name: str, estimate: Estimate) -> str:
     return with_error(estimate.value, estimate.stderr, describe(name).unit)
 
 
+def seed_text(name: str, estimate: Estimate, seed: int) -> str:
+    """One seed's cell: the same, and of a share of items its 95 % interval: `52.4 ± 1.6 % (49.3 to 55.5)`."""
+    text = with_error(*estimate.seeds[seed], describe(name).unit)
+    if seed in estimate.intervals:
+        text += " ({:.1f} to {:.1f})".format(*(100 * end for end in estimate.intervals[seed]))
+    return text
+
+
 def difference_text(name: str, difference: Difference) -> str:
     """The difference below it; of shares in points, which the footnotes say."""
     return with_error(difference.value, difference.stderr, describe(name).unit, signed=True).removesuffix(" points")

@@ -18,6 +18,7 @@ from nextlat.batch import IGNORE
 from nextlat.tasks.base import Rows
 from nextlat.tasks.street_rides import SequenceModel, inference
 
+SAMPLED = "_sampled"  # behind the names of metrics of answers that are not greedy
 PAD, UNK, END = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<unk>", "end")
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
 from nextlat.metrics import Score, mean_score
-from nextlat.tasks.answers import END, PAD, SPECIAL_TOKENS, AnswerRows, generate_answers, symbol_tokenizer
+from nextlat.tasks.answers import END, PAD, SAMPLED, SPECIAL_TOKENS, AnswerRows, generate_answers, symbol_tokenizer
 from nextlat.tasks.base import Metric, Task
 from nextlat.tasks.countdown_problems import OPERATIONS, Equation, Problems, Verdict, arithmetic, draw_problems, judge
 
@@ -113,7 +113,7 @@ class Countdown(Task):
         self.max_length = self.prompt_length + self.answer_length
         self.tokenizer = symbol_tokenizer(SYMBOLS, config.max_value + 1)
         self.higher_is_better = {
-            **{f"solved_{split}": True for split in SPLITS},
+            **{f"solved_{split}{way}": True for split in SPLITS for way in ("", SAMPLED)},
             **{f"true_equation_{i}_{split}": True for i in range(1, config.numbers) for split in SPLITS},
         }
         targets = np.random.default_rng(0).permutation(np.arange(config.min_target, config.max_target + 1))
@@ -155,6 +155,9 @@ class Countdown(Task):
         return {
             "problems, seen targets": lambda model: self.accuracies(model, "seen"),
             "problems, held-out targets": lambda model: self.accuracies(model, "held_out"),
+            "sampled answers": lambda model: {
+                f"solved_{split}{SAMPLED}": self.solved_by_sampling(model, split) for split in SPLITS
+            },
         }
 
     def accuracies(self, model: "ObjectiveModel", split: str) -> dict[str, Score]:
@@ -170,9 +173,13 @@ class Countdown(Task):
             found[f"true_equation_{i + 1}_{split}"] = mean_score(true)
         return found
 
-    def _answers(self, model: "ObjectiveModel", split: str) -> np.ndarray:
-        """(P, A) greedy answers, padded behind their first `end`."""
-        answers = generate_answers(model, self._prompts(split), self.answer_length)
+    def solved_by_sampling(self, model: "ObjectiveModel", split: str, seed: int = 0) -> Score:
+        """Share of test problems that one answer sampled at temperature 1 solves."""
+        return mean_score([v is Verdict.SOLVED for v in self.verdicts(self._answers(model, split, seed), split)])
+
+    def _answers(self, model: "ObjectiveModel", split: str, seed: int | None = None) -> np.ndarray:
+        """(P, A) answers, greedy or sampled (seed), padded behind their first `end`."""
+        answers = generate_answers(model, self._prompts(split), self.answer_length, seed=seed)
         ends = answers == END
         answers[ends.cumsum(axis=1) > ends] = PAD
         return answers
