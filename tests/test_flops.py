@@ -115,3 +115,14 @@ def test_objective_without_a_formula_is_not_guessed(monkeypatch: pytest.MonkeyPa
     model = nextlat.attach(nextlat.llama(7, layers=1, width=8, heads=2), nextlat.NextTokenConfig())
     monkeypatch.setattr(type(model.objective), "flops", Objective.flops)
     assert training_flops(model, 8) is None
+
+
+def test_a_frozen_transformer_has_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
+    model = nextlat.attach(tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.NextLatConfig(horizon=2))
+    trained = step_flops(model, **batch(packed=True))
+    model.lm.requires_grad_(False)
+    predicted = step_flops(model, **batch(packed=True))
+    assert predicted is not None and trained is not None
+    assert sum(predicted.values()) == pytest.approx(counted(model, batch(packed=True)), rel=1e-6)
+    assert predicted["dynamics"] == trained["dynamics"] and 3 * predicted["backbone"] == trained["backbone"]

@@ -32,7 +32,14 @@ def written(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize("name", built_in_recipes())
 @pytest.mark.parametrize("objective", ["next-token", "nextlat"])
 def test_every_built_in_recipe_round_trips_through_json(name: str, objective: str) -> None:
-    recipe = load_recipe(name, objective=objective)
+    more = []
+    if name == "own-model":  # the model is the user's
+        more = [
+            "backbone.pretrained=some/model",
+            "task.tokenizer=some/model",
+            f"backbone.frozen={'true' if objective == 'nextlat' else 'false'}",
+        ]
+    recipe = load_recipe(name, more, objective=objective)
     content = json.loads(json.dumps(recipe.to_dict()))
     assert Recipe.from_dict(content, name) == recipe
     assert differences(content, recipe.to_dict()) == []
@@ -181,3 +188,14 @@ def test_no_unknown_key_is_ever_accepted(key: str) -> None:
             continue
         with pytest.raises(NextLatError, match=f"'{key}'"):
             load_recipe("city-tiny", [f"{place}{key}=1"])
+
+
+def test_only_a_pretrained_model_is_frozen_and_only_for_the_dynamics() -> None:
+    given = ["backbone.pretrained=some/model", "task.tokenizer=some/model"]
+    assert load_recipe("own-model", given).backbone.frozen
+    with pytest.raises(NextLatError, match=r"backbone needs layers.*or pretrained"):
+        load_recipe("own-model")
+    with pytest.raises(NextLatError, match=r"backbone.frozen .* needs backbone.pretrained and the objective nextlat"):
+        load_recipe("own-model", given, objective="next-token")
+    with pytest.raises(NextLatError, match=r"backbone.frozen .* needs backbone.pretrained"):
+        load_recipe("city-tiny", ["backbone.frozen=true"])

@@ -544,6 +544,16 @@ def test_pretrained_backbone_starts_from_its_weights(whole: Path, tmp_path: Path
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
 
 
+def test_a_frozen_model_is_not_touched_while_its_dynamics_learn(whole: Path, tmp_path: Path) -> None:
+    sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
+    recipe = tiny(*sizes, f"backbone.pretrained={whole}", "backbone.frozen=true", "steps=100", "run.save_every=100")
+    run = train(recipe, tmp_path / "run", progress=False)
+    before, after = (load_file(path / "model.safetensors") for path in (whole, run))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    losses = [line["next_h"] for line in read_metrics(run) if "next_h" in line]
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_pretrained_backbone_that_does_not_fit_is_named(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
     with pytest.raises(NextLatError, match="cannot be loaded"):

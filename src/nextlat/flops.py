@@ -2,7 +2,8 @@
 
 Counted as everywhere: a product of (M, K) and (K, N) matrices is 2 M K N operations, only matrix products count, the half of the
 attention that the causal mask hides counts too, and what is recomputed to save memory does not (it is no part of the method).
-Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for both factors).
+Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for both factors). A frozen transformer
+has none; what drafts from it then costs is counted for NextLat alone.
 
 What an objective adds to the transformer it says itself: `Objective.flops`. Here is what all of them are made of.
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 FORWARD, TRAINING = 2.0, 6.0  # operations of a product per weight and vector: forward alone, and with backward
 
 
+def per_weight(backbone: Backbone) -> float:
+    """Operations of a product per weight of the transformer and vector."""
+    return TRAINING if any(p.requires_grad for p in backbone.lm.parameters()) else FORWARD
+
+
 def weights(module: nn.Module) -> int:
     """Weights in the matrix products of a module: of all experts where there are several, without tables of embeddings."""
     tables = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}
@@ -38,13 +44,14 @@ def attention_flops(backbone: Backbone, layers: int, batch: Batch) -> float:
     """Of so many layers on a whole batch, padding included, without their projections: q k^T and its product with v."""
     (B, T), config = batch.input_ids.shape, backbone.lm.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return TRAINING * 2 * B * T * T * layers * config.num_attention_heads * size
+    return per_weight(backbone) * 2 * B * T * T * layers * config.num_attention_heads * size
 
 
 def transformer_flops(backbone: Backbone, batch: Batch) -> float:
     """All layers of the LM, its head left out."""
     layers = backbone.lm.config.num_hidden_layers
-    return TRAINING * weights(backbone.lm.base_model) * batch.input_ids.numel() + attention_flops(backbone, layers, batch)
+    products = per_weight(backbone) * weights(backbone.lm.base_model) * batch.input_ids.numel()
+    return products + attention_flops(backbone, layers, batch)
 
 
 def step_flops(

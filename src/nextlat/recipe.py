@@ -33,6 +33,7 @@ class BackboneSettings:
     """The transformer: from scratch (`nextlat.llama` with layers, width, heads) or `pretrained`, a directory or hub id.
 
     `max_length` None = the longest sequence of the task; `intermediate_size`, `initializer_range` None = as in `nextlat.llama`.
+    `frozen`: a pretrained model stays as it is, and only NextLat's dynamics are trained, to draft for it.
     """
 
     layers: Count | None = None
@@ -42,6 +43,7 @@ class BackboneSettings:
     initializer_range: Positive | None = None
     max_length: Count | None = None
     pretrained: str | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -319,11 +321,14 @@ def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: 
 def _check(recipe: Recipe, where: str) -> None:
     """What no single field can know."""
     backbone, schedule = recipe.backbone, recipe.schedule
-    sizes = [f.name for f in fields(backbone) if f.name != "pretrained" and getattr(backbone, f.name) is not None]
+    own = ("pretrained", "frozen")
+    sizes = [f.name for f in fields(backbone) if f.name not in own and getattr(backbone, f.name) is not None]
     if backbone.pretrained is not None and sizes:
         problem = f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
     elif backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
         problem = 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
+    elif backbone.frozen and (backbone.pretrained is None or recipe.objective != "nextlat"):
+        problem = "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained and the objective nextlat"
     elif recipe.batch_size % recipe.gradient_accumulation:
         problem = f"batch_size {recipe.batch_size} is no multiple of gradient_accumulation {recipe.gradient_accumulation}"
     elif schedule.decay_steps and schedule.name != "wsd":

@@ -81,6 +81,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
                 f"backbone.pretrained = '{backbone.pretrained}' knows {known} tokens, the task {recipe.task_name} needs "
                 f"{vocab_size}: train from scratch or choose another model."
             )
+        lm.requires_grad_(not backbone.frozen)
     else:
         lm = llama(
             vocab_size,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nextlat.batch import Batch
-from nextlat.flops import TRAINING, head_weights
+from nextlat.flops import head_weights, per_weight
 from nextlat.losses import Losses, Term, cross_entropy
 from nextlat.objectives.base import Objective
 
@@ -31,7 +31,7 @@ class NextToken(Objective):
         return Losses({"next_token": self.next_token_term(h_ND, batch, counts[:1])})
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        return {"head": TRAINING * head_weights(self.backbone) * int(batch.scored().sum())}
+        return {"head": per_weight(self.backbone) * head_weights(self.backbone) * int(batch.scored().sum())}
 
     def next_token_term(self, h_ND: Tensor, batch: Batch, counts: Tensor) -> Term:
         """The cross-entropy that every objective shares; `counts` has shape (1,)."""
