@@ -67,8 +67,8 @@ def learning_curves(task: TaskComparison) -> Figure | None:
     legend_below(figure, [*model_handles(task), *handles])
     for place, part in enumerate(parts):
         row, column = divmod(place, columns)
-        ax = figure.add_subplot(grid[1 + row, column], sharex=top if columns < MOST_PARTS else None)
-        if columns == MOST_PARTS:  # too narrow for the steps that fit above
+        ax = figure.add_subplot(grid[1 + row, column], sharex=top if columns == 1 else None)
+        if columns > 1:  # too narrow for the steps that fit above
             ax.set_xlim(0, max(_curve(run, CROSS_ENTROPY)[0].max() for _, run in logs))
             ax.xaxis.set_major_locator(MaxNLocator(3))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
