@@ -70,7 +70,7 @@ def learning_curves(task: TaskComparison) -> Figure | None:
         ax = figure.add_subplot(grid[1 + row, column], sharex=top if columns == 1 else None)
         if columns > 1:  # too narrow for the steps that fit above
             ax.set_xlim(0, max(_curve(run, CROSS_ENTROPY)[0].max() for _, run in logs))
-            ax.xaxis.set_major_locator(MaxNLocator(3))
+            ax.xaxis.set_major_locator(MaxNLocator(4 if columns == 2 else 3, steps=[1, 2, 5, 10]))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         for color, run in logs:
             if any(part in line for line in run.log):
