@@ -1,5 +1,6 @@
 """The study of one change at a time: every variant is a setting that its recipe takes and that changes something."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -60,3 +61,17 @@ def test_table_has_every_seed_and_says_what_was_never_found(
     found = {run.seed: replace(run, log=rising if run.seed == 11 else rising[:1]) for run in runs}
     benchmark.print_table([benchmark.row("no KL", ["a=1"], found, metrics)], metrics)
     assert capsys.readouterr().out.splitlines()[-1] == "| no KL | 0.500, 1.000 | -, 2,000 |"
+
+
+def test_from_the_command_to_the_table(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["steps=3", "schedule.warmup_steps=1", "schedule.decay_steps=1", "task.tests=5"]
+    command = ["city-tiny", *settings, "--variants", "no KL", "--seeds", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["variants.py", *command])
+    benchmark.main()
+    [line] = json.loads((tmp_path / "variants.json").read_text())
+    assert line["settings"] == [*settings, "objectives.nextlat.lambda_kl=0"]
+    assert line["seeds"]["4"].keys() == {"next_token_loss"}
+    assert f"| no KL | {line['seeds']['4']['next_token_loss']:.3f} |" in capsys.readouterr().out
+    assert read_runs([tmp_path / "no-KL" / "s4"])[0].seed == 4
