@@ -48,7 +48,9 @@ class NextLatConfig:
         dynamics: "gru" is one GRU cell of width D on E(x), see `latent_dynamics`.
 
     Variants of ours, off by default:
-        warmup_steps: both lambdas grow linearly to their values over so many optimiser steps; 0 = from the start.
+        warmup_steps: both lambdas grow linearly to their values over so many optimiser steps; 0 = from the start, as published.
+            Recommended for language, over a third or more of the steps: it halves what NextLat costs the next token, and drafts are
+            accepted as often. Not for planning: on Path-Star the shortcut is learned while the lambdas are small (docs/log.md).
         separate_norms, zero_init: of the latent dynamics model, see `latent_dynamics.LatentDynamics`.
 
     Raises:
