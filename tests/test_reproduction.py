@@ -61,13 +61,13 @@ def test_directions_are_compared_beyond_the_noise(
     assert outcomes(compared(tmp_path, metric, {"next-token": 0.0, **values})) == expected
 
 
-def test_the_row_of_the_same_horizon_is_taken_or_none(tmp_path: Path) -> None:
+def test_the_row_of_the_same_horizon_is_taken_or_the_nearest(tmp_path: Path) -> None:
     values = {"next-token": 0.0, "nextlat": 0.1, "bst": 0.1}
-    for horizon, figure in ((4, 0.576), (8, 0.587)):
+    for horizon, figure, other in ((4, 0.576, None), (8, 0.587, None), (2, 0.548, 1), (3, 0.576, 4), (20, 0.587, 8)):
         task = compared(tmp_path / str(horizon), "solved_held_out", values, "countdown", horizon)
         found = {one.model: one.published for one in reproduction(task)}
         assert found == {f"NextLat d={horizon}": (figure, 0.331), "BST": (0.423, 0.331)}
-    assert outcomes(compared(tmp_path / "2", "solved_held_out", values, "countdown", 2)) == {"BST": "same direction"}
+        assert {one.model: one.horizon for one in reproduction(task)} == {f"NextLat d={horizon}": other, "BST": None}
 
 
 def test_without_a_baseline_or_an_error_nothing_is_claimed(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Reproduction:
 
     Attributes:
         metric, model: ours. published: (the method's figure, GPT's), or what the paper says in words.
+        horizon: of the method's figure, if it is not ours.
         estimate: of this model. difference: to the baseline; None of the baseline itself.
         outcome: of the two directions.
     """
@@ -39,12 +40,13 @@ class Reproduction:
     estimate: Estimate
     difference: Difference | None
     outcome: Outcome
+    horizon: int | None = None
 
 
 def reproduction(task: TaskComparison) -> list[Reproduction]:
     """All that can be set beside each other, metric by metric: figures, then words.
 
-    A method whose figures are published by horizon is compared at the same horizon only.
+    A method whose figures are published by horizon is compared at the horizon nearest to ours.
     """
     published = PUBLISHED.get(task.task)
     return [] if published is None else [*_figures(task, published), *_words(task, published)]
@@ -60,17 +62,26 @@ def _figures(task: TaskComparison, published: Published) -> Iterator[Reproductio
             continue
         name = theirs[metric.name]
         for label, difference in metric.differences.items():
-            row = _row(published, task, label)
+            row, horizon = _row(published, task, label)
             if name in row:
                 figures = (row[name], reference[name])
                 outcome = _outcome(figures, metric, difference)
-                yield Reproduction(metric.name, label, figures, metric.estimates[label], difference, outcome)
+                yield Reproduction(metric.name, label, figures, metric.estimates[label], difference, outcome, horizon)
 
 
-def _row(published: Published, task: TaskComparison, label: str) -> dict[str, float]:
+def _row(published: Published, task: TaskComparison, label: str) -> tuple[dict[str, float], int | None]:
+    """What is published of a model's method, and the horizon of it where that is another than the model's."""
     run = first_run(task.models[label])
     method = TITLES.get(run.objective, run.objective)
-    return published.rows.get(method) or published.rows.get(f"{method} d={run.horizon}") or {}
+    if method in published.rows:
+        return published.rows[method], None
+    by_horizon = {
+        int(name.removeprefix(f"{method} d=")): row for name, row in published.rows.items() if name.startswith(f"{method} d=")
+    }
+    if not by_horizon:
+        return {}, None
+    nearest = min(by_horizon, key=lambda horizon: (abs(horizon - run.horizon), horizon))
+    return by_horizon[nearest], nearest if nearest != run.horizon else None
 
 
 def _outcome(published: tuple[float, float], metric: MetricComparison, difference: Difference) -> Outcome:

@@ -95,6 +95,7 @@ def reproduced(task: TaskComparison) -> Table | None:
         unit = describe(found.metric).unit
         figures = () if isinstance(found.published, str) else found.published
         published = " against ".join(with_error(value, None, unit) for value in figures) or str(found.published)
+        published += f" (d={found.horizon})" if found.horizon is not None else ""
         change = "" if found.difference is None else difference_text(found.metric, found.difference)
         here = Cell(estimate_text(found.metric, found.estimate), change)
         rows.append(([describe(found.metric).title, found.model], [Cell(published), here, Cell(found.outcome)]))
