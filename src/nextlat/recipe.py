@@ -323,12 +323,12 @@ def _check(recipe: Recipe, where: str) -> None:
     backbone, schedule = recipe.backbone, recipe.schedule
     own = ("pretrained", "frozen")
     sizes = [f.name for f in fields(backbone) if f.name not in own and getattr(backbone, f.name) is not None]
-    if backbone.pretrained is not None and sizes:
+    if backbone.frozen and (backbone.pretrained is None or recipe.objective != "nextlat"):
+        problem = "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained, a directory or hub id, and the objective nextlat"
+    elif backbone.pretrained is not None and sizes:
         problem = f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
     elif backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
         problem = 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
-    elif backbone.frozen and (backbone.pretrained is None or recipe.objective != "nextlat"):
-        problem = "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained and the objective nextlat"
     elif recipe.batch_size % recipe.gradient_accumulation:
         problem = f"batch_size {recipe.batch_size} is no multiple of gradient_accumulation {recipe.gradient_accumulation}"
     elif schedule.decay_steps and schedule.name != "wsd":
