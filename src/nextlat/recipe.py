@@ -324,7 +324,10 @@ def _check(recipe: Recipe, where: str) -> None:
     own = ("pretrained", "frozen")
     sizes = [f.name for f in fields(backbone) if f.name not in own and getattr(backbone, f.name) is not None]
     if backbone.frozen and (backbone.pretrained is None or recipe.objective != "nextlat"):
-        problem = "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained, a directory or hub id, and the objective nextlat"
+        problem = (
+            "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained, a directory or hub id, and the "
+            "objective nextlat"
+        )
     elif backbone.pretrained is not None and sizes:
         problem = f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
     elif backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
