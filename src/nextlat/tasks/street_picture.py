@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from nextlat.errors import NextLatError
 from nextlat.tasks.street_map import ReconstructedMap
@@ -114,8 +115,10 @@ def draw_maps(path: str | Path, maps: Mapping[str, tuple[StreetNetwork, Reconstr
         labelcolor=QUIET,
         bbox_to_anchor=(0.5, 0.08 / total),
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    with Image.open(drawn) as picture:  # a palette does for so few colours, and takes a third of the space
+        picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(buffer, format="png", optimize=True)
     try:
         Path(path).write_bytes(buffer.getvalue())
     except OSError as error:
