@@ -76,7 +76,7 @@ def main() -> None:
     jobs = {name: plan(arguments.recipe, name, (*arguments.settings, *known[name]), arguments.seeds, out) for name in chosen}
     watch([job for group in jobs.values() for job in group if not job.done], arguments.jobs)
     found = {name: {run.seed: run for run in read_runs([job.directory for job in group])} for name, group in jobs.items()}
-    task = load_recipe(arguments.recipe).task_name
+    task = load_recipe(arguments.recipe, arguments.settings).task_name
     metrics = arguments.metrics or METRICS.get(task, METRICS_OF_OTHERS)
     rows = [row(name, jobs[name][0].settings, runs, metrics) for name, runs in found.items()]
     print_table(rows, metrics)

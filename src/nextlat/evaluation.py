@@ -116,7 +116,7 @@ def _evaluate(directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel
         "seed": recipe.seed,
         "steps": recipe.steps,
         "metrics": metrics,
-        "intervals": {name: interval for name, score in scores.items() if (interval := share_interval(score)) is not None},
+        "intervals": {name: interval for name, score in scores.items() if (interval := share_interval(score))},
         "curves": curves,
         "decoding": decoding,
     }

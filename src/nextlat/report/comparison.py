@@ -212,8 +212,8 @@ def _estimate(runs: dict[int, Run], name: str) -> Estimate:
     values = [value for value, _ in seeds.values()]
     over_seeds = mean_score(values)
     error = _known(over_seeds.stderr) if len(values) > 1 else next(iter(seeds.values()))[1]
-    found = {seed: share_interval(run.scores[name]) for seed, run in runs.items() if name in run.scores}
-    return Estimate(over_seeds.value, error, seeds, {seed: ends for seed, ends in found.items() if ends is not None})
+    intervals = {s: ends for s, run in runs.items() if name in run.scores and (ends := share_interval(run.scores[name]))}
+    return Estimate(over_seeds.value, error, seeds, intervals)
 
 
 Pair = tuple[float, float, Score | None]  # our value, theirs, and the difference over items

@@ -107,10 +107,9 @@ def score(metric: str, items: Sequence[Any]) -> Score:
         return exp_score(mean_score([-item for item in items]))
     if metric.startswith("acc"):
         return mean_score([float(item) for item in items])
-    nats = ratio_score([-log_likelihood for log_likelihood, _ in items], [units for _, units in items])
-    if metric == "bits_per_byte":
-        return Score(nats.value / math.log(2), nats.stderr / math.log(2), nats.per_item / math.log(2))
-    return exp_score(nats)
+    nats = math.log(2) if metric == "bits_per_byte" else 1.0
+    rate = ratio_score([-log_likelihood for log_likelihood, _ in items], [nats * units for _, units in items])
+    return rate if metric == "bits_per_byte" else exp_score(rate)
 
 
 class _WithLogits(nn.Module):

@@ -27,6 +27,7 @@ from nextlat.errors import NextLatError
 from nextlat.metrics import Score, mean_score
 from nextlat.tasks.answers import (
     END,
+    SAMPLED,
     SPECIAL_TOKENS,
     AnswerRows,
     forced_answers,
@@ -150,7 +151,7 @@ class PathStar(Task):
         self.tokenizer = symbol_tokenizer(SYMBOLS, config.names, spaces=r",\s")
         self.higher_is_better = {
             "exact_path_accuracy": True,
-            "exact_path_accuracy_sampled": True,
+            f"exact_path_accuracy{SAMPLED}": True,
             **{f"accuracy_position_{i + 1}": True for i in range(length)},
         }
         self._tests, self._test_keys = draw_stars(config, config.tests, self._random(0))
@@ -180,7 +181,7 @@ class PathStar(Task):
     def metrics(self) -> Mapping[str, Metric]:
         return {
             "exact paths": lambda model: {"exact_path_accuracy": self.exact_paths(model)},
-            "sampled paths": lambda model: {"exact_path_accuracy_sampled": self.exact_paths(model, seed=0)},
+            "sampled paths": lambda model: {f"exact_path_accuracy{SAMPLED}": self.exact_paths(model, seed=0)},
             "accuracy by position": self.accuracy_by_position,
         }
 
