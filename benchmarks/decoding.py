@@ -26,13 +26,13 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from nextlat.decoding.comparison import STATIC, TRANSFORMERS, Timing, Way, compare_decoding
 from nextlat.decoding.draft_length import Costs
 from nextlat.decoding.known import costs_of
+from nextlat.decoding.speed import STATIC, TRANSFORMERS, Timing, Way, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.evaluation import open_run
 from nextlat.model import ObjectiveModel, load
-from nextlat.training import threads
+from nextlat.training.train import threads
 
 LOOPING = 0.5  # a text of which less than half of the 4-grams are different runs in circles
 

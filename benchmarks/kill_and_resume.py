@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nextlat.run_directory import checkpoint_step, checkpoints, read_metrics
+from nextlat.training.run_directory import checkpoint_step, checkpoints, read_metrics
 
 FILES = ("config.json", "model.safetensors", "nextlat/objective.json", "nextlat/objective.safetensors")
 SAVE_EVERY = 10

@@ -2,7 +2,7 @@
 
 Every objective takes optimiser steps (forward, backward, AdamW) on the same random tokens with the same transformer; they take turns
 many times over in one process, and speeds are compared within a turn, so that a busy machine hits all alike. Beside each: the speed
-that its FLOPs alone would let one expect (nextlat.flops), and the peak memory of a step above weights and optimiser state.
+that its FLOPs alone would let one expect (nextlat.objectives.flops), and the peak memory of a step above weights and optimiser state.
 
 On CUDA the peak is torch.cuda.max_memory_allocated. On the CPU it is the highest sum of what the profiler recorded of torch's
 allocator in one step: to the byte, and it sees the inside of fused operations, which a count of live tensors would not.
@@ -31,8 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import nextlat
 from nextlat.errors import NextLatError
-from nextlat.flops import training_flops
 from nextlat.objectives import OBJECTIVES, NextLat, NextToken
+from nextlat.objectives.flops import training_flops
 
 OTHER = "x-transformers"
 MIB = 2**20

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import torch
 
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.walks import WalkDataset, random_walks
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.walks import WalkDataset, random_walks
 
 ROWS, ROW_LENGTH, MOVES = 16_384, 128, (4, 60)
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from nextlat.metrics import mean_score
-from nextlat.tasks.street_map import reconstruct
-from nextlat.tasks.street_map_record import map_record
-from nextlat.tasks.street_network import StreetNetwork
+from nextlat.scores import mean_score
+from nextlat.tasks.streets.map import reconstruct
+from nextlat.tasks.streets.map_record import map_record
+from nextlat.tasks.streets.network import StreetNetwork
 
 ITEMS = 200
 CITY = {  # metric -> (next-token, NextLat)

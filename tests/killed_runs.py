@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from nextlat.recipe import Recipe, load_recipe
-from nextlat.run_directory import read_metrics
-from nextlat.trainer import NextLatTrainer
-from nextlat.training import train
+from nextlat.training.recipe import Recipe, load_recipe
+from nextlat.training.run_directory import read_metrics
+from nextlat.training.train import train
+from nextlat.training.trainer import NextLatTrainer
 
 OVERRIDES = [
     "steps=6", "batch_size=2", "task.row_length=24", "run.save_every=2", "run.log_every=1", "run.eval_every=3", "task.tests=4",

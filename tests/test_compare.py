@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from fabricated_runs import FIVE, write_run
 from nextlat.cli import app
-from nextlat.compare import plan
 from nextlat.errors import NextLatError
-from nextlat.jobs import Job, run
-from nextlat.recipe import BUILT_IN, load_recipe
+from nextlat.training.jobs import Job, run
+from nextlat.training.recipe import BUILT_IN, load_recipe
+from nextlat.training.sweep import plan
 
 SHORT = ["steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "task.tests=12"]
 # What stands in for `nextlat train`: it notes that it was called, and puts a finished run in place or fails, as told.
@@ -146,7 +146,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         Job, "command", property(lambda job: [sys.executable, str(tmp_path / "trainer.py"), str(folder), str(job.directory)])
     )
-    monkeypatch.setattr("nextlat.jobs.POLL", 0.02)
+    monkeypatch.setattr("nextlat.training.jobs.POLL", 0.02)
     return folder
 
 

@@ -21,8 +21,8 @@ from nextlat.report.published import PUBLISHED
 from nextlat.tasks.countdown import CountdownConfig
 from nextlat.tasks.hmm import HMM
 from nextlat.tasks.path_star import PathStarConfig
-from nextlat.tasks.streets import Streets
-from nextlat.tasks.text import Text
+from nextlat.tasks.streets.streets import Streets
+from nextlat.tasks.text.text import Text
 from nextlat.tasks.word_problem import WordProblemConfig
 
 Items = dict[str, list[float] | np.ndarray]

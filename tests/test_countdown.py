@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
 from nextlat.evaluation import open_run
-from nextlat.recipe import load_recipe
-from nextlat.run_directory import read_metrics
 from nextlat.tasks import countdown_problems
 from nextlat.tasks.answers import END, PAD
 from nextlat.tasks.countdown import COMMA, ZERO, Countdown, CountdownConfig, rows, verdict
@@ -24,7 +22,9 @@ from nextlat.tasks.countdown_problems import (
     equations,
     first_solutions,
 )
-from nextlat.training import train
+from nextlat.training.recipe import load_recipe
+from nextlat.training.run_directory import read_metrics
+from nextlat.training.train import train
 
 SMALL = CountdownConfig(numbers=3, max_number=15, min_target=10, max_target=39, max_value=300, pause=2, problems=400, tests=40)
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import tiny_lm
 from nextlat import NextLatConfig, NextLatError, attach
-from nextlat.decoding.comparison import TRANSFORMERS, Timing, compare_decoding
+from nextlat.decoding.speed import TRANSFORMERS, Timing, compare_decoding
 
 
 def test_ways_do_the_same_work_and_padding_is_not_counted():

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nextlat import demo
 from nextlat.errors import NextLatError
-from nextlat.jobs import collect, run
+from nextlat.training import demo
+from nextlat.training.jobs import collect, run
 
 
 @pytest.fixture

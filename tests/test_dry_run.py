@@ -7,13 +7,13 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from nextlat import dry_run as module
 from nextlat.cli import _duration, app
-from nextlat.dry_run import dry_run
 from nextlat.objectives import OBJECTIVES
-from nextlat.recipe import load_recipe
-from nextlat.run_directory import read_record
-from nextlat.training import build_model, train
+from nextlat.training import cost as module
+from nextlat.training.cost import dry_run
+from nextlat.training.recipe import load_recipe
+from nextlat.training.run_directory import read_record
+from nextlat.training.train import build_model, train
 
 SMALL = ["steps=3", "schedule.name=constant", "schedule.warmup_steps=0", "schedule.decay_steps=0", "run.save_every=0"]
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nextlat
 from conftest import tiny_lm
-from nextlat.flops import FORWARD, head_weights, step_flops, training_flops, weights
 from nextlat.objectives import OBJECTIVES, Objective
+from nextlat.objectives.flops import FORWARD, head_weights, step_flops, training_flops, weights
 
 VOCAB, ROWS, T = 50, 2, 24
 CONFIGS = [

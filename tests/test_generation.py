@@ -308,7 +308,7 @@ def test_sampled_batches_follow_the_enumerated_distribution(policy: str, setting
     rule = sampling(**settings, seed=4)
     choice = POLICIES[policy]() if callable(POLICIES[policy]) else POLICIES[policy]
     if not isinstance(choice, int):
-        monkeypatch.setattr("nextlat.decoding.speculative._draft_length", lambda *_: choice)
+        monkeypatch.setattr("nextlat.decoding.loop._draft_length", lambda *_: choice)
     counts = [torch.zeros(5, 5, 5, dtype=torch.float64) for _ in range(2)]
     drafted = accepted = 0
     for _ in range(4):

@@ -11,12 +11,12 @@ import torch
 
 from nextlat.errors import NextLatError
 from nextlat.evaluation import next_token_loss, open_run
-from nextlat.recipe import load_recipe
-from nextlat.run_directory import read_metrics
 from nextlat.tasks import hmm
 from nextlat.tasks.hidden_markov import HiddenMarkov
 from nextlat.tasks.hmm import BEGIN, FIRST_SYMBOL, HMM, HMMConfig
-from nextlat.training import train
+from nextlat.training.recipe import load_recipe
+from nextlat.training.run_directory import read_metrics
+from nextlat.training.train import train
 
 SMALL = HMMConfig(length=12, tests=60)
 ODD = HiddenMarkov.of([[0.7, 0.3, 0.0], [0.1, 0.2, 0.7], [0.5, 0.25, 0.25]], [[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])

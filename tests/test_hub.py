@@ -11,10 +11,10 @@ from huggingface_hub import close_session, constants
 import nextlat
 from nextlat.errors import NextLatError
 from nextlat.hub import hub_or_cache
-from nextlat.recipe import load_recipe
-from nextlat.tasks.text import TextConfig
-from nextlat.tasks.text_tokens import existing_tokenizer
-from nextlat.training import build_model
+from nextlat.tasks.text.text import TextConfig
+from nextlat.tasks.text.tokens import existing_tokenizer
+from nextlat.training.recipe import load_recipe
+from nextlat.training.train import build_model
 
 NAME = "some/name"
 

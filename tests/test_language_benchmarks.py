@@ -14,12 +14,12 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import evaluate
 from nextlat.model import attach
 from nextlat.objectives import JTPConfig, NextTokenConfig
-from nextlat.recipe import load_recipe
 from nextlat.report.glossary import describe, higher_is_better
-from nextlat.tasks import language_benchmarks
-from nextlat.tasks.language_benchmarks import language_benchmark
-from nextlat.tasks.text_tokens import END_OF_TEXT, trained_tokenizer
-from nextlat.training import train
+from nextlat.tasks.text import lm_eval as language_benchmarks
+from nextlat.tasks.text.lm_eval import language_benchmark
+from nextlat.tasks.text.tokens import END_OF_TEXT, trained_tokenizer
+from nextlat.training.recipe import load_recipe
+from nextlat.training.train import train
 
 lm_eval = pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed: pip install 'nextlat[lm-eval]'")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextlat.metrics import (
+from nextlat.scores import (
     effective_rank,
     exp_score,
     jackknife_score,

@@ -15,8 +15,8 @@ from nextlat.batch import Batch
 from nextlat.evaluation import evaluate as evaluate_run
 from nextlat.evaluation import open_run, read_results
 from nextlat.objectives import OBJECTIVES
-from nextlat.trainer import evaluation_loss
-from nextlat.training import Interrupted, train
+from nextlat.training.train import Interrupted, train
+from nextlat.training.trainer import evaluation_loss
 from test_objectives import VOCAB, documents, gradients, pack
 from test_training import before_step, largest_difference, metrics, tiny
 

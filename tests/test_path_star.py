@@ -13,12 +13,12 @@ from conftest import tiny_lm
 from nextlat.errors import NextLatError
 from nextlat.evaluation import open_run
 from nextlat.model import attach
-from nextlat.recipe import load_recipe
-from nextlat.run_directory import read_metrics
 from nextlat.tasks import path_star
 from nextlat.tasks.answers import END, forced_answers, generate_answers
 from nextlat.tasks.path_star import FIRST_NAME, PathStar, PathStarConfig, Stars, draw_stars
-from nextlat.training import train
+from nextlat.training.recipe import load_recipe
+from nextlat.training.run_directory import read_metrics
+from nextlat.training.train import train
 
 SMALL = PathStarConfig(arms=3, length=4, names=15, graphs=300, tests=200)
 

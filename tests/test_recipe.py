@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
 from nextlat.objectives import NextLatConfig, NextTokenConfig
-from nextlat.recipe import Recipe, built_in_recipes, differences, load_recipe
+from nextlat.training.recipe import Recipe, built_in_recipes, differences, load_recipe
 
 MINIMAL = """
 task.name = "streets"

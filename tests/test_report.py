@@ -32,8 +32,8 @@ from nextlat.report import claims, compare, plots, read_runs, task_plots, termin
 from nextlat.report.comparison import TaskComparison
 from nextlat.report.drawing import PALETTE
 from nextlat.report.wording import with_error
-from nextlat.tasks.street_map import reconstruct
-from nextlat.tasks.street_map_record import map_record, read_map_record
+from nextlat.tasks.streets.map import reconstruct
+from nextlat.tasks.streets.map_record import map_record, read_map_record
 
 OBJECTIVES = ("next-token", "nextlat")
 VOID = {"meta", "img", "br"}

@@ -19,7 +19,7 @@ import nextlat
 from conftest import tiny_lm
 from nextlat.cli import app
 from nextlat.decoding import Cycle, Pass
-from nextlat.show_drafts import RESET, TokenText, coloured, draw, legend, marked
+from nextlat.decoding.stream import RESET, TokenText, coloured, draw, legend, marked
 
 WORDS = [" was", " a", " girl", "\n", "é", "<|endoftext|>", "Once"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -12,9 +12,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.street_map import reconstruct
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.street_picture import INVENTED, UNUSED, USED, draw_map, draw_maps, positions
+from nextlat.report.maps import INVENTED, UNUSED, USED, draw_map, draw_maps, positions
+from nextlat.tasks.streets.map import reconstruct
+from nextlat.tasks.streets.network import StreetNetwork
 
 N, NE, E, SE, S, SW, W, NW = range(8)
 STEP = 0.001  # degrees: about 0.07 miles

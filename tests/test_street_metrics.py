@@ -13,10 +13,10 @@ from conftest import tiny_lm
 from nextlat import BSTConfig, JTPConfig, NextTokenConfig, attach
 from nextlat.backbone import Backbone
 from nextlat.errors import NextLatError
-from nextlat.metrics import effective_rank, paired_difference
+from nextlat.scores import effective_rank, paired_difference
 from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.street_map import reconstruct
-from nextlat.tasks.street_metrics import (
+from nextlat.tasks.streets.map import reconstruct
+from nextlat.tasks.streets.metrics import (
     continuation_probabilities,
     detour_robustness,
     greedy_rides,
@@ -27,10 +27,10 @@ from nextlat.tasks.street_metrics import (
     sequence_compression,
     valid_trajectories,
 )
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.street_prefixes import PrefixPairs, prefix_pairs
-from nextlat.tasks.street_rides import Prompts, ride
-from nextlat.tasks.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.prefixes import PrefixPairs, prefix_pairs
+from nextlat.tasks.streets.rides import Prompts, ride
+from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
 
 MAX_MOVES = 24
 

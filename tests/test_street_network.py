@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.compass import compass_direction
-from nextlat.tasks.street_network import DIRECTIONS, StreetNetwork
+from nextlat.tasks.streets.compass import compass_direction
+from nextlat.tasks.streets.network import DIRECTIONS, StreetNetwork
 
 
 def true_direction(network: StreetNetwork, a: int, b: int) -> str:

@@ -19,12 +19,12 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import evaluate
 from nextlat.model import attach
 from nextlat.objectives import NextTokenConfig
-from nextlat.recipe import load_recipe
-from nextlat.run_directory import read_metrics
-from nextlat.tasks.probes import future_tokens, probe_cross_entropy
-from nextlat.tasks.text import Text, TextConfig
-from nextlat.tasks.text_tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
-from nextlat.training import train
+from nextlat.tasks.text.probes import future_tokens, probe_cross_entropy
+from nextlat.tasks.text.text import Text, TextConfig
+from nextlat.tasks.text.tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
+from nextlat.training.recipe import load_recipe
+from nextlat.training.run_directory import read_metrics
+from nextlat.training.train import train
 
 ANIMALS = ("cat", "dog", "fish", "bird")
 STORIES = [f"The {ANIMALS[i % 4]} number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(60)]
@@ -149,7 +149,7 @@ def test_the_tokenizer_is_the_same_with_an_empty_a_full_and_a_damaged_cache(
     first = learned()
     (kept,) = (tmp_path / "cache").rglob("*.json")
     with monkeypatch.context() as patch:
-        patch.setattr("nextlat.tasks.text_tokens.trainers.BpeTrainer", None)  # nothing is learned any more
+        patch.setattr("nextlat.tasks.text.tokens.trainers.BpeTrainer", None)  # nothing is learned any more
         assert learned() == first
     kept.write_text(kept.read_text()[:1000])
     assert learned() == first

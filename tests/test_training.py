@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nextlat
-from nextlat import training
 from nextlat.errors import NextLatError
-from nextlat.recipe import Recipe, load_recipe
-from nextlat.run_directory import (
+from nextlat.tasks import TASKS
+from nextlat.training import train as training
+from nextlat.training.recipe import Recipe, load_recipe
+from nextlat.training.run_directory import (
     checkpoints,
     is_finished,
     last_complete_checkpoint,
@@ -31,9 +32,8 @@ from nextlat.run_directory import (
     rotate_checkpoints,
     sole_writer,
 )
-from nextlat.tasks import TASKS
-from nextlat.trainer import FirstRows, NextLatTrainer, evaluation_loss
-from nextlat.training import Interrupted, build_model, train
+from nextlat.training.train import Interrupted, build_model, train
+from nextlat.training.trainer import FirstRows, NextLatTrainer, evaluation_loss
 from test_files import largest_file
 
 TINY = [
@@ -182,7 +182,7 @@ def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
 @pytest.mark.slow
 def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from nextlat.recipe import load_recipe; from nextlat.training import train; "
+        "import sys; from nextlat.training.recipe import load_recipe; from nextlat.training.train import train; "
         "train(load_recipe('city-tiny', sys.argv[2:]), sys.argv[1], progress=False)"
     )
     (tmp_path / "main.py").write_text(code)

@@ -9,9 +9,9 @@ import pytest
 
 from conftest import load_benchmark
 from fabricated_runs import write_run
-from nextlat.recipe import load_recipe
 from nextlat.report.runs import read_runs
-from nextlat.training import build_model
+from nextlat.training.recipe import load_recipe
+from nextlat.training.train import build_model
 
 
 @pytest.fixture(scope="module")

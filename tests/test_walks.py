@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nextlat.errors import NextLatError
-from nextlat.tasks import walks
-from nextlat.tasks.conditioned_walks import conditioned_walks
-from nextlat.tasks.street_network import DIRECTIONS, StreetNetwork
-from nextlat.tasks.walks import (
+from nextlat.tasks.streets import walks
+from nextlat.tasks.streets.conditioned_walks import conditioned_walks
+from nextlat.tasks.streets.network import DIRECTIONS, StreetNetwork
+from nextlat.tasks.streets.walks import (
     END,
     FIRST_DIRECTION,
     FIRST_NODE,
@@ -353,7 +353,7 @@ def assert_drawn_from(drawn: Counter, expected: dict[tuple[int, ...], float]) ->
 
 
 def test_conditioned_walks_of_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nextlat.tasks import conditioned_walks as module
+    from nextlat.tasks.streets import conditioned_walks as module
 
     monkeypatch.setattr(module, "TABLE_BYTES", 8 * len(CITY) * 26 * 7)  # seven pairs at a time
     pairs = held_out_pairs(CITY, 60)

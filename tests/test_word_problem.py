@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
-from nextlat.recipe import load_recipe
 from nextlat.tasks.word_problem import BEGIN, END, FIRST_ELEMENT, WordProblem, WordProblemConfig, group
-from nextlat.training import build_model
+from nextlat.training.recipe import load_recipe
+from nextlat.training.train import build_model
 
 SMALL = WordProblemConfig(group="S3", length=4, sequences=500, tests=60)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
-    from nextlat.decoding.generation import speculative
+    from nextlat.decoding.generate import speculative
     from nextlat.model import ObjectiveModel, attach, llama, load
     from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
 
@@ -20,7 +20,7 @@ _HOME = {
     "attach": "nextlat.model",
     "llama": "nextlat.model",
     "load": "nextlat.model",
-    "speculative": "nextlat.decoding.generation",
+    "speculative": "nextlat.decoding.generate",
     "BSTConfig": "nextlat.objectives",
     "JTPConfig": "nextlat.objectives",
     "MTPConfig": "nextlat.objectives",

@@ -15,8 +15,8 @@ import typer.core
 from nextlat.errors import NextLatError, first_line
 
 if TYPE_CHECKING:
-    from nextlat.jobs import Job
-    from nextlat.recipe import Recipe
+    from nextlat.training.jobs import Job
+    from nextlat.training.recipe import Recipe
 
 
 class _Commands(typer.core.TyperGroup):
@@ -67,9 +67,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do not train.")] = False,
 ) -> None:
     """Train a recipe; stop it anywhere, and the same command goes on where it was."""
-    from nextlat.recipe import load_recipe
-    from nextlat.run_directory import is_finished
-    from nextlat.training import train as run_training
+    from nextlat.training.recipe import load_recipe
+    from nextlat.training.run_directory import is_finished
+    from nextlat.training.train import train as run_training
 
     loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
     if dry_run:
@@ -122,9 +122,9 @@ def generate(
     import torch
     from transformers import AutoTokenizer
 
+    from nextlat.decoding.stream import Stream
     from nextlat.hub import hub_or_cache
     from nextlat.model import load
-    from nextlat.show_drafts import Stream
 
     length = _draft_length(draft_length)
     sampling = _sampling(temperature, top_k, top_p, min_p)
@@ -250,8 +250,8 @@ def compare(
     ] = None,
 ) -> None:
     """Train a recipe by several objectives and seeds, side by side, and compare what they know."""
-    from nextlat.compare import plan
-    from nextlat.jobs import collect, watch
+    from nextlat.training.jobs import collect, watch
+    from nextlat.training.sweep import plan
 
     given = overrides or []
     more = [item for item in given if seeds is not None and item.isdecimal()]  # --seeds 0 1 2: all but the first end up here
@@ -299,8 +299,8 @@ def demo(
     more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
     """Train the same transformer twice, by next-token and by next-latent prediction, and compare what they know."""
-    from nextlat import demo as show
-    from nextlat.jobs import collect, watch
+    from nextlat.training import demo as show
+    from nextlat.training.jobs import collect, watch
 
     jobs = show.jobs(out, [seeds, *(more_seeds or [])])
     watch(jobs)
@@ -309,7 +309,7 @@ def demo(
 
 
 def _print_cost(recipe: "Recipe") -> None:
-    from nextlat.dry_run import dry_run
+    from nextlat.training.cost import dry_run
 
     cost = dry_run(recipe)
     place = cost.device + (f" with {cost.threads} thread{'s' if cost.threads > 1 else ''}" if cost.device == "CPU" else "")

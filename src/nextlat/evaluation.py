@@ -15,16 +15,16 @@ from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
 from nextlat.batch import Batch
-from nextlat.decoding.comparison import TRANSFORMERS, compare_decoding
+from nextlat.decoding.speed import TRANSFORMERS, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, write_errors, write_json
 from nextlat.losses import cross_entropy
-from nextlat.metrics import Score, ratio_score, share_interval
 from nextlat.model import ObjectiveModel, load
-from nextlat.recipe import Recipe
-from nextlat.run_directory import read_record
+from nextlat.scores import Score, ratio_score, share_interval
 from nextlat.tasks import Task
-from nextlat.training import threads
+from nextlat.training.recipe import Recipe
+from nextlat.training.run_directory import read_record
+from nextlat.training.train import threads
 
 RESULTS, SCORES = "results.json", "scores.safetensors"
 DRAFT_LENGTH = 4  # of the decoding measurement: small models gain little from drafts that are longer than what is accepted

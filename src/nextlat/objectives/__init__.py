@@ -1,12 +1,12 @@
 """Training objectives, one file each. A new one is one new file and one line here."""
 
-from nextlat.objectives.base import Objective
 from nextlat.objectives.belief_state import BST, BSTConfig
 from nextlat.objectives.joint_multi_token import JTP, JTPConfig
 from nextlat.objectives.latent_dynamics import LatentDynamics
 from nextlat.objectives.multi_token import MTP, MTPConfig
 from nextlat.objectives.next_latent import NextLat, NextLatConfig
 from nextlat.objectives.next_token import NextToken, NextTokenConfig
+from nextlat.objectives.objective import Objective
 
 ObjectiveConfig = NextTokenConfig | NextLatConfig | MTPConfig | JTPConfig | BSTConfig
 

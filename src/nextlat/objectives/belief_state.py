@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from nextlat.backbone import Backbone
 from nextlat.batch import IGNORE, Batch
 from nextlat.errors import NextLatError
-from nextlat.flops import TRAINING, head_weights, transformer_flops, weights
 from nextlat.losses import Losses, Term, cross_entropy, one_by_one
-from nextlat.objectives.base import Objective
+from nextlat.objectives.flops import TRAINING, head_weights, transformer_flops, weights
+from nextlat.objectives.objective import Objective
 
 CHUNK = 4096  # pairs that are held at a time: two states and the text head's activations for each
 NEXT, PREVIOUS = 0, 1

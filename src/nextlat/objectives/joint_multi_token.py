@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.flops import TRAINING
 from nextlat.losses import Losses, Term, cross_entropy
+from nextlat.objectives.flops import TRAINING
 from nextlat.objectives.tokens_ahead import TokensAhead, TokensAheadConfig
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
-from nextlat.flops import TRAINING, attention_flops, weights
-from nextlat.last_layer import LastCall, LastLayer
 from nextlat.losses import Losses, Term, cross_entropy, one_by_one
+from nextlat.objectives.flops import TRAINING, attention_flops, weights
+from nextlat.objectives.last_layer import LastCall, LastLayer
 from nextlat.objectives.tokens_ahead import TokensAhead, TokensAheadConfig
 
 

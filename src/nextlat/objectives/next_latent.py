@@ -12,8 +12,8 @@ from torch import Tensor
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.flops import FORWARD, TRAINING, head_weights, weights
 from nextlat.losses import Losses, Term, cross_entropy, kl_divergence, mse, same_head_kl, smooth_l1
+from nextlat.objectives.flops import FORWARD, TRAINING, head_weights, weights
 from nextlat.objectives.latent_dynamics import GRUDynamics, LatentDynamics
 from nextlat.objectives.next_token import NextToken
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nextlat.batch import Batch
-from nextlat.flops import head_weights, per_weight
 from nextlat.losses import Losses, Term, cross_entropy
-from nextlat.objectives.base import Objective
+from nextlat.objectives.flops import head_weights, per_weight
+from nextlat.objectives.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.flops import TRAINING, head_weights
+from nextlat.objectives.flops import TRAINING, head_weights
 from nextlat.objectives.next_token import NextToken
 
 

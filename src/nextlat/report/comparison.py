@@ -21,11 +21,11 @@ import numpy as np
 from scipy import stats
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score, paired_difference, share_interval
 from nextlat.report.glossary import describe, higher_is_better, order
 from nextlat.report.models import Models, caveats, first_run, group_models
 from nextlat.report.runs import Run
 from nextlat.report.solving import solving
+from nextlat.scores import Score, mean_score, paired_difference, share_interval
 
 Verdict = Literal["better", "worse", "within noise", "no claim"]
 

@@ -11,9 +11,9 @@ from typing import Literal
 from nextlat.evaluation import HIGHER_IS_BETTER
 from nextlat.tasks.answers import SAMPLED
 from nextlat.tasks.hmm import HMM
-from nextlat.tasks.language_benchmarks import METRICS, PREFIX
-from nextlat.tasks.streets import Streets
-from nextlat.tasks.text import Text
+from nextlat.tasks.streets.streets import Streets
+from nextlat.tasks.text.lm_eval import METRICS, PREFIX
+from nextlat.tasks.text.text import Text
 
 Unit = Literal["share", "nats", "factor", "number"]
 

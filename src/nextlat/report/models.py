@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nextlat.errors import NextLatError
-from nextlat.recipe import differences
 from nextlat.report.runs import Run
+from nextlat.training.recipe import differences
 
 TITLES = {
     "next-token": "next-token",

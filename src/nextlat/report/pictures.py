@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from nextlat.errors import NextLatError
 from nextlat.report import drawing, plots, task_plots
 from nextlat.report.comparison import TaskComparison
+from nextlat.report.maps import draw_maps
 from nextlat.report.runs import MAP, Run
-from nextlat.tasks.street_map import ReconstructedMap
-from nextlat.tasks.street_map_record import read_map_record
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.street_picture import draw_maps
+from nextlat.tasks.streets.map import ReconstructedMap
+from nextlat.tasks.streets.map_record import read_map_record
+from nextlat.tasks.streets.network import StreetNetwork
 
 MAPS_TITLE = "The city in the model's head"
 MAPS_TEXT = (

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from nextlat.errors import NextLatError
 from nextlat.evaluation import RESULTS, SCORES, read_results
-from nextlat.metrics import Score, mean_score
-from nextlat.run_directory import read_metrics, read_record
+from nextlat.scores import Score, mean_score
 from nextlat.tasks.hmm import BELIEFS
+from nextlat.training.run_directory import read_metrics, read_record
 
 MAP = "map.json"
 

@@ -1,11 +1,11 @@
 """Benchmark tasks. A new one is one new file and one line here: its name in recipes, and its configuration."""
 
-from nextlat.tasks.base import Metric, Task
 from nextlat.tasks.countdown import CountdownConfig
 from nextlat.tasks.hmm import HMMConfig
 from nextlat.tasks.path_star import PathStarConfig
-from nextlat.tasks.streets import StreetsConfig
-from nextlat.tasks.text import TextConfig
+from nextlat.tasks.streets.streets import StreetsConfig
+from nextlat.tasks.task import Metric, Task
+from nextlat.tasks.text.text import TextConfig
 from nextlat.tasks.word_problem import WordProblemConfig
 
 TaskConfig = StreetsConfig | TextConfig | WordProblemConfig | PathStarConfig | CountdownConfig | HMMConfig

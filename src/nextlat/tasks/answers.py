@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
-from nextlat.tasks.base import Rows
-from nextlat.tasks.street_rides import SequenceModel, inference
+from nextlat.tasks.streets.rides import SequenceModel, inference
+from nextlat.tasks.task import Rows
 
 SAMPLED = "_sampled"  # behind the names of metrics of answers that are not greedy
 PAD, UNK, END = 0, 1, 2

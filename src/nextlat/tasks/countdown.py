@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score
+from nextlat.scores import Score, mean_score
 from nextlat.tasks.answers import END, PAD, SAMPLED, SPECIAL_TOKENS, AnswerRows, generate_answers, symbol_tokenizer
-from nextlat.tasks.base import Metric, Task
 from nextlat.tasks.countdown_problems import OPERATIONS, Equation, Problems, Verdict, arithmetic, draw_problems, judge
+from nextlat.tasks.task import Metric, Task
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score, ratio_score
+from nextlat.scores import Score, mean_score, ratio_score
 from nextlat.tasks.answers import AnswerRows, row_keys
-from nextlat.tasks.base import STREAM, Metric, Task
 from nextlat.tasks.hidden_markov import HiddenMarkov
-from nextlat.tasks.street_rides import inference
+from nextlat.tasks.streets.rides import inference
+from nextlat.tasks.task import STREAM, Metric, Task
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

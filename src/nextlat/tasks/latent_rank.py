@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
-from nextlat.metrics import Score, jackknife_score, rank_of_factor, triangular_factor
-from nextlat.tasks.street_rides import inference
+from nextlat.scores import Score, jackknife_score, rank_of_factor, triangular_factor
+from nextlat.tasks.streets.rides import inference
 
 
 class LatentModel(Protocol):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score
+from nextlat.scores import Score, mean_score
 from nextlat.tasks.answers import (
     END,
     SAMPLED,
@@ -35,7 +35,7 @@ from nextlat.tasks.answers import (
     row_keys,
     symbol_tokenizer,
 )
-from nextlat.tasks.base import Metric, Task
+from nextlat.tasks.task import Metric, Task
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

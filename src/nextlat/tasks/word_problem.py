@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score
-from nextlat.tasks.base import Metric, Rows, Task
+from nextlat.scores import Score, mean_score
 from nextlat.tasks.latent_rank import latent_rank
+from nextlat.tasks.task import Metric, Rows, Task
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nextlat.errors import NextLatError
 from nextlat.evaluation import RESULTS, read_results
 from nextlat.files import write_errors, write_json
-from nextlat.run_directory import is_finished, read_metrics
+from nextlat.training.run_directory import is_finished, read_metrics
 
 WAY_OUT = "choose another --out"
 POLL = 0.5  # seconds between two looks at the jobs

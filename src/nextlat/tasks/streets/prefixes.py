@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.street_rides import Prompts
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.rides import Prompts
 
 ROUNDS = 200  # rounds of drawing before a network is declared too small for such pairs
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nextlat.flops import step_flops
 from nextlat.model import ObjectiveModel
-from nextlat.recipe import Recipe
+from nextlat.objectives.flops import step_flops
 from nextlat.tasks import Task
-from nextlat.trainer import FirstRows, Item, collate
-from nextlat.training import build_model, threads
+from nextlat.training.recipe import Recipe
+from nextlat.training.train import build_model, threads
+from nextlat.training.trainer import FirstRows, Item, collate
 
 BUDGET = 4.0  # seconds of matrix products that timing may take, the rest coming on top; longer steps are not tried
 TIMED_STEPS = 3  # after one that is not timed

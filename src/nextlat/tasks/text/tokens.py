@@ -23,7 +23,7 @@ from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, write_text
 from nextlat.hub import hub_or_cache
-from nextlat.tasks.base import STREAM, find_data
+from nextlat.tasks.task import STREAM, find_data
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from nextlat.decoding.cache import CannotForgetError
 from nextlat.decoding.cycle import Rule
 from nextlat.decoding.known import Decodable, batches, tell_once
+from nextlat.decoding.loop import decode
 from nextlat.decoding.sampling import Greedy, Sampling, Scores
-from nextlat.decoding.speculative import decode
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
 from nextlat.decoding.stopping import Stopping
 from nextlat.errors import NextLatError

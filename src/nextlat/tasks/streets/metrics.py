@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score, mean_score, ratio_score
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.street_prefixes import PrefixPairs
-from nextlat.tasks.street_rides import NOWHERE, Prompts, Rides, SequenceModel, Step, greedy, inference, ride
-from nextlat.tasks.walks import END, FIRST_DIRECTION, FIRST_NODE, Pairs
+from nextlat.scores import Score, mean_score, ratio_score
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.prefixes import PrefixPairs
+from nextlat.tasks.streets.rides import NOWHERE, Prompts, Rides, SequenceModel, Step, greedy, inference, ride
+from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, Pairs
 
 DetourKind = Literal["random", "least_likely", "second_most_likely"]
 LOGIT_ELEMENTS = 1 << 24  # logits held at once while sequences are scored (64 MiB in fp32)

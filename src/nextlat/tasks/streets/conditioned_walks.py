@@ -9,8 +9,8 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.walks import Pairs
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.walks import Pairs
 
 TABLE_BYTES = 2**27  # of the table of arrival probabilities, which limits the pairs worked on at a time
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.compass import DIRECTIONS
+from nextlat.tasks.streets.compass import DIRECTIONS
 
 RESERVED = {"<pad>", "<unk>", "end", *DIRECTIONS}  # the other tokens of the street task
 

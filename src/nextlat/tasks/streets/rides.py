@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
 
 NOWHERE = -1  # the true place of a ride that took a street that does not exist
 COMPACT_BELOW = 0.85  # share of rides still under way below which the finished ones leave the batch and its cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextlat.decoding.generation import generate
+from nextlat.decoding.generate import generate
 from nextlat.decoding.known import Decodable
 from nextlat.decoding.stats import GenerationStats
 from nextlat.errors import NextLatError

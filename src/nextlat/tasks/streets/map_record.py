@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from nextlat.tasks.street_map import ReconstructedMap
-from nextlat.tasks.street_network import StreetNetwork
+from nextlat.tasks.streets.map import ReconstructedMap
+from nextlat.tasks.streets.network import StreetNetwork
 
 
 def map_record(network: StreetNetwork, reconstructed: ReconstructedMap) -> dict[str, Any]:

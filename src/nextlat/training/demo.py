@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextlat.jobs import Job, check_seeds
-from nextlat.recipe import load_recipe
+from nextlat.training.jobs import Job, check_seeds
+from nextlat.training.recipe import load_recipe
 
 OBJECTIVES = ("nextlat", "next-token")  # the longer job first, so that no core idles at the end
 RECIPES = ("city-small", "word-problem-small")

@@ -22,8 +22,9 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write_errors, write_json
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach, llama
-from nextlat.recipe import Recipe, differences
-from nextlat.run_directory import (
+from nextlat.tasks import Task
+from nextlat.training.recipe import Recipe, differences
+from nextlat.training.run_directory import (
     RECORD,
     MetricsLog,
     checkpoint_step,
@@ -35,8 +36,7 @@ from nextlat.run_directory import (
     rotate_checkpoints,
     sole_writer,
 )
-from nextlat.tasks import Task
-from nextlat.trainer import FirstRows, NextLatTrainer, StopSignal, no_library_bars
+from nextlat.training.trainer import FirstRows, NextLatTrainer, StopSignal, no_library_bars
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import networkx as nx
 import numpy as np
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.compass import DIRECTIONS, compass_direction, great_circle_miles
-from nextlat.tasks.embedded_city import embedded_city
-from nextlat.tasks.street_files import read_csv, read_place, write_csv
+from nextlat.tasks.streets.compass import DIRECTIONS, compass_direction, great_circle_miles
+from nextlat.tasks.streets.embedded_city import embedded_city
+from nextlat.tasks.streets.sources import read_csv, read_place, write_csv
 
 __all__ = ["DIRECTIONS", "StreetNetwork"]
 
@@ -209,7 +209,7 @@ class StreetNetwork:
         diagonal: bool = True,
         park: bool = True,
     ) -> Self:
-        """A generated city, strongly connected; see `nextlat.tasks.embedded_city.embedded_city` for what it looks like."""
+        """A generated city, strongly connected; see `nextlat.tasks.streets.embedded_city.embedded_city` for what it looks like."""
         return cls.from_links(*embedded_city(rows, columns, seed, one_way, missing, diagonal, park))
 
     @classmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
-from nextlat.metrics import Score, exp_score, mean_score, ratio_score
+from nextlat.scores import Score, exp_score, mean_score, ratio_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

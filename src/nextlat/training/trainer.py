@@ -25,7 +25,7 @@ from transformers.utils import logging as library_logging
 from nextlat.errors import NextLatError
 from nextlat.files import atomic_directory, staging_directory
 from nextlat.model import ObjectiveModel
-from nextlat.run_directory import MetricsLog, rotate_checkpoints
+from nextlat.training.run_directory import MetricsLog, rotate_checkpoints
 
 Item = dict[str, Tensor]
 

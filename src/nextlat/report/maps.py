@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.street_map import ReconstructedMap
-from nextlat.tasks.street_network import StreetNetwork
+from nextlat.tasks.streets.map import ReconstructedMap
+from nextlat.tasks.streets.network import StreetNetwork
 
 USED, UNUSED, INVENTED = "#1a1a1a", "#cfcfcf", "#d7191c"
 PAPER, INK, QUIET = "#ffffff", "#1a1a1a", "#6b6b6b"

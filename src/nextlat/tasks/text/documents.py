@@ -7,7 +7,7 @@ from typing import Any
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
-from nextlat.tasks.base import find_data
+from nextlat.tasks.task import find_data
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 INSTALL = "pip install 'nextlat[text]'"

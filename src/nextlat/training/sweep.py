@@ -11,13 +11,13 @@ from pathlib import Path
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.jobs import Job, check_seeds
 from nextlat.objectives import OBJECTIVES
-from nextlat.recipe import Recipe, load_recipe, recipe_horizon
-from nextlat.run_directory import read_record
 from nextlat.strict import nearest
 from nextlat.tasks import Task
-from nextlat.training import check_same_run, check_trains
+from nextlat.training.jobs import Job, check_seeds
+from nextlat.training.recipe import Recipe, load_recipe, recipe_horizon
+from nextlat.training.run_directory import read_record
+from nextlat.training.train import check_same_run, check_trains
 
 LONGEST_FIRST = ("bst", "mtp", "jtp", "nextlat", "next-token")  # so that no core idles at the end
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}

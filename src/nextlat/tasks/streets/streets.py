@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
-from nextlat.metrics import Score
-from nextlat.tasks import street_metrics as score
-from nextlat.tasks.base import STREAM, Metric, Task, find_data
-from nextlat.tasks.conditioned_walks import conditioned_walks
+from nextlat.scores import Score
 from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.street_map import reconstruct
-from nextlat.tasks.street_map_record import map_record
-from nextlat.tasks.street_network import StreetNetwork
-from nextlat.tasks.street_prefixes import PrefixPairs, prefix_pairs
-from nextlat.tasks.walks import FIRST_NODE, Pairs, WalkDataset, held_out_pairs, pack, random_walks, tokenizer
+from nextlat.tasks.streets import metrics as score
+from nextlat.tasks.streets.conditioned_walks import conditioned_walks
+from nextlat.tasks.streets.map import reconstruct
+from nextlat.tasks.streets.map_record import map_record
+from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.prefixes import PrefixPairs, prefix_pairs
+from nextlat.tasks.streets.walks import FIRST_NODE, Pairs, WalkDataset, held_out_pairs, pack, random_walks, tokenizer
+from nextlat.tasks.task import STREAM, Metric, Task, find_data
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

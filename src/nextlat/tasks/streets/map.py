@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nextlat.tasks.street_network import StreetNetwork
+from nextlat.tasks.streets.network import StreetNetwork
 
 NO_STREET = -1
 

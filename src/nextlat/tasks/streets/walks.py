@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.street_network import DIRECTIONS, StreetNetwork
+from nextlat.tasks.streets.network import DIRECTIONS, StreetNetwork
 
 PAD, UNK, END, FIRST_DIRECTION, FIRST_NODE = 0, 1, 2, 3, 11
 SPECIAL_TOKENS = ("<pad>", "<unk>", "end")

@@ -20,14 +20,14 @@ from torch.utils.data import Dataset
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.losses import cross_entropy
-from nextlat.metrics import Score, exp_score, ratio_score
-from nextlat.tasks.base import Metric, Task, find_data
-from nextlat.tasks.language_benchmarks import check_benchmarks, language_benchmark
+from nextlat.scores import Score, exp_score, ratio_score
 from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
-from nextlat.tasks.street_rides import inference
-from nextlat.tasks.text_documents import Documents, from_dataset, from_file
-from nextlat.tasks.text_tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
+from nextlat.tasks.streets.rides import inference
+from nextlat.tasks.task import Metric, Task, find_data
+from nextlat.tasks.text.documents import Documents, from_dataset, from_file
+from nextlat.tasks.text.lm_eval import check_benchmarks, language_benchmark
+from nextlat.tasks.text.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
+from nextlat.tasks.text.tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from nextlat.metrics import Score
+from nextlat.scores import Score
 
 if TYPE_CHECKING:  # the tasks know a model by what it does, and import none
     from nextlat.model import ObjectiveModel
