@@ -1,9 +1,10 @@
-"""Kill -9 a training run again and again at random moments, resume it, and compare its weights with an uninterrupted run's.
+"""Kill -9 a training run again and again at random moments, resume it, and compare its weights with
+an uninterrupted run's.
 
     python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--recipe city-tiny] [--out DIR]
 
-Every attempt is the same command, `python -m nextlat train ...`, in a process of its own. Prints a table of where the kills hit, and
-exits with 1 when a byte of the final model differs.
+Every attempt is the same command, `python -m nextlat train ...`, in a process of its own. Prints a
+table of where the kills hit, and exits with 1 when a byte of the final model differs.
 """
 
 import argparse
@@ -19,13 +20,29 @@ from pathlib import Path
 
 from nextlat.training.run_directory import checkpoint_step, checkpoints, read_metrics
 
-FILES = ("config.json", "model.safetensors", "nextlat/objective.json", "nextlat/objective.safetensors")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "nextlat/objective.json",
+    "nextlat/objective.safetensors",
+)
 SAVE_EVERY = 10
 
 
 def command(recipe: str, steps: int, run: Path) -> list[str]:
     settings = [f"steps={steps}", f"run.save_every={SAVE_EVERY}", "run.log_every=1"]
-    return [sys.executable, "-m", "nextlat", "train", recipe, *settings, "--out", str(run), "--no-evaluate", "--no-progress"]
+    return [
+        sys.executable,
+        "-m",
+        "nextlat",
+        "train",
+        recipe,
+        *settings,
+        "--out",
+        str(run),
+        "--no-evaluate",
+        "--no-progress",
+    ]
 
 
 def starts(run: Path) -> int:
@@ -41,9 +58,12 @@ def last_step(run: Path) -> int:
 
 
 def attempt(arguments: list[str], run: Path, wait: float | None) -> str | None:
-    """Run the command; killed `wait` seconds after training began there. Returns what it was doing then, or None if it ended."""
+    """Run the command; killed `wait` seconds after training began there. Returns what it was doing
+    then, or None if it ended."""
     before = starts(run)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if wait is not None:
         while process.poll() is None and starts(run) == before:
             time.sleep(0.005)
@@ -52,7 +72,9 @@ def attempt(arguments: list[str], run: Path, wait: float | None) -> str | None:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            half = sorted(path.name.removeprefix(".nextlat-tmp-") for path in run.glob(".nextlat-tmp-*"))
+            half = sorted(
+                path.name.removeprefix(".nextlat-tmp-") for path in run.glob(".nextlat-tmp-*")
+            )
             return f"writing {', '.join(half)}" if half else "training"
     told, _ = process.communicate()
     if process.returncode:
@@ -65,7 +87,9 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--recipe", default="city-tiny")
@@ -91,10 +115,16 @@ def main() -> None:
             kills += 1
             done = checkpoints(killed)
             newest = str(checkpoint_step(done[-1])) if done else "-"
-            print(f"{kills:>4}  {wait:>5.2f} s  {last_step(killed):>4}  {newest:>15}  {doing}", flush=True)
+            print(
+                f"{kills:>4}  {wait:>5.2f} s  {last_step(killed):>4}  {newest:>15}  {doing}",
+                flush=True,
+            )
             continue
         same = same and digests(killed) == digests(whole)
-        print(f"      finished, {starts(killed)} starts: {'identical' if same else 'DIFFERENT'}", flush=True)
+        print(
+            f"      finished, {starts(killed)} starts: {'identical' if same else 'DIFFERENT'}",
+            flush=True,
+        )
         if kills >= options.kills:
             break
         round_ += 1  # the run ended before all kills were spent: another one takes the rest
@@ -103,7 +133,9 @@ def main() -> None:
     print()
     for name in FILES:
         print(f"{name:<32} whole {digests(whole)[name]}  killed {digests(killed)[name]}")
-    print(f"\n{kills} kills: the final weights are {'identical, byte for byte' if same else 'DIFFERENT'}.")
+    print(
+        f"\n{kills} kills: the final weights are {'identical, byte for byte' if same else 'DIFFERENT'}."
+    )
     sys.exit(0 if same else 1)
 
 

@@ -1,13 +1,19 @@
-"""Cost of training with every objective: `python benchmarks/training.py [--width 512 ...] [--horizons 1 8] [--out training.json]`.
+"""Cost of training with every objective: `python benchmarks/training.py [--width 512 ...]
+[--horizons 1 8] [--out training.json]`.
 
-Every objective takes optimiser steps (forward, backward, AdamW) on the same random tokens with the same transformer; they take turns
-many times over in one process, and speeds are compared within a turn, so that a busy machine hits all alike. Beside each: the speed
-that its FLOPs alone would let one expect (nextlat.objectives.flops), and the peak memory of a step above weights and optimiser state.
+Every objective takes optimiser steps (forward, backward, AdamW) on the same random tokens with the
+same transformer; they take turns many times over in one process, and speeds are compared within a
+turn, so that a busy machine hits all alike. Beside each: the speed that its FLOPs alone would let
+one expect (nextlat.objectives.flops), and the peak memory of a step above weights and optimiser
+state.
 
-On CUDA the peak is torch.cuda.max_memory_allocated. On the CPU it is the highest sum of what the profiler recorded of torch's
-allocator in one step: to the byte, and it sees the inside of fused operations, which a count of live tensors would not.
+On CUDA the peak is torch.cuda.max_memory_allocated. On the CPU it is the highest sum of what the
+profiler recorded of torch's
+allocator in one step: to the byte, and it sees the inside of fused operations, which a count of
+live tensors would not.
 
-If the package x-transformers is installed, its NextLatentWrapper takes turns too, at equal shapes and equal weights of the losses.
+If the package x-transformers is installed, its NextLatentWrapper takes turns too, at equal shapes
+and equal weights of the losses.
 """
 
 import argparse
@@ -43,7 +49,8 @@ class Way:
     """One objective at one horizon.
 
     Attributes:
-        name, horizon: what it is; 0 where there is no horizon. base: name of the next-token training of the same package.
+        name, horizon: what it is; 0 where there is no horizon. base: name of the next-token
+            training of the same package.
         model, loss: what is trained, and its loss on tokens (B, T).
         flops: of a step per token, by formula; None without one.
         seconds: of a step, one for every turn. memory: peak bytes of a step.
@@ -60,7 +67,9 @@ class Way:
 
     def __post_init__(self) -> None:
         device = next(self.model.parameters()).device
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda")
+        )
 
     def step(self, ids: Tensor, autocast: bool) -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
@@ -72,15 +81,33 @@ class Way:
 
 def main() -> None:
     """Measure, print a table, write JSON when asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default, text in [
         ("layers", 4, "of the transformer"), ("width", 128, "of the transformer"), ("heads", 4, "of its attention"),
         ("vocabulary", 4096, "tokens"), ("length", 128, "tokens a row"), ("batch", 8, "rows a step"),
         ("turns", 7, "timed turns, after one that is not timed"), ("steps", 2, "steps a turn"), ("threads", 0, "on the CPU"),
     ]:  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default or 'as torch chooses'})")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[1, 2, 4, 8], help="d, where there is one (default 1 2 4 8)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 = autocast (default fp32)")
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=default,
+            help=f"{text} (default {default or 'as torch chooses'})",
+        )
+    parser.add_argument(
+        "--horizons",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="d, where there is one (default 1 2 4 8)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="bf16 = autocast (default fp32)",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -88,7 +115,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ways = our_ways(arguments, device)
     if find_spec("x_transformers") is None:
-        print(f"{OTHER} is not installed, so it is left out: pip install {OTHER} to compare with it.", file=sys.stderr)
+        print(
+            f"{OTHER} is not installed, so it is left out: pip install {OTHER} to compare with it.",
+            file=sys.stderr,
+        )
     else:
         ways += their_ways(arguments, device, ways)
     measure(ways, arguments, device)
@@ -101,7 +131,8 @@ def main() -> None:
 
 
 def our_ways(arguments: argparse.Namespace, device: torch.device) -> list[Way]:
-    """Every objective that there is, at every horizon if it has one, around the same initial transformer."""
+    """Every objective that there is, at every horizon if it has one, around the same initial
+    transformer."""
     ways = []
     for name, (config_type, _) in OBJECTIVES.items():
         has_horizon = "horizon" in {f.name for f in fields(config_type)}
@@ -117,7 +148,16 @@ def our_ways(arguments: argparse.Namespace, device: torch.device) -> list[Way]:
             config = config_type(**{"horizon": horizon} if has_horizon else {})
             model = nextlat.attach(lm, config).to(device).train()
             flops = training_flops(model, arguments.length)
-            ways.append(Way(name, horizon, NextToken.name, model, our_loss(model), sum(flops.values()) if flops else None))
+            ways.append(
+                Way(
+                    name,
+                    horizon,
+                    NextToken.name,
+                    model,
+                    our_loss(model),
+                    sum(flops.values()) if flops else None,
+                )
+            )
     return ways
 
 
@@ -126,12 +166,17 @@ def our_loss(model: nextlat.ObjectiveModel) -> Callable[[Tensor], Tensor]:
 
 
 def their_ways(arguments: argparse.Namespace, device: torch.device, ours: list[Way]) -> list[Way]:
-    """The same transformer and the same loss (hidden width E + D, no weighting of steps by their losses) in x-transformers."""
+    """The same transformer and the same loss (hidden width E + D, no weighting of steps by their
+    losses) in x-transformers."""
     from x_transformers import AutoregressiveWrapper, Decoder, NextLatentWrapper, TransformerWrapper
 
     D = arguments.width
     reference = nextlat.llama(
-        arguments.vocabulary, layers=arguments.layers, width=D, heads=arguments.heads, max_length=arguments.length
+        arguments.vocabulary,
+        layers=arguments.layers,
+        width=D,
+        heads=arguments.heads,
+        max_length=arguments.length,
     )
 
     def transformer() -> nn.Module:
@@ -151,12 +196,21 @@ def their_ways(arguments: argparse.Namespace, device: torch.device, ours: list[W
             ff_mult=reference.config.intermediate_size / D,
         )
         return TransformerWrapper(
-            num_tokens=arguments.vocabulary, max_seq_len=arguments.length, use_abs_pos_emb=False, attn_layers=decoder
+            num_tokens=arguments.vocabulary,
+            max_seq_len=arguments.length,
+            use_abs_pos_emb=False,
+            attn_layers=decoder,
         )
 
-    size, our_size = (sum(p.numel() for p in model.parameters() if p.ndim > 1) for model in (transformer(), reference))
+    size, our_size = (
+        sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        for model in (transformer(), reference)
+    )
     if size != our_size:
-        print(f"{OTHER} makes {size} weights of the shape for which we make {our_size}, so it is left out.", file=sys.stderr)
+        print(
+            f"{OTHER} makes {size} weights of the shape for which we make {our_size}, so it is left out.",
+            file=sys.stderr,
+        )
         return []
     plain = f"{OTHER} {NextToken.name}"
     wrapper: nn.Module = AutoregressiveWrapper(transformer()).to(device).train()
@@ -164,17 +218,26 @@ def their_ways(arguments: argparse.Namespace, device: torch.device, ours: list[W
     ways = [Way(plain, 0, plain, wrapper, wrapper, flops[0])]
     for horizon in arguments.horizons:
         wrapper = NextLatentWrapper(
-            transformer(), dim=D, num_rollouts=horizon, dynamics_hidden_dim=2 * D, dynamic_rollout_loss_weight=False
+            transformer(),
+            dim=D,
+            num_rollouts=horizon,
+            dynamics_hidden_dim=2 * D,
+            dynamic_rollout_loss_weight=False,
         )
         wrapper = wrapper.to(device).train()
-        ways.append(Way(f"{OTHER} {NextLat.name}", horizon, plain, wrapper, wrapper, flops[horizon]))
+        ways.append(
+            Way(f"{OTHER} {NextLat.name}", horizon, plain, wrapper, wrapper, flops[horizon])
+        )
     return ways
 
 
 def measure(ways: list[Way], arguments: argparse.Namespace, device: torch.device) -> None:
-    """Fill in seconds and memory: A B C, A B C, ..., the first round being for memory and to warm up."""
+    """Fill in seconds and memory: A B C, A B C, ..., the first round being for memory and to warm
+    up."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(arguments.vocabulary, (arguments.batch, arguments.length), generator=generator).to(device)
+    ids = torch.randint(
+        arguments.vocabulary, (arguments.batch, arguments.length), generator=generator
+    ).to(device)
     autocast = arguments.precision == "bf16"
     for way in ways:
         way.step(ids, autocast)  # AdamW's state is made in the first step, and stays
@@ -198,7 +261,9 @@ def peak_memory(action: Callable[[], None], device: torch.device) -> int:
         action()
         synchronize(device)
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its own start and stop
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # or the profiler reports its own start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         action()
     with tempfile.TemporaryDirectory() as folder:
@@ -218,11 +283,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def figures(way: Way, ways: list[Way]) -> dict[str, Any]:
-    """What is shown and saved of one way; `speed_...` are ratios of steps per second, one for every turn, sorted."""
+    """What is shown and saved of one way; `speed_...` are ratios of steps per second, one for every
+    turn, sorted."""
     base = {other.name: other for other in ways if not other.horizon}
 
     def against(other: Way) -> list[float]:
-        return sorted(theirs / mine for mine, theirs in zip(way.seconds, other.seconds, strict=True))
+        return sorted(
+            theirs / mine for mine, theirs in zip(way.seconds, other.seconds, strict=True)
+        )
 
     plain = base[NextToken.name]
     return {
@@ -260,8 +328,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what it was measured."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), **versions}
 
 

@@ -8,7 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nextlat.decoding.sampling import Sampling, Scores
@@ -43,16 +49,26 @@ _SPECIFIC = {
 }  # fmt: skip
 
 
-def tiny_lm(family: str, vocab_size: int = 50, seed: int = 0, **overrides: object) -> PreTrainedModel:
+def tiny_lm(
+    family: str, vocab_size: int = 50, seed: int = 0, **overrides: object
+) -> PreTrainedModel:
     """A random model of a family, small enough for exact comparisons, in eval mode and fp32."""
-    settings = {**({} if family == "gpt2" else _COMMON), **_SPECIFIC[family], "vocab_size": vocab_size, **overrides}
+    settings = {
+        **({} if family == "gpt2" else _COMMON),
+        **_SPECIFIC[family],
+        "vocab_size": vocab_size,
+        **overrides,
+    }
     config = CONFIG_MAPPING[family](**settings)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def sampling(
-    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int | None = None
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Sampling:
     """The rule that `generate(do_sample=True, ...)` makes of these settings."""
     processors = [
@@ -60,7 +76,9 @@ def sampling(
         *([TopKLogitsWarper(top_k)] if top_k is not None else []),
         *([TopPLogitsWarper(top_p)] if top_p is not None else []),
     ]
-    return Sampling(Scores(processors), None if seed is None else torch.Generator().manual_seed(seed))
+    return Sampling(
+        Scores(processors), None if seed is None else torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture
@@ -68,13 +86,16 @@ def data_dir() -> Path:
     """The real data for development and tests; not part of the repository."""
     path = Path(os.environ.get("NEXTLAT_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not path.is_dir():
-        pytest.skip(f"real data not found in {path}: set NEXTLAT_DATA to the directory that holds manhattan/ and text/")
+        pytest.skip(
+            f"real data not found in {path}: set NEXTLAT_DATA to the directory that holds manhattan/ and text/"
+        )
     return path
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of them."""
+    """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of
+    them."""
     torch.set_num_threads(1)
 
 

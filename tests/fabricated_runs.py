@@ -1,4 +1,5 @@
-"""Run directories as training and evaluation leave them, made up: for tests of what is built from them."""
+"""Run directories as training and evaluation leave them, made up: for tests of what is built from
+them."""
 
 import json
 from pathlib import Path
@@ -72,7 +73,10 @@ def write_run(
         for key in path:
             table = table[key]
         table[last] = value
-    recipe["task"] |= {"word-problem": {"group": "Z5", "length": 8}, "path-star": {"arms": 2, "length": 3}}.get(task, {})
+    recipe["task"] |= {
+        "word-problem": {"group": "Z5", "length": 8},
+        "path-star": {"arms": 2, "length": 3},
+    }.get(task, {})
     directory.mkdir(parents=True)
     _dump(
         directory / "run.json",
@@ -82,7 +86,15 @@ def write_run(
             "recipe": recipe,
             "seed": seed,
             "task": {"name": task, "fingerprint": "0123456789abcdef"},
-            "command": ["nextlat", "train", "city-small", "--objective", objective, "--seed", str(seed)],
+            "command": [
+                "nextlat",
+                "train",
+                "city-small",
+                "--objective",
+                objective,
+                "--seed",
+                str(seed),
+            ],
             "versions": {"python": "3.11.2", "torch": "2.13.0", "nextlat": "0.1.0"},
             "git": None,
             "device": "cpu (x86_64)",
@@ -98,7 +110,9 @@ def write_run(
     metrics = dict(numbers or {})
     for name, values in arrays.items():
         score = mean_score(values)
-        metrics |= {name: score.value} | ({f"{name}_stderr": score.stderr} if len(values) > 1 else {})
+        metrics |= {name: score.value} | (
+            {f"{name}_stderr": score.stderr} if len(values) > 1 else {}
+        )
     results = {
         "task": task,
         "objective": objective,
@@ -113,8 +127,20 @@ def write_run(
     lines = []
     for step in range(10, recipe["steps"] + 1, 10):
         loss = 1 + 3 * np.exp(-step / 60) + 0.02 * rng.normal() - 0.02 * bool(horizon)
-        parts = {name: height * np.exp(-step / 80) + 0.1 for name, height in PARTS.get(objective, {}).items()}
-        lines.append({"step": step, "loss": loss, "next_token": loss, **parts, "learning_rate": 1e-3, "tokens": 2048 * step})
+        parts = {
+            name: height * np.exp(-step / 80) + 0.1
+            for name, height in PARTS.get(objective, {}).items()
+        }
+        lines.append(
+            {
+                "step": step,
+                "loss": loss,
+                "next_token": loss,
+                **parts,
+                "learning_rate": 1e-3,
+                "tokens": 2048 * step,
+            }
+        )
         if step % 100 == 0:
             lines.append({"step": step, "eval_loss": loss, "eval_next_token": loss + 0.02})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -122,16 +148,27 @@ def write_run(
 
 
 def write_city_run(directory: Path, objective: str, seed: int) -> Path:
-    """One run with every metric of the street task, decoding and a map; NextLat is ahead as in `CITY`, plus chance."""
+    """One run with every metric of the street task, decoding and a map; NextLat is ahead as in
+    `CITY`, plus chance."""
     nextlat = objective == "nextlat"
-    luck, hard = np.random.default_rng((seed, nextlat)), np.random.default_rng(7).random((len(CITY), ITEMS))
+    luck, hard = (
+        np.random.default_rng((seed, nextlat)),
+        np.random.default_rng(7).random((len(CITY), ITEMS)),
+    )
     items = {}
     for (name, values), difficulty in zip(CITY.items(), hard, strict=True):
         value = values[nextlat]
         if name in ("next_token_loss", "effective_latent_rank"):
-            items[name] = value * (1 + 0.02 * luck.normal() + 0.05 * (difficulty - 0.5) + 0.02 * luck.normal(size=ITEMS))
+            items[name] = value * (
+                1
+                + 0.02 * luck.normal()
+                + 0.05 * (difficulty - 0.5)
+                + 0.02 * luck.normal(size=ITEMS)
+            )
         else:
-            items[name] = (difficulty + 0.1 * luck.normal(size=ITEMS) < value + 0.03 * luck.normal()).astype(float)
+            items[name] = (
+                difficulty + 0.1 * luck.normal(size=ITEMS) < value + 0.03 * luck.normal()
+            ).astype(float)
     decoding: dict[str, Any] = {}
     if nextlat:
         decoding = {
@@ -139,9 +176,15 @@ def write_city_run(directory: Path, objective: str, seed: int) -> Path:
             "identical": True,
             "mean_acceptance_length": 3.1 + 0.2 * luck.normal(),
             "decoding_speedup": 1.7 + 0.1 * luck.normal(),
-            "acceptance_by_position": [round(0.9**place + 0.02 * float(luck.normal()), 4) for place in range(1, 9)],
+            "acceptance_by_position": [
+                round(0.9**place + 0.02 * float(luck.normal()), 4) for place in range(1, 9)
+            ],
         }
-    numbers = {name: decoding[name] for name in ("mean_acceptance_length", "decoding_speedup") if name in decoding}
+    numbers = {
+        name: decoding[name]
+        for name in ("mean_acceptance_length", "decoding_speedup")
+        if name in decoding
+    }
     if nextlat:
         numbers["accepted_tokens_per_cycle"] = numbers["mean_acceptance_length"] - 1
     path = write_run(directory, objective, seed, items=items, numbers=numbers, decoding=decoding)
@@ -161,61 +204,115 @@ def write_city_run(directory: Path, objective: str, seed: int) -> Path:
 
 
 def write_word_problem_run(directory: Path, objective: str, seed: int) -> Path:
-    """One run of the word problem: the transformers fail beyond eight elements, the dynamics model does not."""
+    """One run of the word problem: the transformers fail beyond eight elements, the dynamics model
+    does not."""
     places = np.arange(1, 25)
     transformer = np.where(places <= 8, 0.98, 0.2 + 0.78 * np.exp(-(places - 8) / 2)) - 0.005 * seed
     curves = {"transformer_accuracy_by_position": transformer.tolist()}
-    items = {f"transformer_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * transformer[n - 1]) for n in (8, 16, 24)}
+    items = {
+        f"transformer_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * transformer[n - 1])
+        for n in (8, 16, 24)
+    }
     if objective == "nextlat":
         alone = 0.99 - 0.008 * places - 0.01 * seed
         curves["dynamics_accuracy_by_position"] = alone.tolist()
-        items |= {f"dynamics_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * alone[n - 1]) for n in (8, 16, 24)}
+        items |= {
+            f"dynamics_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * alone[n - 1])
+            for n in (8, 16, 24)
+        }
     return write_run(directory, objective, seed, task="word-problem", items=items, curves=curves)
 
 
-def write_path_star_run(directory: Path, objective: str, seed: int, losses: dict[int, float], exact: float) -> Path:
-    """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths; the branch is as good as the path."""
+def write_path_star_run(
+    directory: Path, objective: str, seed: int, losses: dict[int, float], exact: float
+) -> Path:
+    """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths;
+    the branch is as good as the path."""
     shares = {1: 1.0, 2: exact, 3: 1.0}
-    items = {f"accuracy_position_{place}": np.arange(ITEMS) < round(ITEMS * share) for place, share in shares.items()}
-    items |= {name: items["accuracy_position_2"] for name in ("exact_path_accuracy", "exact_path_accuracy_sampled")}
+    items = {
+        f"accuracy_position_{place}": np.arange(ITEMS) < round(ITEMS * share)
+        for place, share in shares.items()
+    }
+    items |= {
+        name: items["accuracy_position_2"]
+        for name in ("exact_path_accuracy", "exact_path_accuracy_sampled")
+    }
     items["next_token_loss"] = np.full(ITEMS, 0.2)
     path = write_run(
-        directory, objective, seed, task="path-star", items=items, curves={"accuracy_by_position": list(shares.values())}
+        directory,
+        objective,
+        seed,
+        task="path-star",
+        items=items,
+        curves={"accuracy_by_position": list(shares.values())},
     )
-    log = [line for line in (path / "metrics.jsonl").read_text().splitlines() if "eval_loss" not in line]
-    log += [json.dumps({"step": step, "eval_loss": loss, "eval_next_token": loss}) for step, loss in losses.items()]
+    log = [
+        line
+        for line in (path / "metrics.jsonl").read_text().splitlines()
+        if "eval_loss" not in line
+    ]
+    log += [
+        json.dumps({"step": step, "eval_loss": loss, "eval_next_token": loss})
+        for step, loss in losses.items()
+    ]
     (path / "metrics.jsonl").write_text("".join(line + "\n" for line in log))
     return path
 
 
 def write_countdown_run(directory: Path, objective: str, seed: int, solved: float) -> Path:
-    """One run with two equations; held-out targets are solved half as often as those seen in training."""
+    """One run with two equations; held-out targets are solved half as often as those seen in
+    training."""
     shares = {"solved_seen": solved, "solved_held_out": solved / 2}
     for place, easier in ((1, 0.9), (2, 0.3)):
-        shares |= {f"true_equation_{place}_seen": easier + (1 - easier) * solved, f"true_equation_{place}_held_out": easier}
+        shares |= {
+            f"true_equation_{place}_seen": easier + (1 - easier) * solved,
+            f"true_equation_{place}_held_out": easier,
+        }
     items = {name: np.arange(ITEMS) < round(ITEMS * share) for name, share in shares.items()}
     return write_run(directory, objective, seed, task="countdown", items=items)
 
 
 def write_hmm_run(directory: Path, objective: str, seed: int, r2: float, states: int = 3) -> Path:
-    """One run of the hidden Markov model whose state tells this much of the belief; the first places are the corners of the simplex."""
+    """One run of the hidden Markov model whose state tells this much of the belief; the first
+    places are the corners of the simplex."""
     luck = np.random.default_rng(seed)
-    items = {"belief_r2": r2 + 0.02 * luck.normal(size=ITEMS), "next_token_kl": 0.01 * luck.random(ITEMS)}
+    items = {
+        "belief_r2": r2 + 0.02 * luck.normal(size=ITEMS),
+        "next_token_kl": 0.01 * luck.random(ITEMS),
+    }
     items |= {"entropy_floor": np.linspace(0.9, 1.1, ITEMS)}
-    items |= {"transition_consistency_error": 0.1 + 0.01 * luck.random(ITEMS)} if objective == "nextlat" else {}
+    items |= (
+        {"transition_consistency_error": 0.1 + 0.01 * luck.random(ITEMS)}
+        if objective == "nextlat"
+        else {}
+    )
     path = write_run(directory, objective, seed, task="hmm", items=items)
     true = np.concatenate([np.eye(states), np.random.default_rng(0).dirichlet(np.ones(states), 40)])
     decoded = true + (1 - r2) * (luck.dirichlet(np.ones(states), len(true)) - 1 / states)
-    _dump(path / "beliefs.json", {"r2": r2, "true": true.round(5).tolist(), "decoded": decoded.round(5).tolist()})
+    _dump(
+        path / "beliefs.json",
+        {"r2": r2, "true": true.round(5).tolist(), "decoded": decoded.round(5).tolist()},
+    )
     return path
 
 
 def write_text_run(directory: Path, objective: str, seed: int, ahead: float) -> Path:
-    """One run of the text task whose probes are so many nats better at 20 tokens ahead, and not at all at one."""
+    """One run of the text task whose probes are so many nats better at 20 tokens ahead, and not at
+    all at one."""
     offsets = np.arange(20)
     curve = 3 + 2 * (1 - np.exp(-offsets / 4)) + 0.05 * seed - ahead * offsets / 19
-    items = {"perplexity": np.full(ITEMS, 12.0 + seed), "effective_latent_rank": np.full(ITEMS, 40.0)}
-    return write_run(directory, objective, seed, task="text", items=items, curves={"probe_cross_entropy": curve.tolist()})
+    items = {
+        "perplexity": np.full(ITEMS, 12.0 + seed),
+        "effective_latent_rank": np.full(ITEMS, 40.0),
+    }
+    return write_run(
+        directory,
+        objective,
+        seed,
+        task="text",
+        items=items,
+        curves={"probe_cross_entropy": curve.tolist()},
+    )
 
 
 def _dump(path: Path, content: Any) -> None:

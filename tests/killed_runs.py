@@ -1,8 +1,10 @@
-"""Trains one recipe again and again in forked processes that die by SIGKILL at chosen moments; a script for test_training.
+"""Trains one recipe again and again in forked processes that die by SIGKILL at chosen moments; a
+script for test_training.
 
-Forked, so that torch is imported once. A moment is the n-th of the operations that could matter: a training step, or a call
-that changes the disk. Prints JSON: the operations of an uninterrupted run, and for every series of kills what was hit and
-whether the final files are those of the uninterrupted run, byte for byte.
+Forked, so that torch is imported once. A moment is the n-th of the operations that could matter: a
+training step, or a call that changes the disk. Prints JSON: the operations of an uninterrupted run,
+and for every series of kills what was hit and whether the final files are those of the
+uninterrupted run, byte for byte.
 """
 
 import gc
@@ -50,7 +52,8 @@ def counted(on_operation: Callable[[str], None]) -> None:
 
 
 def in_a_fork(recipe: Recipe, out: Path, die_at: int | None) -> list[str]:
-    """Names of the operations begun until the end, or until the `die_at`-th (from 0), before which the process is killed."""
+    """Names of the operations begun until the end, or until the `die_at`-th (from 0), before which
+    the process is killed."""
     log = out.with_suffix(".operations")
     log.unlink(missing_ok=True)
     child = os.fork()
@@ -75,14 +78,24 @@ def in_a_fork(recipe: Recipe, out: Path, die_at: int | None) -> list[str]:
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if not (killed if die_at is not None else status == 0):
-        raise SystemExit(f"the run in {out} ended with status {status} when it should be killed at {die_at}")
+        raise SystemExit(
+            f"the run in {out} ended with status {status} when it should be killed at {die_at}"
+        )
     return log.read_text().split()
 
 
 def result(out: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
     """What must not depend on interruptions: the model's files, and the metrics but for the time."""
-    files = ("model.safetensors", "nextlat/objective.safetensors", "config.json", "checkpoint-6/optimizer.pt")
-    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(out)]
+    files = (
+        "model.safetensors",
+        "nextlat/objective.safetensors",
+        "config.json",
+        "checkpoint-6/optimizer.pt",
+    )
+    lines = [
+        {key: value for key, value in line.items() if key != "seconds"}
+        for line in read_metrics(out)
+    ]
     return [(out / name).read_bytes() for name in files], lines
 
 
@@ -93,13 +106,16 @@ def main(folder: Path, series: int, seed: int) -> None:
     operations = in_a_fork(recipe, folder / "whole", None)
     expected = result(folder / "whole")
     rng = random.Random(seed)
-    # One kill in every stretch of the run, so that steps, saves, rotation and export are all hit; then another anywhere.
+    # One kill in every stretch of the run, so that steps, saves, rotation and export are all hit;
+    # then another anywhere.
     report = []
     for number in range(series):
         out = folder / f"killed-{number}"
         low, high = number * len(operations) // series, (number + 1) * len(operations) // series
         hit = [in_a_fork(recipe, out, rng.randrange(low, high))[-1]]
-        hit.append(in_a_fork(recipe, out, rng.randrange(0, max(1, (len(operations) - low) // 2)))[-1])
+        hit.append(
+            in_a_fork(recipe, out, rng.randrange(0, max(1, (len(operations) - low) // 2)))[-1]
+        )
         in_a_fork(recipe, out, None)
         leftovers = [path.name for path in out.glob(".nextlat-tmp-*")]
         report.append({"hit": hit, "identical": result(out) == expected, "leftovers": leftovers})

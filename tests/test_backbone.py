@@ -1,11 +1,18 @@
-"""What a causal LM does is found out numerically, and what cannot be reproduced is refused in one sentence."""
+"""What a causal LM does is found out numerically, and what cannot be reproduced is refused in one
+sentence."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import nextlat
 from conftest import FAMILIES, tiny_lm
@@ -29,8 +36,13 @@ def test_head_of_the_hidden_state_is_the_logits(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_nearly_invisible_soft_cap_is_still_found(family: str) -> None:
-    """Fresh models have logits so small that a cap of 30 changes nothing on them: only magnified states show it."""
-    lm = tiny_lm(family, **({"final_logit_softcapping": 30.0} if family == "gemma2" else {}), initializer_range=0.02)
+    """Fresh models have logits so small that a cap of 30 changes nothing on them: only magnified
+    states show it."""
+    lm = tiny_lm(
+        family,
+        **({"final_logit_softcapping": 30.0} if family == "gemma2" else {}),
+        initializer_range=0.02,
+    )
     backbone = Backbone(lm)
     assert (backbone.head.weight is None) == (family in SHIMMED)
 
@@ -51,7 +63,8 @@ def test_gradients_pass_the_frozen_head_and_leave_it_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_do_not_see_each_other(family: str) -> None:
-    """transformers infers packing only without a mask and without a cache, and loses it silently otherwise."""
+    """transformers infers packing only without a mask and without a cache, and loses it silently
+    otherwise."""
     lm = tiny_lm(family)
     lm.config.use_cache = True
     backbone = Backbone(lm)
@@ -62,7 +75,12 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     for row, starts in enumerate([[0, 4, 9], [0, 1, 7, 9]]):
         for a, b in pairwise(starts):
             alone = ids[row : row + 1, a:b]
-            torch.testing.assert_close(h[row, a:b], backbone.hidden(Batch.from_inputs(alone, alone))[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                h[row, a:b],
+                backbone.hidden(Batch.from_inputs(alone, alone))[0],
+                rtol=1e-4,
+                atol=1e-5,
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,13 +105,17 @@ def test_flash_attention_on_packed_rows_is_refused() -> None:
 def test_a_model_that_ignores_positions_is_caught_before_it_trains() -> None:
     lm = tiny_lm("llama")
     forward = lm.model.forward
-    lm.model.forward = lambda input_ids, position_ids=None, **rest: forward(input_ids=input_ids, **rest)
+    lm.model.forward = lambda input_ids, position_ids=None, **rest: forward(
+        input_ids=input_ids, **rest
+    )
     backbone = Backbone(lm)
     assert not backbone.packs
     ids = torch.randint(50, (1, 4))
     with pytest.raises(nextlat.NextLatError, match="one document per row"):
         backbone.hidden(Batch.from_inputs(ids, ids, torch.tensor([[0, 1, 0, 1]])))
-    backbone.hidden(Batch.from_inputs(ids, ids, None, torch.tensor([[1, 1, 1, 0]])))  # padding alone is fine
+    backbone.hidden(
+        Batch.from_inputs(ids, ids, None, torch.tensor([[1, 1, 1, 0]]))
+    )  # padding alone is fine
 
 
 def test_what_is_no_decoder_only_causal_lm_is_refused() -> None:
@@ -116,7 +138,12 @@ def test_what_is_no_decoder_only_causal_lm_is_refused() -> None:
 
 def test_a_nested_head_is_refused() -> None:
     config = BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        is_decoder=True,
     )
     with pytest.raises(nextlat.NextLatError, match="nests layers inside its output head"):
         Backbone(BertLMHeadModel(config))
@@ -143,6 +170,8 @@ def test_a_model_without_a_key_value_cache_is_refused_where_it_would_decode() ->
     lm = tiny_lm("llama")
     backbone = Backbone(lm)
     forward = lm.model.forward
-    lm.model.forward = lambda past_key_values=None, use_cache=None, **rest: forward(use_cache=False, **rest)
+    lm.model.forward = lambda past_key_values=None, use_cache=None, **rest: forward(
+        use_cache=False, **rest
+    )
     with pytest.raises(nextlat.NextLatError, match="keeps no key-value cache"):
         backbone.step(torch.randint(50, (1, 4)))

@@ -1,4 +1,5 @@
-"""MTP, JTP and BST against slow, obviously right references: one document, one position, one head or pair at a time."""
+"""MTP, JTP and BST against slow, obviously right references: one document, one position, one head
+or pair at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from test_objectives import EXACT, ROUNDED, VOCAB, Watch, documents, gradients, 
 Docs = list[tuple[Tensor, Tensor]]
 
 
-def model_of(config: object, family: str = "gpt2", dtype: torch.dtype = torch.float64) -> nextlat.ObjectiveModel:
+def model_of(
+    config: object, family: str = "gpt2", dtype: torch.dtype = torch.float64
+) -> nextlat.ObjectiveModel:
     lm = tiny_lm(family, VOCAB, tie_word_embeddings=False)
     torch.manual_seed(1)
     model = nextlat.attach(lm, config).to(dtype)
@@ -77,15 +80,22 @@ def joined(losses: list[Tensor], weight: float) -> dict[str, Tensor]:
 
 
 def fetch(model: nextlat.ObjectiveModel, h: Tensor, embeddings: list[Tensor]) -> Tensor:
-    """Fetch's last output for the window h, E(x_t), ..., E(x_{t+i}), written out over heads and vectors; then the norm."""
+    """Fetch's last output for the window h, E(x_t), ..., E(x_{t+i}), written out over heads and
+    vectors; then the norm."""
     f, i = model.objective.fetch, len(embeddings) - 1
-    window = [F.layer_norm(e + f.gamma * h, h.shape, f.combine_norm.weight, f.combine_norm.bias) for e in embeddings]
+    window = [
+        F.layer_norm(e + f.gamma * h, h.shape, f.combine_norm.weight, f.combine_norm.bias)
+        for e in embeddings
+    ]
     size = len(h) // f.heads
     out = []
     for head in range(f.heads):
         part = slice(head * size, (head + 1) * size)
         query = f.query.weight[part] @ window[i]
-        scores = [query @ (f.key.weight[part] @ c) / size**0.5 + f.bias_HW[head, i - j] for j, c in enumerate(window)]
+        scores = [
+            query @ (f.key.weight[part] @ c) / size**0.5 + f.bias_HW[head, i - j]
+            for j, c in enumerate(window)
+        ]
         values = [f.value.weight[part] @ c for c in window]
         out.append(sum(p * v for p, v in zip(torch.stack(scores).softmax(0), values, strict=True)))
     y = f.output.weight @ torch.cat(out)
@@ -96,7 +106,9 @@ def jtp_reference(model: nextlat.ObjectiveModel, docs: Docs) -> dict[str, Tensor
     d, embedding = model.objective.horizon, model.lm.get_input_embeddings()
     terms: list[list[Tensor]] = [[] for _ in range(d + 1)]
     for ids, labels in docs:
-        h_TD = model.lm(input_ids=ids[None], use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+        h_TD = model.lm(
+            input_ids=ids[None], use_cache=False, output_hidden_states=True
+        ).hidden_states[-1][0]
         for t in range(len(ids)):
             for i in range(d + 1):
                 if t + 1 + i < len(ids) and labels[t + 1 + i] != -100:
@@ -108,26 +120,38 @@ def jtp_reference(model: nextlat.ObjectiveModel, docs: Docs) -> dict[str, Tensor
 def bst_reference(
     model: nextlat.ObjectiveModel, docs: Docs, keep: set[tuple[int, int, int]] | None = None
 ) -> dict[str, Tensor]:
-    """Prefixes x_1..x_t and suffixes x_s..x_T of each document with s >= t + 1, in the paper's numbering from 1."""
+    """Prefixes x_1..x_t and suffixes x_s..x_T of each document with s >= t + 1, in the paper's
+    numbering from 1."""
     objective = model.objective
     nexts, previouses, plain = [], [], []
     for number, (ids, labels) in enumerate(docs):
         T = len(ids)
-        f = [objective.empty_prefix, *model.lm.base_model(ids[None], use_cache=False)[0][0]]  # f[t]: after x_1..x_t
+        f = [
+            objective.empty_prefix,
+            *model.lm.base_model(ids[None], use_cache=False)[0][0],
+        ]  # f[t]: after x_1..x_t
         read = objective.backward_encoder(ids.flip(0)[None], use_cache=False)[0][0]
-        b = [None, *read.flip(0), objective.empty_suffix]  # b[s]: after x_T..x_s; b[T + 1]: after nothing
+        b = [
+            None,
+            *read.flip(0),
+            objective.empty_suffix,
+        ]  # b[s]: after x_T..x_s; b[T + 1]: after nothing
         for t in range(T + 1):
             for s in range(t + 1, T + 2):
                 if keep is not None and (number, t, s) not in keep:
                     continue
                 x = torch.cat([f[t], b[s]])
-                states = objective.text_head.write.weight @ F.gelu(objective.text_head.read.weight @ x)
+                states = objective.text_head.write.weight @ F.gelu(
+                    objective.text_head.read.weight @ x
+                )
                 if t + 1 <= T and labels[t + 1 - 1] != -100:
                     nexts.append(cross_entropy(model.backbone.head(states[: len(f[t])]), labels[t]))
                     if s == T + 1 and t > 0:
                         plain.append(nexts[-1].detach())
                 if s - 1 >= 1 and labels[s - 1 - 1] != -100:
-                    previouses.append(cross_entropy(model.backbone.head(states[len(f[t]) :]), labels[s - 2]))
+                    previouses.append(
+                        cross_entropy(model.backbone.head(states[len(f[t]) :]), labels[s - 2])
+                    )
     loss = mean(nexts, read) + mean(previouses, read)
     return {
         "loss": loss,
@@ -137,15 +161,23 @@ def bst_reference(
     }
 
 
-def assert_same(model: nextlat.ObjectiveModel, batch: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    tolerance = EXACT if model.config.model_type == "gpt2" and model.dtype == torch.float64 else ROUNDED
+def assert_same(
+    model: nextlat.ObjectiveModel, batch: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    tolerance = (
+        EXACT if model.config.model_type == "gpt2" and model.dtype == torch.float64 else ROUNDED
+    )
     out = model(**batch)
     for name, value in expected.items():
         ours = out.loss if name == "loss" else out.losses[name]
         torch.testing.assert_close(
-            ours, value.detach() if name != "loss" else value, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            ours,
+            value.detach() if name != "loss" else value,
+            **tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
-    # Half of it as what is differentiated: a scale from outside (accumulation, loss scaling) must reach every gradient.
+    # Half of it as what is differentiated: a scale from outside (accumulation, loss scaling) must
+    # reach every gradient.
     ours, theirs = gradients(model, 0.5 * out.loss), gradients(model, 0.5 * expected["loss"])
     for name in ours.keys() | theirs.keys():
         a, b = (g.get(name, torch.zeros(1, dtype=model.dtype)) for g in (ours, theirs))
@@ -186,7 +218,9 @@ def test_nothing_to_predict_is_zero_and_finite(name: str) -> None:
     ids = torch.randint(VOCAB, (2, 4))
     out = model(input_ids=ids, labels=torch.full_like(ids, -100))
     out.loss.backward()
-    assert out.loss.item() == 0 and all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+    assert out.loss.item() == 0 and all(
+        p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -196,7 +230,9 @@ def test_no_tensor_of_positions_times_vocabulary_is_ever_made(name: str, family:
     model = nextlat.attach(tiny_lm(family, vocab), REFERENCES[name][0])
     ids = torch.randint(vocab, (4, T))
     with Watch() as watch:
-        model(input_ids=ids, labels=ids, position_ids=(torch.arange(T) % 12).expand(4, T)).loss.backward()
+        model(
+            input_ids=ids, labels=ids, position_ids=(torch.arange(T) % 12).expand(4, T)
+        ).loss.backward()
     pairs = len(Pairs.of(Batch.from_inputs(ids, ids, (torch.arange(T) % 12).expand(4, T))).prefix)
     assert watch.largest < (min(pairs, 4096) if name == "bst" else 4 * T) * vocab / 2, watch.largest
 
@@ -247,7 +283,9 @@ def test_memory_of_mtp_does_not_grow_with_the_horizon(monkeypatch: pytest.Monkey
     assert six > 2 * one  # and this is how that is seen
 
 
-def test_memory_of_bst_does_not_grow_with_the_number_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_bst_does_not_grow_with_the_number_of_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(belief_state, "CHUNK", 100)
     model = nextlat.attach(tiny_lm("llama", VOCAB), nextlat.BSTConfig())
     ids = torch.randint(VOCAB, (2, 60))
@@ -274,13 +312,19 @@ def test_pairs_in_chunks_equal_pairs_at_once(chunk: int, monkeypatch: pytest.Mon
 
 
 def test_pieces_add_up_once_and_frozen_inputs_stay_out() -> None:
-    w, frozen = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(5.0), requires_grad=False)
+    w, frozen = (
+        nn.Parameter(torch.tensor(2.0)),
+        nn.Parameter(torch.tensor(5.0), requires_grad=False),
+    )
     x = torch.tensor([1.0, 3.0], requires_grad=True)
     pieces = [lambda s, k=k: k * w * frozen * s for k in (1.0, 10.0)]
     total, parts = one_by_one(pieces, [x * x], [w, frozen])
     assert total.item() == 11 * 2 * 5 * (1 + 9) and parts.tolist() == [11 * 2 * 5, 11 * 2 * 5 * 9]
     (3 * total).backward()
-    assert w.grad.item() == 3 * 11 * 5 * 10 and x.grad.tolist() == [3 * 11 * 10 * 2 * 1, 3 * 11 * 10 * 2 * 3]
+    assert w.grad.item() == 3 * 11 * 5 * 10 and x.grad.tolist() == [
+        3 * 11 * 10 * 2 * 1,
+        3 * 11 * 10 * 2 * 3,
+    ]
     assert frozen.grad is None
     with torch.no_grad():
         assert one_by_one(pieces, [x * x], [w])[0].item() == total.item()
@@ -293,18 +337,30 @@ def test_pieces_add_up_once_and_frozen_inputs_stay_out() -> None:
 def test_pairs_are_all_cuts_of_each_document_and_of_no_two() -> None:
     ids = torch.tensor([[10, 11, 12, 20, 21, 7]])
     labels = torch.tensor([[10, 11, -100, 20, 21, 7]])
-    batch = Batch.from_inputs(ids, labels, torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.tensor([[1, 1, 1, 1, 1, 0]]))
+    batch = Batch.from_inputs(
+        ids, labels, torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
+    )
     pairs = Pairs.of(batch)
     found = {
-        (p, s): tuple(t) for p, s, t in zip(*(x.tolist() for x in (pairs.prefix, pairs.suffix, pairs.targets)), strict=True)
+        (p, s): tuple(t)
+        for p, s, t in zip(
+            *(x.tolist() for x in (pairs.prefix, pairs.suffix, pairs.targets)), strict=True
+        )
     }
     assert len(found) + 1 == len(pairs.prefix)  # "nothing on either side" is there twice
     first = {  # positions last read (6 = nothing): next and previous label
         (6, 0): (10, -100), (6, 1): (10, 10), (6, 2): (10, 11), (6, 6): (10, -100), (0, 1): (11, 10), (0, 2): (11, 11),
         (0, 6): (11, -100), (1, 2): (-100, 11),
     }  # fmt: skip
-    # (1, nothing) and (2, nothing) of the first document would both predict its unlabelled third token or nothing at all.
-    second = {(6, 3): (20, -100), (6, 4): (20, 20), (3, 4): (21, 20), (3, 6): (21, 21), (4, 6): (-100, 21)}
+    # (1, nothing) and (2, nothing) of the first document would both predict its unlabelled third
+    # token or nothing at all.
+    second = {
+        (6, 3): (20, -100),
+        (6, 4): (20, 20),
+        (3, 4): (21, 20),
+        (3, 6): (21, 21),
+        (4, 6): (-100, 21),
+    }
     shared = (6, 6)  # nothing read on either side, once for each document
     assert found.keys() - {shared} == (first.keys() | second.keys()) - {shared}
     assert all(found[key] == value for key, value in {**first, **second}.items() if key != shared)
@@ -317,7 +373,9 @@ def test_a_share_of_the_pairs_is_that_share_and_equals_its_reference(share: floa
     whole, part = len(Pairs.of(batch).prefix), len(Pairs.of(batch, share).prefix)
     assert part == pytest.approx(share * whole, abs=4 * (whole * share * (1 - share)) ** 0.5)
     places = torch.bincount(Pairs.of(batch, share).prefix, minlength=121).double()
-    assert places[:60].sum() == pytest.approx(share * torch.bincount(Pairs.of(batch).prefix)[:60].sum().item(), rel=0.15)
+    assert places[:60].sum() == pytest.approx(
+        share * torch.bincount(Pairs.of(batch).prefix)[:60].sum().item(), rel=0.15
+    )
 
     model = model_of(nextlat.BSTConfig(pair_share=share))
     docs = documents(4, [7, 5])
@@ -341,7 +399,10 @@ def test_which_pairs_are_kept_depends_on_the_document_alone() -> None:
     swapped = docs[0][0].clone()
     swapped[[2, 3]] = swapped[[3, 2]]
     kept = [Pairs.of(Batch.from_inputs(x[None], x[None]), 0.4) for x in (docs[0][0], swapped)]
-    assert kept[0].prefix.tolist() != kept[1].prefix.tolist() or kept[0].suffix.tolist() != kept[1].suffix.tolist()
+    assert (
+        kept[0].prefix.tolist() != kept[1].prefix.tolist()
+        or kept[0].suffix.tolist() != kept[1].suffix.tolist()
+    )
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [(3, 4), (0, 4), (3, 0)])
@@ -352,7 +413,11 @@ def test_generation_towards_a_goal_reads_both_sides(prefix: int, suffix: int) ->
     objective, lm = model.objective, model.lm
     with torch.no_grad():
         for row in range(2):
-            b = objective.backward_encoder(goal[row].flip(0)[None])[0][0, -1] if suffix else objective.empty_suffix
+            b = (
+                objective.backward_encoder(goal[row].flip(0)[None])[0][0, -1]
+                if suffix
+                else objective.empty_suffix
+            )
             tokens = ids[row]
             for made in out[row]:
                 f = lm.base_model(tokens[None])[0][0, -1] if len(tokens) else objective.empty_prefix
@@ -360,7 +425,9 @@ def test_generation_towards_a_goal_reads_both_sides(prefix: int, suffix: int) ->
                 assert made == logits.argmax()
                 tokens = torch.cat([tokens, made[None]])
     if suffix and prefix:
-        assert not torch.equal(out, objective.generate_towards(ids, goal.flip(1), max_new_tokens=6))  # the goal matters
+        assert not torch.equal(
+            out, objective.generate_towards(ids, goal.flip(1), max_new_tokens=6)
+        )  # the goal matters
     with pytest.raises(nextlat.NextLatError, match="at least 1"):
         objective.generate_towards(ids, goal, 0)
 
@@ -368,7 +435,10 @@ def test_generation_towards_a_goal_reads_both_sides(prefix: int, suffix: int) ->
 # ---- drafting ----
 
 
-@pytest.mark.parametrize(("family", "ragged"), [*((family, False) for family in FAMILIES), ("llama", True), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("family", "ragged"),
+    [*((family, False) for family in FAMILIES), ("llama", True), ("gpt2", True)],
+)
 def test_mtp_drafts_what_its_heads_say_with_and_without_a_cache(family: str, ragged: bool) -> None:
     model = model_of(nextlat.MTPConfig(horizon=3), family, torch.float32)
     objective, backbone = model.objective, model.backbone
@@ -423,11 +493,14 @@ def test_mtp_starts_from_copies_and_leaves_the_model_alone() -> None:
     weights = {name: p.clone() for name, p in lm.named_parameters()}
     model = nextlat.attach(lm, nextlat.MTPConfig(horizon=2))
     assert (
-        all(torch.equal(weights[name], p) for name, p in lm.named_parameters()) and lm.model.layers[-1].self_attn.layer_idx == 1
+        all(torch.equal(weights[name], p) for name, p in lm.named_parameters())
+        and lm.model.layers[-1].self_attn.layer_idx == 1
     )
     for head in model.objective.heads:
         for name, p in head.layer.named_parameters():
-            assert torch.equal(p, weights[f"model.layers.1.{name}"]) and p.requires_grad  # though the LM is frozen
+            assert (
+                torch.equal(p, weights[f"model.layers.1.{name}"]) and p.requires_grad
+            )  # though the LM is frozen
     assert not any(p.requires_grad for p in lm.parameters())
 
 
@@ -444,7 +517,9 @@ def test_mtp_refuses_a_model_without_a_last_layer_to_repeat() -> None:
         return out
 
     lm.model.forward = shifted
-    with pytest.raises(nextlat.NextLatError, match="does not end in one decoder layer and one norm"):
+    with pytest.raises(
+        nextlat.NextLatError, match="does not end in one decoder layer and one norm"
+    ):
         nextlat.attach(lm, nextlat.MTPConfig())
 
 
@@ -461,7 +536,11 @@ def test_jtp_drafts_what_fetch_learned_to_say(family: str) -> None:
             for i in range(4):
                 expected = torch.stack(
                     [
-                        model.backbone.head(fetch(model, h[row, t], [embedding(ids[row, t + j]) for j in range(i + 1)]))
+                        model.backbone.head(
+                            fetch(
+                                model, h[row, t], [embedding(ids[row, t + j]) for j in range(i + 1)]
+                            )
+                        )
                         for row in range(2)
                     ]
                 )
@@ -474,7 +553,9 @@ def test_jtp_drafts_what_fetch_learned_to_say(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [nextlat.JTPConfig(horizon=2), nextlat.BSTConfig(), nextlat.MTPConfig()], ids=["jtp", "bst", "mtp"]
+    "config",
+    [nextlat.JTPConfig(horizon=2), nextlat.BSTConfig(), nextlat.MTPConfig()],
+    ids=["jtp", "bst", "mtp"],
 )
 def test_cached_steps_of_the_model_equal_its_whole_rows(config: object) -> None:
     model = model_of(config, "llama", torch.float32)
@@ -488,7 +569,9 @@ def test_cached_steps_of_the_model_equal_its_whole_rows(config: object) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("name", ["mtp", "jtp", "bst"])
-def test_decoding_gives_what_whole_forwards_give_whatever_is_drafted(name: str, family: str) -> None:
+def test_decoding_gives_what_whole_forwards_give_whatever_is_drafted(
+    name: str, family: str
+) -> None:
     model = model_of(REFERENCES[name][0], family, torch.float32)
     prompt, expected = torch.randint(VOCAB, (2, 5)), []
     for ids in prompt:
@@ -497,7 +580,9 @@ def test_decoding_gives_what_whole_forwards_give_whatever_is_drafted(name: str, 
             tokens = torch.cat([tokens, model(input_ids=tokens[None]).logits[0, -1].argmax()[None]])
         expected.append(tokens)
     for draft_length in range(1 + model.objective.max_draft_length):
-        out, stats = model.generate(prompt, max_new_tokens=14, draft_length=draft_length, return_stats=True)
+        out, stats = model.generate(
+            prompt, max_new_tokens=14, draft_length=draft_length, return_stats=True
+        )
         assert torch.equal(out, torch.stack(expected))
         assert stats.drafted == 0 if draft_length == 0 else stats.drafted > 0
 

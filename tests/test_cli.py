@@ -1,4 +1,5 @@
-"""The command line: what it prints, and that what the user can mend is one sentence with exit code 2."""
+"""The command line: what it prints, and that what the user can mend is one sentence with exit code
+2."""
 
 import json
 import shutil
@@ -45,21 +46,37 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The smallest city trained for four steps by each objective."""
     folder = tmp_path_factory.mktemp("runs")
     for objective in ("next-token", "nextlat"):
-        code, _, err = run("train", "city-tiny", *TINY, "--objective", objective, "--out", folder / objective, "--no-progress")
+        code, _, err = run(
+            "train",
+            "city-tiny",
+            *TINY,
+            "--objective",
+            objective,
+            "--out",
+            folder / objective,
+            "--no-progress",
+        )
         assert code == 0, err
     return {path.name: path for path in folder.iterdir()}
 
 
 def test_help_names_the_commands() -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(name in out for name in ("train", "evaluate", "generate", "compare", "report", "demo"))
+    assert code == 0 and all(
+        name in out for name in ("train", "evaluate", "generate", "compare", "report", "demo")
+    )
 
 
 def test_training_leaves_a_plain_model_with_results(trained: dict[str, Path]) -> None:
     run_directory = trained["nextlat"]
     AutoModelForCausalLM.from_pretrained(run_directory)
     [entry] = json.loads((run_directory / "results.json").read_text())
-    assert (entry["task"], entry["objective"], entry["horizon"], entry["seed"]) == ("streets", "nextlat", 2, 0)
+    assert (entry["task"], entry["objective"], entry["horizon"], entry["seed"]) == (
+        "streets",
+        "nextlat",
+        2,
+        0,
+    )
     expected = {
         "next_token_test", "valid_trajectories", "sequence_compression", "identical_continuations", "effective_latent_rank",
         "detour_robustness", "next_token_loss", "mean_acceptance_length", "decoding_speedup",
@@ -67,14 +84,21 @@ def test_training_leaves_a_plain_model_with_results(trained: dict[str, Path]) ->
     assert expected <= entry["metrics"].keys()
     assert entry["decoding"]["identical"]
     scores = load_file(run_directory / "scores.safetensors")
-    assert scores["valid_trajectories"].mean() == pytest.approx(entry["metrics"]["valid_trajectories"])
-    assert "mean_acceptance_length" not in json.loads((trained["next-token"] / "results.json").read_text())[0]["metrics"]
+    assert scores["valid_trajectories"].mean() == pytest.approx(
+        entry["metrics"]["valid_trajectories"]
+    )
+    assert (
+        "mean_acceptance_length"
+        not in json.loads((trained["next-token"] / "results.json").read_text())[0]["metrics"]
+    )
 
 
 def test_a_finished_run_is_not_trained_further(trained: dict[str, Path]) -> None:
     path = trained["nextlat"]
     before = (path / "model.safetensors").stat().st_mtime_ns
-    code, _, err = run("train", "city-tiny", *TINY, "--objective", "nextlat", "--out", path, "--no-progress")
+    code, _, err = run(
+        "train", "city-tiny", *TINY, "--objective", "nextlat", "--out", path, "--no-progress"
+    )
     assert code == 0 and "is finished: it is not trained any further" in err
     assert (path / "model.safetensors").stat().st_mtime_ns == before
 
@@ -82,7 +106,9 @@ def test_a_finished_run_is_not_trained_further(trained: dict[str, Path]) -> None
 def test_evaluate_and_report_write_what_they_say(trained: dict[str, Path], tmp_path: Path) -> None:
     code, out, _ = run("evaluate", trained["next-token"], "--no-progress")
     assert code == 0 and "Valid trajectories" in out
-    code, out, err = run("report", trained["next-token"], trained["nextlat"], "--out", tmp_path / "report")
+    code, out, err = run(
+        "report", trained["next-token"], trained["nextlat"], "--out", tmp_path / "report"
+    )
     assert code == 0 and "report.html" in err
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 2 and "http://" not in page
@@ -91,18 +117,34 @@ def test_evaluate_and_report_write_what_they_say(trained: dict[str, Path], tmp_p
 def test_generate_gives_the_same_text_with_and_without_drafts(trained: dict[str, Path]) -> None:
     code, plain, _ = run("generate", trained["nextlat"], "0 5", "--max-new-tokens", "12")
     assert code == 0 and plain.startswith("0 5 ")
-    code, drafted, err = run("generate", trained["nextlat"], "0 5", "--max-new-tokens", "12", "--draft-length", "8")
+    code, drafted, err = run(
+        "generate", trained["nextlat"], "0 5", "--max-new-tokens", "12", "--draft-length", "8"
+    )
     assert code == 0 and drafted == plain
     assert "tokens a cycle" in err
-    code, sampled, _ = run("generate", trained["nextlat"], "0 5", "--temperature", "1.5", "--draft-length", "3", "--seed", "4")
+    code, sampled, _ = run(
+        "generate",
+        trained["nextlat"],
+        "0 5",
+        "--temperature",
+        "1.5",
+        "--draft-length",
+        "3",
+        "--seed",
+        "4",
+    )
     assert code == 0 and sampled.startswith("0 5 ")
 
 
 def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> None:
     path = trained["nextlat"]
     assert "'city-smal'" in fails("train", "city-smal")
-    assert "learning_rate" in fails("train", "city-tiny", "optimizer.learning_rat=1e-3", "--out", tmp_path / "a")
-    assert "other" in fails("train", "city-tiny", *TINY, "--objective", "next-token", "--out", path, "--no-progress")
+    assert "learning_rate" in fails(
+        "train", "city-tiny", "optimizer.learning_rat=1e-3", "--out", tmp_path / "a"
+    )
+    assert "other" in fails(
+        "train", "city-tiny", *TINY, "--objective", "next-token", "--out", path, "--no-progress"
+    )
     assert "below zero" in fails("generate", path, "0 5", "--draft-length", "-1")
     assert "'Broadway'" in fails("generate", path, "0 Broadway")
     assert "cannot draft" in fails("generate", trained["next-token"], "0 5", "--draft-length", "2")
@@ -110,14 +152,26 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert "not a run directory" in fails("evaluate", tmp_path)
     assert "not a run directory" in fails("report", tmp_path)
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in fails("train", "city-tiny", *TINY, "--out", tmp_path / "file" / "run", "--no-progress")
-    assert str(tmp_path / "file") in fails("compare", "city-tiny", "--objectives", "nextlat", "--out", tmp_path / "file")
-    assert "unknown objective 'btp'" in fails("compare", "city-tiny", "--objectives", "btp", "--out", tmp_path / "compare")
-    assert "'3' is not an override" in fails("compare", "city-tiny", "3", "--out", tmp_path / "compare")
-    assert "Invalid value for '--seeds'" in fails("compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare")
+    assert str(tmp_path / "file") in fails(
+        "train", "city-tiny", *TINY, "--out", tmp_path / "file" / "run", "--no-progress"
+    )
+    assert str(tmp_path / "file") in fails(
+        "compare", "city-tiny", "--objectives", "nextlat", "--out", tmp_path / "file"
+    )
+    assert "unknown objective 'btp'" in fails(
+        "compare", "city-tiny", "--objectives", "btp", "--out", tmp_path / "compare"
+    )
+    assert "'3' is not an override" in fails(
+        "compare", "city-tiny", "3", "--out", tmp_path / "compare"
+    )
+    assert "Invalid value for '--seeds'" in fails(
+        "compare", "city-tiny", "--seeds", "x", "--out", tmp_path / "compare"
+    )
     assert "No such option: --horizn" in fails("train", "city-tiny", "--horizn", "2")
     assert "Missing argument 'recipe'" in fails("train")
-    assert "4294967295" in fails("train", "city-tiny", "--seed", "9" * 20, "--out", tmp_path / "seed")
+    assert "4294967295" in fails(
+        "train", "city-tiny", "--seed", "9" * 20, "--out", tmp_path / "seed"
+    )
     assert not (tmp_path / "seed").exists()
     assert "seeds 1 1" in fails("demo", "--seeds", "1", "1", "--out", tmp_path / "demo")
 
@@ -148,11 +202,17 @@ def test_damaged_parts_of_a_run_are_one_sentence(trained: dict[str, Path], tmp_p
 
 
 def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"status": "running", "recipe": {}, "task": {"fingerprint": ""}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"status": "running", "recipe": {}, "task": {"fingerprint": ""}})
+    )
     assert "is not finished" in fails("evaluate", tmp_path)
 
 
 def test_errors_reach_the_shell_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nextlat", "train", "no-such-recipe"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("error: ")
+        and "Traceback" not in result.stderr
+    )

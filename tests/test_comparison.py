@@ -28,7 +28,9 @@ from nextlat.tasks.word_problem import WordProblemConfig
 Items = dict[str, list[float] | np.ndarray]
 
 
-def compared(folder: Path, ours: dict[int, Items], theirs: dict[int, Items], **options: object) -> TaskComparison:
+def compared(
+    folder: Path, ours: dict[int, Items], theirs: dict[int, Items], **options: object
+) -> TaskComparison:
     """Runs of NextLat and of the baseline with these items, by seed."""
     paths = [write_run(folder / f"{name}-{seed}", name, seed, items=items, **options)  # type: ignore[arg-type]
              for name, runs in (("nextlat", ours), ("next-token", theirs)) for seed, items in runs.items()]  # fmt: skip
@@ -49,7 +51,9 @@ def half(flips: int = 0) -> np.ndarray:
 
 
 def test_items_are_paired(tmp_path: Path) -> None:
-    task = compared(tmp_path, {0: {"valid_trajectories": half(8)}}, {0: {"valid_trajectories": half()}})
+    task = compared(
+        tmp_path, {0: {"valid_trajectories": half(8)}}, {0: {"valid_trajectories": half()}}
+    )
     found = difference(task, "valid_trajectories")
     share = 8 / ITEMS
     assert found.value == pytest.approx(share)
@@ -88,7 +92,9 @@ def test_a_number_without_items_proves_nothing_from_one_seed(tmp_path: Path) -> 
 
 
 def test_one_item_has_no_error(tmp_path: Path) -> None:
-    task = compared(tmp_path, {0: {"valid_trajectories": [1.0]}}, {0: {"valid_trajectories": [0.0]}})
+    task = compared(
+        tmp_path, {0: {"valid_trajectories": [1.0]}}, {0: {"valid_trajectories": [0.0]}}
+    )
     assert difference(task, "valid_trajectories").verdict == "no claim"
 
 
@@ -106,13 +112,21 @@ def test_error_over_seeds_is_students_t(tmp_path: Path) -> None:
     values = np.array(list(flips.values())) / ITEMS
     assert found.value == pytest.approx(values.mean())
     assert found.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(3))
-    assert found.verdict == ("better" if abs(stats.ttest_1samp(values, 0).pvalue) < 0.05 else "within noise") == "better"
+    assert (
+        found.verdict
+        == ("better" if abs(stats.ttest_1samp(values, 0).pvalue) < 0.05 else "within noise")
+        == "better"
+    )
     assert all(seed.verdict == "better" for seed in found.seeds.values())
     assert "in each seed by itself" in claims(task)[0].text
 
 
-@pytest.mark.parametrize("flips", [(60, 10, 35), (20, 40)], ids=["seeds disagree", "two seeds say little"])
-def test_seeds_that_vary_prove_nothing_though_each_is_clear(tmp_path: Path, flips: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "flips", [(60, 10, 35), (20, 40)], ids=["seeds disagree", "two seeds say little"]
+)
+def test_seeds_that_vary_prove_nothing_though_each_is_clear(
+    tmp_path: Path, flips: tuple[int, ...]
+) -> None:
     task = compared(
         tmp_path,
         {seed: {"detour_robustness": half(n)} for seed, n in enumerate(flips)},
@@ -127,7 +141,9 @@ def test_seeds_that_vary_prove_nothing_though_each_is_clear(tmp_path: Path, flip
 def test_seeds_that_agree_on_one_item_prove_nothing(tmp_path: Path) -> None:
     seeds = range(3)
     task = compared(
-        tmp_path, {s: {"valid_trajectories": half(1)} for s in seeds}, {s: {"valid_trajectories": half()} for s in seeds}
+        tmp_path,
+        {s: {"valid_trajectories": half(1)} for s in seeds},
+        {s: {"valid_trajectories": half()} for s in seeds},
     )
     found = difference(task, "valid_trajectories")
     assert found.stderr == 0
@@ -147,16 +163,28 @@ def test_seeds_are_paired_and_lonely_ones_left_out(tmp_path: Path) -> None:
 
 
 def test_decoding_is_compared_with_plain_decoding(tmp_path: Path) -> None:
-    paths = [write_run(tmp_path / f"n{seed}", seed=seed, numbers={"decoding_speedup": 1.5 + seed / 50}) for seed in range(3)]
+    paths = [
+        write_run(tmp_path / f"n{seed}", seed=seed, numbers={"decoding_speedup": 1.5 + seed / 50})
+        for seed in range(3)
+    ]
     paths += [write_run(tmp_path / f"b{seed}", "next-token", seed, numbers={}) for seed in range(3)]
     [task] = compare(read_runs(paths)).tasks
     found = difference(task, "decoding_speedup")
-    assert (found.theirs, found.verdict, found.against) == (1.0, "better", "plain KV-cached decoding")
+    assert (found.theirs, found.verdict, found.against) == (
+        1.0,
+        "better",
+        "plain KV-cached decoding",
+    )
 
 
 def test_changed_output_is_never_called_a_speedup(tmp_path: Path) -> None:
     runs = [
-        write_run(tmp_path / str(seed), seed=seed, numbers={"decoding_speedup": 3.0 + seed}, decoding={"identical": seed > 0})
+        write_run(
+            tmp_path / str(seed),
+            seed=seed,
+            numbers={"decoding_speedup": 3.0 + seed},
+            decoding={"identical": seed > 0},
+        )
         for seed in range(3)
     ]
     [task] = compare(read_runs(runs)).tasks
@@ -165,7 +193,9 @@ def test_changed_output_is_never_called_a_speedup(tmp_path: Path) -> None:
 
 def test_dynamics_alone_is_compared_with_the_baselines_transformer(tmp_path: Path) -> None:
     ours: Items = {"transformer_accuracy_24": half(-20), "dynamics_accuracy_24": half(50)}
-    task = compared(tmp_path, {0: ours}, {0: {"transformer_accuracy_24": half()}}, task="word-problem")
+    task = compared(
+        tmp_path, {0: ours}, {0: {"transformer_accuracy_24": half()}}, task="word-problem"
+    )
     found = difference(task, "dynamics_accuracy_24")
     assert (found.value, found.verdict) == (pytest.approx(50 / ITEMS), "better")
     assert "transformer of next-token" in found.against
@@ -178,11 +208,15 @@ errors = st.lists(st.tuples(st.floats(0, 1e3), st.floats(1, 20)), min_size=1, ma
 
 @settings(deadline=None)
 @given(value=finite, tests=errors, higher=st.booleans())
-def test_verdicts_mirror_and_never_claim_within_the_error(value: float, tests: list[tuple[float, float]], higher: bool) -> None:
+def test_verdicts_mirror_and_never_claim_within_the_error(
+    value: float, tests: list[tuple[float, float]], higher: bool
+) -> None:
     mirrored = {"better": "worse", "worse": "better", "within noise": "within noise"}
     found = verdict(value, tests, higher)
     assert verdict(-value, tests, higher) == verdict(value, tests, not higher) == mirrored[found]
-    assert (found == "within noise") == (value == 0 or any(abs(value) <= error * factor for error, factor in tests))
+    assert (found == "within noise") == (
+        value == 0 or any(abs(value) <= error * factor for error, factor in tests)
+    )
     assert verdict(value, [*tests, (None, 2.0)], higher) == "no claim"
 
 
@@ -193,15 +227,35 @@ def test_models_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     items = {"valid_trajectories": half()}
     paths = [write_run(tmp_path / "b", "next-token", items=items, changes={"run.log_every": 99})]
     for value in (0.1, 1.0):
-        paths.append(write_run(tmp_path / str(value), items=items, changes={"objectives.nextlat.lambda_kl": value}))
-    paths.append(write_run(tmp_path / "d8", items=items, horizon=8, changes={"objectives.nextlat.horizon": 8, "steps": 999}))
+        paths.append(
+            write_run(
+                tmp_path / str(value), items=items, changes={"objectives.nextlat.lambda_kl": value}
+            )
+        )
+    paths.append(
+        write_run(
+            tmp_path / "d8",
+            items=items,
+            horizon=8,
+            changes={"objectives.nextlat.horizon": 8, "steps": 999},
+        )
+    )
     [task] = compare(read_runs([*paths, paths[0]])).tasks
-    assert list(task.models) == ["next-token", "NextLat d=2, lambda_kl=0.1", "NextLat d=2, lambda_kl=1.0", "NextLat d=8"]
-    assert task.caveats == ["Not trained alike: steps is 999 for NextLat d=8 and 400 for next-token."]
+    assert list(task.models) == [
+        "next-token",
+        "NextLat d=2, lambda_kl=0.1",
+        "NextLat d=2, lambda_kl=1.0",
+        "NextLat d=8",
+    ]
+    assert task.caveats == [
+        "Not trained alike: steps is 999 for NextLat d=8 and 400 for next-token."
+    ]
 
 
 def test_comparison_without_a_baseline_claims_nothing(tmp_path: Path) -> None:
-    [task] = compare(read_runs([write_run(tmp_path / "run", items={"valid_trajectories": half()})])).tasks
+    [task] = compare(
+        read_runs([write_run(tmp_path / "run", items={"valid_trajectories": half()})])
+    ).tasks
     assert task.baseline is None
     assert claims(task) == []
     assert "nothing is compared" in task.caveats[0]
@@ -230,25 +284,48 @@ def _truncate(name: str) -> Callable[[Path], None]:
         (_truncate("scores.safetensors"), "corrupt"),
         (lambda run: (run / "results.json").write_text("[]"), "corrupt"),
         (_edit("results.json", lambda entry: entry.pop("metrics")), "corrupt"),
-        (_edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=None)), "corrupt"),
+        (
+            _edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=None)),
+            "corrupt",
+        ),
         (lambda run: (run / "map.json").write_text("[1, 2"), "corrupt"),
         (lambda run: (run / "beliefs.json").write_text("[1, 2"), "beliefs.json"),
         (
-            lambda run: (run / "beliefs.json").write_text('{"true": [[1, 0, 0]], "decoded": [[1, 0, 0]]}'),
+            lambda run: (run / "beliefs.json").write_text(
+                '{"true": [[1, 0, 0]], "decoded": [[1, 0, 0]]}'
+            ),
             "beliefs.json: KeyError",
         ),
         (
-            lambda run: (run / "beliefs.json").write_text('{"true": [[1, 0, 0]], "decoded": [[1, 0]], "r2": 1}'),
+            lambda run: (run / "beliefs.json").write_text(
+                '{"true": [[1, 0, 0]], "decoded": [[1, 0]], "r2": 1}'
+            ),
             "beliefs.json: true",
         ),
-        (lambda run: (run / "beliefs.json").write_text('{"true": [[1]], "decoded": [[NaN]], "r2": 1}'), "beliefs.json: true"),
-        (_edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=0.1)), "do not belong together"),
+        (
+            lambda run: (run / "beliefs.json").write_text(
+                '{"true": [[1]], "decoded": [[NaN]], "r2": 1}'
+            ),
+            "beliefs.json: true",
+        ),
+        (
+            _edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=0.1)),
+            "do not belong together",
+        ),
         (_edit("results.json", lambda entry: entry.update(seed=5)), "of another run"),
-        (_edit("run.json", lambda record: record["task"].update(fingerprint="fedcba")), "different worlds"),
-        (_edit("run.json", lambda record: record["recipe"]["task"].update(tests=7)), "measured differently (task.tests)"),
+        (
+            _edit("run.json", lambda record: record["task"].update(fingerprint="fedcba")),
+            "different worlds",
+        ),
+        (
+            _edit("run.json", lambda record: record["recipe"]["task"].update(tests=7)),
+            "measured differently (task.tests)",
+        ),
     ],
 )
-def test_faulty_runs_are_refused_in_one_sentence(tmp_path: Path, damage: Callable[[Path], None], words: str) -> None:
+def test_faulty_runs_are_refused_in_one_sentence(
+    tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
     good = write_run(tmp_path / "good", "next-token", items={"valid_trajectories": half()})
     faulty = write_run(tmp_path / "faulty", items={"valid_trajectories": half()})
     damage(faulty)
@@ -265,17 +342,36 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NextLatError, match="one recipe and seed"):
         compare(read_runs([base, write_run(tmp_path / "twin", "next-token", items=items)]))
     with pytest.raises(NextLatError, match="differ in steps"):
-        compare(read_runs([base, write_run(tmp_path / "longer", "next-token", items=items, changes={"steps": 999})]))
+        compare(
+            read_runs(
+                [
+                    base,
+                    write_run(
+                        tmp_path / "longer", "next-token", items=items, changes={"steps": 999}
+                    ),
+                ]
+            )
+        )
     with pytest.raises(NextLatError, match="different items"):
-        compare(read_runs([base, write_run(tmp_path / "fewer", items={"valid_trajectories": half()[:-1]})]))
+        compare(
+            read_runs(
+                [base, write_run(tmp_path / "fewer", items={"valid_trajectories": half()[:-1]})]
+            )
+        )
     with pytest.raises(NextLatError, match="no runs"):
         read_runs([])
 
 
 def test_comparison_is_json_without_nan(tmp_path: Path) -> None:
-    paths = [write_run(tmp_path / name, name, items={"valid_trajectories": [0.5]}) for name in ("nextlat", "next-token")]
+    paths = [
+        write_run(tmp_path / name, name, items={"valid_trajectories": [0.5]})
+        for name in ("nextlat", "next-token")
+    ]
     content = json.loads(json.dumps(compare(read_runs(paths)).to_dict(), allow_nan=False))
-    assert content["tasks"][0]["metrics"][0]["differences"]["NextLat d=2"]["seeds"]["0"]["stderr"] is None
+    assert (
+        content["tasks"][0]["metrics"][0]["differences"]["NextLat d=2"]["seeds"]["0"]["stderr"]
+        is None
+    )
 
 
 # ---- the glossary ----
@@ -284,14 +380,27 @@ def test_comparison_is_json_without_nan(tmp_path: Path) -> None:
 def test_every_metric_is_explained_with_the_direction_its_task_gives() -> None:
     words = WordProblemConfig(group="Z3", length=4, sequences=50, tests=5).build().higher_is_better
     path = PathStarConfig(arms=2, length=4, names=10, graphs=10, tests=5).build().higher_is_better
-    equations = CountdownConfig(numbers=3, max_number=9, min_target=1, max_target=20, tests=4).build().higher_is_better
+    equations = (
+        CountdownConfig(numbers=3, max_number=9, min_target=1, max_target=20, tests=4)
+        .build()
+        .higher_is_better
+    )
     of_classes = {**Streets.higher_is_better, **Text.higher_is_better, **HMM.higher_is_better}
-    directions = {**HIGHER_IS_BETTER, **of_classes, **words, **path, **equations, "entropy_floor": None}
+    directions = {
+        **HIGHER_IS_BETTER,
+        **of_classes,
+        **words,
+        **path,
+        **equations,
+        "entropy_floor": None,
+    }
     for name, direction in directions.items():
         assert higher_is_better(name) == direction
         assert describe(name).definition, name
         assert describe(name).source, name
-    assert {name for row in PUBLISHED["streets"].rows.values() for name in row} <= set(Streets.higher_is_better)
+    assert {name for row in PUBLISHED["streets"].rows.values() for name in row} <= set(
+        Streets.higher_is_better
+    )
     for published in PUBLISHED.values():
         assert published.rows or published.sayings
         assert all(describe(name).definition for row in published.rows.values() for name in row)
@@ -306,7 +415,14 @@ def test_metrics_by_place_are_told_apart_and_ordered() -> None:
         "solved_seen",
     ]
     assert sorted(names[1:], key=order) == [names[4], names[3], names[2], names[1]]
-    assert sorted(["accuracy_position_10", "accuracy_position_9"], key=order)[0] == "accuracy_position_9"
-    assert [describe(f"accuracy_position_{place}").headline for place in (1, 2, 3)] == [False, True, False]
+    assert (
+        sorted(["accuracy_position_10", "accuracy_position_9"], key=order)[0]
+        == "accuracy_position_9"
+    )
+    assert [describe(f"accuracy_position_{place}").headline for place in (1, 2, 3)] == [
+        False,
+        True,
+        False,
+    ]
     titles = {describe(name).title for name in names}
     assert len(titles) == len(names)

@@ -1,4 +1,5 @@
-"""Countdown: the search against a recursive one, the scorer against answers right and wrong in every way, metrics on oracles."""
+"""Countdown: the search against a recursive one, the scorer against answers right and wrong in
+every way, metrics on oracles."""
 
 import itertools
 from types import SimpleNamespace
@@ -26,7 +27,16 @@ from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import read_metrics
 from nextlat.training.train import train
 
-SMALL = CountdownConfig(numbers=3, max_number=15, min_target=10, max_target=39, max_value=300, pause=2, problems=400, tests=40)
+SMALL = CountdownConfig(
+    numbers=3,
+    max_number=15,
+    min_target=10,
+    max_target=39,
+    max_value=300,
+    pause=2,
+    problems=400,
+    tests=40,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +77,22 @@ def in_words(found: np.ndarray) -> list[tuple[int, str, int, int]]:
 
 @pytest.mark.parametrize(
     ("n", "largest", "targets", "count"),
-    [(2, 30, (1, 60), 300), (3, 20, (1, 60), 300), (4, 99, (10, 100), 300), (4, 6, (1, 40), 150), (4, 300, (1, 300), 200)],
+    [
+        (2, 30, (1, 60), 300),
+        (3, 20, (1, 60), 300),
+        (4, 99, (10, 100), 300),
+        (4, 6, (1, 40), 150),
+        (4, 300, (1, 300), 200),
+    ],
 )
-def test_the_search_finds_what_recursion_finds_first(n: int, largest: int, targets: tuple[int, int], count: int) -> None:
+def test_the_search_finds_what_recursion_finds_first(
+    n: int, largest: int, targets: tuple[int, int], count: int
+) -> None:
     rng = np.random.default_rng(10 * n + largest)
-    numbers, target = rng.integers(1, largest + 1, size=(count, n)), rng.integers(targets[0], targets[1] + 1, size=count)
+    numbers, target = (
+        rng.integers(1, largest + 1, size=(count, n)),
+        rng.integers(targets[0], targets[1] + 1, size=count),
+    )
     paths = first_solutions(numbers, target)
     written = equations(numbers, paths.clip(min=0))
     expected = [depth_first(numbers[i].tolist(), int(target[i])) for i in range(count)]
@@ -87,7 +108,9 @@ def test_five_numbers_are_searched_in_the_same_order() -> None:
     targets = np.array([77, 5, 100, 9999])
     paths = first_solutions(numbers, targets)
     for i in range(3):
-        assert in_words(equations(numbers[i : i + 1], paths[i : i + 1])[0]) == depth_first(numbers[i].tolist(), int(targets[i]))
+        assert in_words(equations(numbers[i : i + 1], paths[i : i + 1])[0]) == depth_first(
+            numbers[i].tolist(), int(targets[i])
+        )
     assert paths[3] == -1
 
 
@@ -111,11 +134,18 @@ def test_a_division_by_zero_is_no_solution() -> None:
 
 
 def test_drawn_problems_follow_the_rule_of_rejection() -> None:
-    """Targets uniform whatever they are worth, numbers uniform among those that solve them: compared with counting them all."""
+    """Targets uniform whatever they are worth, numbers uniform among those that solve them:
+    compared with counting them all."""
     targets, largest = np.array([2, 7, 12]), 6
-    drawn = draw_problems(targets, 6000, np.random.default_rng(0), numbers=3, max_number=largest, max_value=1000)
+    drawn = draw_problems(
+        targets, 6000, np.random.default_rng(0), numbers=3, max_number=largest, max_value=1000
+    )
     for target in targets:
-        solvable = [x for x in itertools.product(range(1, largest + 1), repeat=3) if depth_first(list(x), target)]
+        solvable = [
+            x
+            for x in itertools.product(range(1, largest + 1), repeat=3)
+            if depth_first(list(x), target)
+        ]
         mine = drawn.numbers[drawn.targets == target]
         assert abs(len(mine) - 2000) < 5 * np.sqrt(2000 * 2 / 3)
         counts = {x: 0 for x in solvable}
@@ -130,16 +160,22 @@ def test_no_stored_solution_exceeds_the_largest_token() -> None:
     arguments = {"numbers": 4, "max_number": 30, "max_value": 100}
     drawn = draw_problems(np.arange(10, 40), 400, np.random.default_rng(1), **arguments)
     assert drawn.equations[:, :, [0, 2, 3]].max() <= 100
-    free = draw_problems(np.arange(10, 40), 400, np.random.default_rng(1), **{**arguments, "max_value": 10**6})
+    free = draw_problems(
+        np.arange(10, 40), 400, np.random.default_rng(1), **{**arguments, "max_value": 10**6}
+    )
     assert free.equations.max() > 100
-    for numbers, target, written in zip(drawn.numbers[:50], drawn.targets, drawn.equations, strict=False):
+    for numbers, target, written in zip(
+        drawn.numbers[:50], drawn.targets, drawn.equations, strict=False
+    ):
         assert in_words(written) == depth_first(numbers.tolist(), int(target))
 
 
 def test_targets_out_of_reach_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(countdown_problems, "ROUNDS", 20)
     with pytest.raises(NextLatError, match="target 98"):
-        draw_problems(np.array([98]), 3, np.random.default_rng(0), numbers=2, max_number=5, max_value=1000)
+        draw_problems(
+            np.array([98]), 3, np.random.default_rng(0), numbers=2, max_number=5, max_value=1000
+        )
 
 
 # ---- splits and rows ----
@@ -147,14 +183,22 @@ def test_targets_out_of_reach_are_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_splits_are_disjoint_by_content(task: Countdown) -> None:
     held_out, seen = (set(task.targets[split].tolist()) for split in ("held_out", "seen"))
-    assert len(held_out) == 3 and held_out.isdisjoint(seen) and held_out | seen == set(range(10, 40))
+    assert (
+        len(held_out) == 3 and held_out.isdisjoint(seen) and held_out | seen == set(range(10, 40))
+    )
 
     def content(problems: Problems) -> set[tuple[int, ...]]:
-        return {(*sorted(n), t) for n, t in zip(problems.numbers.tolist(), problems.targets.tolist(), strict=True)}
+        return {
+            (*sorted(n), t)
+            for n, t in zip(problems.numbers.tolist(), problems.targets.tolist(), strict=True)
+        }
 
     training, tests = task._problems, task._tests
     assert set(training.targets.tolist()) <= seen
-    assert set(tests["seen"].targets.tolist()) <= seen and set(tests["held_out"].targets.tolist()) <= held_out
+    assert (
+        set(tests["seen"].targets.tolist()) <= seen
+        and set(tests["held_out"].targets.tolist()) <= held_out
+    )
     assert content(training).isdisjoint(content(tests["seen"]))
     unfiltered = content(task._draw("seen", SMALL.problems, 3))
     assert not unfiltered.isdisjoint(content(tests["seen"]))  # so that it is no accident
@@ -167,7 +211,9 @@ def test_the_papers_targets_and_tokens(paper: Countdown) -> None:
     ids = paper.tokenizer(row)["input_ids"]
     assert len(ids) == 35 == paper.max_length and paper.prompt_length == 17
     problem = Problems(
-        np.array([[14, 83, 88, 91]]), np.array([23]), np.array([[[83, 2, 14, 69], [91, 2, 88, 3], [69, 3, 3, 23]]])
+        np.array([[14, 83, 88, 91]]),
+        np.array([23]),
+        np.array([[[83, 2, 14, 69], [91, 2, 88, 3], [69, 3, 3, 23]]]),
     )
     assert rows(problem, pause=8).tolist() == [ids]
     assert paper.text(np.array(ids)) == row.replace(" ", "")
@@ -180,10 +226,14 @@ def test_rows_are_labelled_on_the_answer_alone_and_reshuffled_by_seed(task: Coun
     assert torch.equal(one[3]["input_ids"], two[3]["input_ids"])  # back in the first epoch
     everything = sorted(tuple(row) for row in rows(task._problems, 2).tolist())
     for data, start in ((one, 0), (one, epoch), (other, 0)):
-        assert sorted(tuple(data[start + i]["input_ids"].tolist()) for i in range(epoch)) == everything
+        assert (
+            sorted(tuple(data[start + i]["input_ids"].tolist()) for i in range(epoch)) == everything
+        )
     assert any(not torch.equal(one[i]["input_ids"], other[i]["input_ids"]) for i in range(5))
     item = one[0]
-    assert item["labels"].tolist() == [-100] * 9 + item["input_ids"][9:].tolist()  # 3 numbers, target, 3 commas, 2 pauses
+    assert (
+        item["labels"].tolist() == [-100] * 9 + item["input_ids"][9:].tolist()
+    )  # 3 numbers, target, 3 commas, 2 pauses
     assert item["input_ids"][-1] == END and len(item["input_ids"]) == task.max_length
     assert len(task.eval_dataset()) == SMALL.tests
 
@@ -194,7 +244,9 @@ def test_problems_depend_on_the_configuration_alone(task: Countdown) -> None:
         == task.fingerprint()
         != CountdownConfig(**{**vars(SMALL), "max_number": 16}).build().fingerprint()
     )
-    assert torch.equal(SMALL.build().train_dataset(0)[7]["input_ids"], task.train_dataset(0)[7]["input_ids"])
+    assert torch.equal(
+        SMALL.build().train_dataset(0)[7]["input_ids"], task.train_dataset(0)[7]["input_ids"]
+    )
 
 
 # ---- the scorer ----
@@ -226,7 +278,9 @@ def test_problems_depend_on_the_configuration_alone(task: Countdown) -> None:
         ("83-14=69,91-88=3,69-3=66 end", Verdict.TARGET_MISSED),
     ],
 )  # fmt: skip
-def test_every_answer_comes_to_one_verdict(paper: Countdown, answer: str, expected: Verdict) -> None:
+def test_every_answer_comes_to_one_verdict(
+    paper: Countdown, answer: str, expected: Verdict
+) -> None:
     ids = paper.tokenizer(answer)["input_ids"]
     assert 1 not in ids  # nothing unknown
     assert verdict([14, 83, 88, 91], 23, ids) is expected
@@ -246,12 +300,17 @@ def test_zero_differences_count_and_divisions_by_zero_do_not(paper: Countdown) -
 def test_no_single_wrong_token_is_accepted_unless_it_is_right(
     paper: Countdown, i: int, place: int, token: int, near: bool
 ) -> None:
-    """Whatever replaces a token of a stored solution: SOLVED only if the text is a derivation by an evaluation of its own."""
+    """Whatever replaces a token of a stored solution: SOLVED only if the text is a derivation by an
+    evaluation of its own."""
     tests = paper._tests["seen"]
-    answer = rows(Problems(tests.numbers[[i]], tests.targets[[i]], tests.equations[[i]]), 8)[0, 17:].tolist()
+    answer = rows(Problems(tests.numbers[[i]], tests.targets[[i]], tests.equations[[i]]), 8)[
+        0, 17:
+    ].tolist()
     answer[place] = int(np.clip(answer[place] + token - 20, 0, ZERO + 10_000)) if near else token
     judged = verdict(tests.numbers[i].tolist(), int(tests.targets[i]), answer)
-    assert (judged is Verdict.SOLVED) == _derives(tests.numbers[i].tolist(), int(tests.targets[i]), paper, answer)
+    assert (judged is Verdict.SOLVED) == _derives(
+        tests.numbers[i].tolist(), int(tests.targets[i]), paper, answer
+    )
 
 
 def _derives(numbers: list[int], target: int, paper: Countdown, answer: list[int]) -> bool:
@@ -267,7 +326,9 @@ def _derives(numbers: list[int], target: int, paper: Countdown, answer: list[int
         if not equals or operation is None or not result.isdigit():
             return False
         a, _, b = left.partition(operation)
-        if not (a.isdigit() and b.isdigit()) or eval(left if int(b) or operation != "/" else "-1") != int(result):
+        if not (a.isdigit() and b.isdigit()) or eval(
+            left if int(b) or operation != "/" else "-1"
+        ) != int(result):
             return False
         for x in (a, b):
             if int(x) not in pool:
@@ -282,13 +343,18 @@ def _derives(numbers: list[int], target: int, paper: Countdown, answer: list[int
 
 
 class Scribe:
-    """A model that knows the answer to every test prompt by heart: `answers` maps prompts to what it says; `sure` are the logits."""
+    """A model that knows the answer to every test prompt by heart: `answers` maps prompts to what
+    it says; `sure` are the logits."""
 
-    def __init__(self, task: Countdown, answers: dict[tuple[int, ...], list[int]], sure: float = 1.0) -> None:
+    def __init__(
+        self, task: Countdown, answers: dict[tuple[int, ...], list[int]], sure: float = 1.0
+    ) -> None:
         self.task, self.answers, self.sure, self.device = task, answers, sure, torch.device("cpu")
         self.backbone = SimpleNamespace(step=self.step)
 
-    def step(self, input_ids: torch.Tensor, past: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, input_ids: torch.Tensor, past: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The "state" is the next token, the "cache" all tokens so far."""
         past = input_ids if past is None else torch.cat([past, input_ids], dim=1)
         n = self.task.prompt_length
@@ -304,28 +370,43 @@ def by_heart(task: Countdown, split: str) -> dict[tuple[int, ...], list[int]]:
     return {tuple(row[: task.prompt_length]): row[task.prompt_length :] for row in lines}
 
 
-def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips_on(task: Countdown) -> None:
+def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips_on(
+    task: Countdown,
+) -> None:
     answers = {split: by_heart(task, split) for split in ("seen", "held_out")}
     for split, known in answers.items():
         found = task.accuracies(Scribe(task, known), split)
-        assert found.keys() == {f"solved_{split}", f"true_equation_1_{split}", f"true_equation_2_{split}"}
+        assert found.keys() == {
+            f"solved_{split}",
+            f"true_equation_1_{split}",
+            f"true_equation_2_{split}",
+        }
         assert all(score.value == 1 for score in found.values())
         assert found[f"solved_{split}"].per_item.shape == (SMALL.tests,)
         assert task.solved_by_sampling(Scribe(task, known, sure=100.0), split).value == 1
-        assert task.solved_by_sampling(Scribe(task, known), split).value < 0.1  # any token is about as likely there
+        assert (
+            task.solved_by_sampling(Scribe(task, known), split).value < 0.1
+        )  # any token is about as likely there
     slips = {prompt: list(answer) for prompt, answer in answers["seen"].items()}
     prompts = [tuple(row) for row in task._prompts("seen").tolist()]
     slips[prompts[0]][4] += 1  # the first result
     slips[prompts[1]][-2] += 1  # the last result
     slips[prompts[2]][5] = END  # stops after one equation, then tells on
-    wrong = [sum(prompt == prompts[i] for prompt in prompts) for i in range(3)]  # a test may have been drawn twice
+    wrong = [
+        sum(prompt == prompts[i] for prompt in prompts) for i in range(3)
+    ]  # a test may have been drawn twice
     found = task.accuracies(Scribe(task, slips), "seen")
     assert found["solved_seen"].value == pytest.approx(1 - sum(wrong) / SMALL.tests)
     assert found["true_equation_1_seen"].value == pytest.approx(1 - wrong[0] / SMALL.tests)
-    assert found["true_equation_2_seen"].value == pytest.approx(1 - (wrong[1] + wrong[2]) / SMALL.tests)
+    assert found["true_equation_2_seen"].value == pytest.approx(
+        1 - (wrong[1] + wrong[2]) / SMALL.tests
+    )
     record = task.artifacts(Scribe(task, slips | answers["held_out"]))["rejections.json"]
     counts = record["seen"]["counts"]
-    assert (counts["false equation"], counts["wrong number of equations"]) == (wrong[0] + wrong[1], wrong[2])
+    assert (counts["false equation"], counts["wrong number of equations"]) == (
+        wrong[0] + wrong[1],
+        wrong[2],
+    )
     assert counts["solved"] == SMALL.tests - sum(wrong) and sum(counts.values()) == SMALL.tests
     assert record["held_out"]["counts"]["solved"] == SMALL.tests
     assert record["seen"]["examples"]["wrong number of equations"][0].endswith("end")
@@ -334,7 +415,9 @@ def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips
 
 def test_a_comma_for_every_token_is_malformed(task: Countdown) -> None:
     dull = dict.fromkeys(by_heart(task, "seen"), [COMMA] * (task.answer_length - 1) + [END])
-    counts = task.artifacts(Scribe(task, dull | by_heart(task, "held_out")))["rejections.json"]["seen"]["counts"]
+    counts = task.artifacts(Scribe(task, dull | by_heart(task, "held_out")))["rejections.json"][
+        "seen"
+    ]["counts"]
     assert counts["malformed"] == SMALL.tests
 
 
@@ -359,21 +442,49 @@ def test_bad_settings_are_one_sentence(settings: dict[str, int], word: str) -> N
 
 def test_three_steps_of_training_and_every_metric(tmp_path, task: Countdown) -> None:
     small = [f"task.{key}={value}" for key, value in vars(SMALL).items()]
-    tiny = ["steps=3", "batch_size=4", "backbone.layers=1", "backbone.width=16", "backbone.heads=2", "run.log_every=1"]
-    recipe = load_recipe("countdown-small", [*small, *tiny, "schedule.warmup_steps=1", "schedule.decay_steps=1"])
+    tiny = [
+        "steps=3",
+        "batch_size=4",
+        "backbone.layers=1",
+        "backbone.width=16",
+        "backbone.heads=2",
+        "run.log_every=1",
+    ]
+    recipe = load_recipe(
+        "countdown-small", [*small, *tiny, "schedule.warmup_steps=1", "schedule.decay_steps=1"]
+    )
     run = train(recipe, tmp_path / "run", progress=False)
     assert [line["step"] for line in read_metrics(run) if "next_token" in line] == [1, 2, 3]
     _, built, model = open_run(run)
-    scores = {name: score for metric in built.metrics().values() for name, score in metric(model).items()}
+    scores = {
+        name: score for metric in built.metrics().values() for name, score in metric(model).items()
+    }
     assert scores.keys() == built.higher_is_better.keys()
     assert scores["solved_seen"].value < 0.2
-    assert len(built.prompts(5)) == 5 and all(len(prompt) == built.prompt_length for prompt in built.prompts(5))
+    assert len(built.prompts(5)) == 5 and all(
+        len(prompt) == built.prompt_length for prompt in built.prompts(5)
+    )
 
 
 def test_the_papers_recipe() -> None:
     recipe = load_recipe("countdown")
     backbone, objective, optimizer = recipe.backbone, recipe.objective_config, recipe.optimizer
-    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (100_000, 1024, 12, 12, 768)
-    assert (objective.lambda_next_h, objective.lambda_kl, objective.hidden_size, objective.num_layers) == (2, 1, 768, 3)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (3e-4, 0.1, 1)
+    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (
+        100_000,
+        1024,
+        12,
+        12,
+        768,
+    )
+    assert (
+        objective.lambda_next_h,
+        objective.lambda_kl,
+        objective.hidden_size,
+        objective.num_layers,
+    ) == (2, 1, 768, 3)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (
+        3e-4,
+        0.1,
+        1,
+    )
     assert recipe.task == CountdownConfig()

@@ -1,4 +1,5 @@
-"""Self-speculative decoding: the output is the transformer's own, and every cycle costs one forward pass."""
+"""Self-speculative decoding: the output is the transformer's own, and every cycle costs one forward
+pass."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,21 +26,30 @@ VOCABULARY, NEW, DRAWS = 50, 24, 25
 class Oracle(Objective):
     """Drafts the known continuation of each row, except for the positions in `wrong`.
 
-    It finds its place by the state it is given, which must be the true state there: a cycle that started its draft anywhere else
-    than behind the last verified token would be caught. (In a batch, rows that have ended or have no room left stand anywhere.)
+    It finds its place by the state it is given, which must be the true state there: a cycle that
+    started its draft anywhere else than behind the last verified token would be caught. (In a
+    batch, rows that have ended or have no room left stand anywhere.)
     """
 
     name = "oracle"
     max_draft_length = None
 
-    def __init__(self, model: ObjectiveModel, sequences: Sequence[Tensor], wrong: set[int], strict: bool = True) -> None:
+    def __init__(
+        self,
+        model: ObjectiveModel,
+        sequences: Sequence[Tensor],
+        wrong: set[int],
+        strict: bool = True,
+    ) -> None:
         super().__init__(None, model.backbone)
         self.sequences, self.wrong, self.strict = sequences, wrong, strict
         self.states = [model.backbone.states(sequence[None])[0].detach() for sequence in sequences]
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         rows = [self.draft_row(h, x.item()) for h, x in zip(state, token, strict=True)]
-        return torch.stack([h for h, _ in rows]), nn.functional.one_hot(torch.stack([x for _, x in rows]), VOCABULARY).float()
+        return torch.stack([h for h, _ in rows]), nn.functional.one_hot(
+            torch.stack([x for _, x in rows]), VOCABULARY
+        ).float()
 
     def draft_row(self, state: Tensor, token: int) -> tuple[Tensor, Tensor]:
         distances = [(states - state).norm(dim=-1).min(dim=0) for states in self.states]
@@ -66,9 +76,19 @@ HYBRID: dict[str, dict[str, Any]] = {  # settings of the tiny ones
 
 def hybrid_lm(family: str, layer_types: list[str], **settings: object) -> PreTrainedModel:
     """A tiny random model with convolutional or recurrent layers beside attention."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layer_types), "initializer_range": 0.2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": len(layer_types),
+        "initializer_range": 0.2,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    ids = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     config = CONFIG_MAPPING[family](**sizes, **heads, **ids, layer_types=layer_types, **settings)
     torch.manual_seed(5)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -80,20 +100,29 @@ def greedy_case(family: str, prompt_length: int) -> tuple[PreTrainedModel, Tenso
     if family == "lfm2":
         lm = hybrid_lm("lfm2", ["conv", "full_attention", "conv"], **HYBRID["lfm2"])
     else:
-        # Untied: with tied random embeddings the most likely token is mostly the last one, for ever.
+        # Untied: with tied random embeddings the most likely token is mostly the last one, for
+        # ever.
         lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
-    prompt = torch.randint(VOCABULARY, (1, prompt_length), generator=torch.Generator().manual_seed(400 + prompt_length))
+    prompt = torch.randint(
+        VOCABULARY, (1, prompt_length), generator=torch.Generator().manual_seed(400 + prompt_length)
+    )
     sequence = plain_greedy(lm, prompt, NEW + 10)[0]
-    assert len(set(sequence.tolist())) > 8, "a continuation that repeats itself would hide a misplaced draft"
+    assert len(set(sequence.tolist())) > 8, (
+        "a continuation that repeats itself would hide a misplaced draft"
+    )
     return lm, prompt, sequence
 
 
 def plain_greedy(lm: PreTrainedModel, prompt: Tensor, new: int, **settings: object) -> Tensor:
     mask = settings.pop("attention_mask", torch.ones_like(prompt))
-    return lm.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **settings)
+    return lm.generate(
+        prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **settings
+    )
 
 
-def oracle_model(family: str, prompt_length: int, wrong: set[int]) -> tuple[ObjectiveModel, Tensor, Tensor]:
+def oracle_model(
+    family: str, prompt_length: int, wrong: set[int]
+) -> tuple[ObjectiveModel, Tensor, Tensor]:
     lm, prompt, sequence = greedy_case(family, prompt_length)
     model = attach(lm, NextTokenConfig())
     model.objective = Oracle(model, [sequence], wrong)
@@ -101,7 +130,8 @@ def oracle_model(family: str, prompt_length: int, wrong: set[int]) -> tuple[Obje
 
 
 def wrong_positions(prompt_length: int) -> set[int]:
-    """Stretches of 0 to 6 right drafts between wrong ones, so that cycles accept none, some and all."""
+    """Stretches of 0 to 6 right drafts between wrong ones, so that cycles accept none, some and
+    all."""
     gaps, position, wrong = [1, 1, 3, 7, 1, 5, 2, 4, 6, 1, 2], prompt_length, set()
     for gap in gaps:
         position += gap
@@ -109,8 +139,11 @@ def wrong_positions(prompt_length: int) -> set[int]:
     return wrong
 
 
-def expected_cycles(first: int, new: int, draft_length: int, wrong: set[int]) -> list[tuple[int, int]]:
-    """(drafted, accepted) of every cycle when exactly the positions in `wrong` are drafted wrongly; `first` = prompt length."""
+def expected_cycles(
+    first: int, new: int, draft_length: int, wrong: set[int]
+) -> list[tuple[int, int]]:
+    """(drafted, accepted) of every cycle when exactly the positions in `wrong` are drafted wrongly;
+    `first` = prompt length."""
     cycles, produced = [], 1
     while produced < new:
         drafted = min(draft_length, new - produced - 1)
@@ -129,17 +162,29 @@ def test_greedy_equals_transformers_with_mixed_acceptance(family: str, prompt_le
     for draft_length in range(9):
         prefill, *cycles = run(model, prompt, draft_length)
         tokens = [token for cycle in (prefill, *cycles) for token in cycle.tokens]
-        assert tokens == sequence[prompt_length : prompt_length + NEW].tolist(), f"draft length {draft_length}"
-        # One cycle too many would mean that accepted work was thrown away, one too few that a wrong draft got through.
+        assert tokens == sequence[prompt_length : prompt_length + NEW].tolist(), (
+            f"draft length {draft_length}"
+        )
+        # One cycle too many would mean that accepted work was thrown away, one too few that a wrong
+        # draft got through.
         expected = expected_cycles(prompt_length, NEW, draft_length, wrong)
         assert [(len(cycle.drafted), cycle.accepted) for cycle in cycles] == expected
         seen |= {"none" if n == 0 else "all" if n == k else "some" for k, n in expected if k > 0}
     assert seen == {"none", "some", "all"}
 
 
-def run(model: ObjectiveModel, prompt: Tensor, draft_length: int, new: int = NEW, eos: frozenset[int] = frozenset()):
+def run(
+    model: ObjectiveModel,
+    prompt: Tensor,
+    draft_length: int,
+    new: int = NEW,
+    eos: frozenset[int] = frozenset(),
+):
     with torch.no_grad():
-        return [done.cycles[0] for done in decode(model, list(prompt), Greedy(), Stopping(new, eos), draft_length)]
+        return [
+            done.cycles[0]
+            for done in decode(model, list(prompt), Greedy(), Stopping(new, eos), draft_length)
+        ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,14 +193,18 @@ def test_greedy_equals_transformers_with_its_own_drafts(family: str):
     expected = plain_greedy(lm, prompt, NEW).tolist()
     model = attach(lm, NextLatConfig())
     for draft_length in (1, 5):
-        ids, stats = model.generate(prompt, max_new_tokens=NEW, draft_length=draft_length, return_stats=True)
+        ids, stats = model.generate(
+            prompt, max_new_tokens=NEW, draft_length=draft_length, return_stats=True
+        )
         assert ids.tolist() == expected
         assert stats.tokens == NEW == 1 + stats.cycles + stats.accepted
 
 
 @pytest.mark.parametrize("draft_length", [0, 1, 4, 8])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_transformer_runs_once_for_the_prompt_and_once_per_cycle(family: str, draft_length: int):
+def test_the_transformer_runs_once_for_the_prompt_and_once_per_cycle(
+    family: str, draft_length: int
+):
     model, prompt, _ = oracle_model(family, 5, wrong_positions(5))
     run(model, prompt, 1)  # what is tried out once is over
     widths: list[int] = []
@@ -178,7 +227,8 @@ def test_perfect_drafts_need_the_fewest_possible_cycles():
 @pytest.mark.parametrize("wrong", [set(), {12, 16}])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_end_of_sequence_stops_wherever_it_falls(family: str, wrong: set[int]):
-    # Every position of the continuation plays the end once: as the first token, inside a draft, as a bonus, as a correction.
+    # Every position of the continuation plays the end once: as the first token, inside a draft, as
+    # a bonus, as a correction.
     model, prompt, sequence = oracle_model(family, 5, wrong)
     continuation = sequence[5:].tolist()
     inside = 0
@@ -196,7 +246,9 @@ def test_drafts_never_reach_past_max_new_tokens(new: int):
     model, prompt, sequence = oracle_model("gpt2", 5, set())
     for draft_length in range(9):
         cycles = run(model, prompt, draft_length, new)
-        assert [token for cycle in cycles for token in cycle.tokens] == sequence[5 : 5 + new].tolist()
+        assert [token for cycle in cycles for token in cycle.tokens] == sequence[
+            5 : 5 + new
+        ].tolist()
         assert all(len(cycle.drafted) <= draft_length for cycle in cycles)
         # The last token is never read, so a cycle may draft one less than there is room for.
         made = 1
@@ -233,9 +285,14 @@ def test_left_padded_rows_come_out_as_from_transformers(family: str, draft_lengt
     expected = plain_greedy(lm, ids, NEW, attention_mask=mask, eos_token_id=eos)
     model = attach(lm, NextLatConfig())
     assert (
-        model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length, eos_token_id=eos).tolist() == expected.tolist()
+        model.generate(
+            ids, mask, max_new_tokens=NEW, draft_length=draft_length, eos_token_id=eos
+        ).tolist()
+        == expected.tolist()
     )
-    assert (expected[:, 12:] == 0).any(), "no row ended early: the test would not see a missing padding"
+    assert (expected[:, 12:] == 0).any(), (
+        "no row ended early: the test would not see a missing padding"
+    )
 
 
 def test_end_of_sequence_is_read_from_the_generation_config_unless_given():
@@ -272,7 +329,8 @@ def five_token_model() -> tuple[ObjectiveModel, Tensor]:
 
 
 def joint(lm: PreTrainedModel, prompt: Tensor, rule: Sampling) -> Tensor:
-    """Exact probabilities (5, 5, 5) of the three tokens behind the prompt, from one uncached forward pass per prefix."""
+    """Exact probabilities (5, 5, 5) of the three tokens behind the prompt, from one uncached
+    forward pass per prefix."""
     p = torch.ones(5, 5, 5, dtype=torch.float64)
     for a, b in product(range(5), repeat=2):
         with torch.no_grad():
@@ -292,7 +350,8 @@ def test_sampled_tokens_follow_the_enumerated_distribution(name: str):
     for draft_length in range(1, 9):
         for _ in range(DRAWS):
             tokens: list[int] = []
-            # Room for drafts as long as asked for; three tokens come from one cycle or from several.
+            # Room for drafts as long as asked for; three tokens come from one cycle or from
+            # several.
             for done in decode(model, list(prompt), rule, Stopping(draft_length + 2), draft_length):
                 tokens += done.cycles[0].tokens
                 stats.count(done)
@@ -309,10 +368,12 @@ def test_sampled_tokens_follow_the_enumerated_distribution(name: str):
 
 @torch.no_grad()
 def test_the_drafters_choices_appear_as_often_as_the_transformer_wants():
-    """Sensitive to faults of the acceptance test, which go by the drafter's probabilities, and cheap: long generations.
+    """Sensitive to faults of the acceptance test, which go by the drafter's probabilities, and
+    cheap: long generations.
 
-    Given the past, "the first token of this cycle is the one that the drafter ranks r-th" has a probability that an uncached
-    forward pass gives. The counts minus the sums of these probabilities are a martingale of known variance.
+    Given the past, "the first token of this cycle is the one that the drafter ranks r-th" has a
+    probability that an uncached forward pass gives. The counts minus the sums of these
+    probabilities are a martingale of known variance.
     """
     model, prompt = five_token_model()
     rule = sampling(seed=5)
@@ -326,7 +387,9 @@ def test_the_drafters_choices_appear_as_often_as_the_transformer_wants():
         ids, first = torch.tensor([tokens]), torch.tensor(first)
         h_TD = model.backbone.hidden(Batch.from_inputs(ids, ids, None, None))[0]
         p_TV = model.next_token_logits(h_TD[first - 1]).double().softmax(dim=-1)
-        rank_TV = model.objective.draft(h_TD[first - 2], ids[0, first - 1])[1].argsort(dim=-1, descending=True)
+        rank_TV = model.objective.draft(h_TD[first - 2], ids[0, first - 1])[1].argsort(
+            dim=-1, descending=True
+        )
         p_TV = p_TV.gather(-1, rank_TV)
         count += (rank_TV == ids[0, first, None]).sum(dim=0)
         mean += p_TV.sum(dim=0)
@@ -342,7 +405,9 @@ def test_randomness_comes_from_the_generator_alone():
 
     def sample(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return model.generate(prompt, max_new_tokens=NEW, do_sample=True, draft_length=3, generator=generator)[0].tolist()
+        return model.generate(
+            prompt, max_new_tokens=NEW, do_sample=True, draft_length=3, generator=generator
+        )[0].tolist()
 
     assert sample(1) == sample(1) != sample(2)
     assert torch.equal(before, torch.get_rng_state())
@@ -353,30 +418,51 @@ def test_randomness_comes_from_the_generator_alone():
 
 def test_stats_add_up():
     model, prompt, _ = oracle_model("llama", 5, wrong_positions(5))
-    ids, stats = model.generate(prompt.repeat(2, 1), max_new_tokens=NEW, draft_length=4, return_stats=True)
+    ids, stats = model.generate(
+        prompt.repeat(2, 1), max_new_tokens=NEW, draft_length=4, return_stats=True
+    )
     cycles = 2 * run(model, prompt, 4)[1:]
     assert stats.tokens == 2 * NEW == ids[:, 5:].numel()
     assert stats.sequences == 2
     assert stats.cycles == len(cycles)
-    assert stats.drafted == sum(len(cycle.drafted) for cycle in cycles) == sum(stats.drafted_by_position)
-    assert stats.accepted == sum(cycle.accepted for cycle in cycles) == sum(stats.accepted_by_position)
+    assert (
+        stats.drafted
+        == sum(len(cycle.drafted) for cycle in cycles)
+        == sum(stats.drafted_by_position)
+    )
+    assert (
+        stats.accepted == sum(cycle.accepted for cycle in cycles) == sum(stats.accepted_by_position)
+    )
     assert stats.mean_acceptance_length == pytest.approx(1 + stats.accepted_per_cycle)
     assert stats.acceptance_rate == stats.accepted / stats.drafted
     by_position = [sum(cycle.accepted > i for cycle in cycles) for i in range(4)]
     assert stats.accepted_by_position == by_position
-    assert stats.acceptance_by_position[0] == by_position[0] / sum(len(cycle.drafted) > 0 for cycle in cycles)
+    assert stats.acceptance_by_position[0] == by_position[0] / sum(
+        len(cycle.drafted) > 0 for cycle in cycles
+    )
     assert stats.tokens_per_second == stats.tokens / stats.seconds > 0
 
 
 def test_stats_of_different_draft_lengths_can_be_summed():
-    a, b = GenerationStats(sequences=1, tokens=1), GenerationStats(sequences=1, tokens=1, seconds=2.0)
+    a, b = (
+        GenerationStats(sequences=1, tokens=1),
+        GenerationStats(sequences=1, tokens=1, seconds=2.0),
+    )
     a.count(Pass((Cycle(drafted=(3, 4), accepted=1, tokens=(3, 9)),)))
     b.count(Pass((Cycle(drafted=(7,), accepted=1, tokens=(7, 8)), None)))
     total = a + b
     assert (total.tokens, total.cycles, total.drafted, total.accepted) == (6, 2, 3, 2)
-    assert (total.drafted_by_position, total.accepted_by_position, total.tried_by_position) == ([2, 1], [2, 0], [2, 1])
+    assert (total.drafted_by_position, total.accepted_by_position, total.tried_by_position) == (
+        [2, 1],
+        [2, 0],
+        [2, 1],
+    )
     a.count(Pass((Cycle(drafted=(3, 4, 5), accepted=0, tokens=(9,)),)))
-    assert a.conditional_acceptance == [0.5, 0.0, 0.0] and a.acceptance_by_position == [0.5, 0.0, 0.0]
+    assert a.conditional_acceptance == [0.5, 0.0, 0.0] and a.acceptance_by_position == [
+        0.5,
+        0.0,
+        0.0,
+    ]
     assert a.tried_by_position == [2, 1, 0]
     assert GenerationStats().conditional_acceptance == []
     assert GenerationStats().mean_acceptance_length == GenerationStats().acceptance_rate == 0
@@ -399,12 +485,18 @@ def test_training_mode_and_gradients_do_not_disturb_decoding():
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_an_error(do_sample: bool, poison: float):
-    model, prompt = attach(tiny_lm("llama", vocab_size=VOCABULARY), NextLatConfig()), torch.arange(1, 5)[None]
+    model, prompt = (
+        attach(tiny_lm("llama", vocab_size=VOCABULARY), NextLatConfig()),
+        torch.arange(1, 5)[None],
+    )
     with torch.no_grad():
         model.objective.dynamics.f[0].weight.fill_(poison)
     with pytest.raises(NextLatError, match="drafter gives logits that are not finite"):
         model.generate(prompt, max_new_tokens=5, draft_length=2, do_sample=do_sample)
-    assert model.generate(prompt, max_new_tokens=3, do_sample=do_sample, draft_length=0).shape == (1, 7)
+    assert model.generate(prompt, max_new_tokens=3, do_sample=do_sample, draft_length=0).shape == (
+        1,
+        7,
+    )
     with torch.no_grad():
         model.lm.get_output_embeddings().weight[7] = poison
     with pytest.raises(NextLatError, match="model gives logits that are not finite"):
@@ -422,7 +514,13 @@ def test_a_forbidden_token_is_not_an_error():
         return plain(h).index_fill(-1, torch.tensor([favourite]), -torch.inf)
 
     model.objective.next_token_logits = head
-    ids = model.generate(prompt, max_new_tokens=NEW, do_sample=True, draft_length=3, generator=torch.Generator().manual_seed(0))
+    ids = model.generate(
+        prompt,
+        max_new_tokens=NEW,
+        do_sample=True,
+        draft_length=3,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert favourite not in ids[0, 4:].tolist()
 
 
@@ -444,7 +542,10 @@ def test_a_forbidden_token_is_not_an_error():
         ({"assistant_model": object()}, "assistant_model is not supported"),
         ({"stop_strings": ["b"]}, "stop_strings needs the tokenizer"),
         ({"tempreature": 2.0}, "tempreature"),
-        ({"streamer": object(), "input_ids": torch.ones(2, 3, dtype=torch.long)}, "a streamer shows one sequence, not 2"),
+        (
+            {"streamer": object(), "input_ids": torch.ones(2, 3, dtype=torch.long)},
+            "a streamer shows one sequence, not 2",
+        ),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "prompt is empty"),
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, "shape"),
         ({"input_ids": torch.zeros(1, 4)}, "integers"),
@@ -454,7 +555,10 @@ def test_a_forbidden_token_is_not_an_error():
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "row 0 is not all on its left"),
         (
-            {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [0] * 3])},
+            {
+                "input_ids": torch.ones(2, 3, dtype=torch.long),
+                "attention_mask": torch.tensor([[1, 1, 1], [0] * 3]),
+            },
             "row 1 is empty",
         ),
     ],
@@ -487,4 +591,7 @@ def test_a_cache_that_cannot_forget_is_refused():
     model, prompt = attach(lm, NextLatConfig()), torch.arange(1, 5)[None]
     with pytest.raises(NextLatError, match="draft_length=0"):
         model.generate(prompt, max_new_tokens=4, draft_length=2)
-    assert model.generate(prompt, max_new_tokens=NEW).tolist() == plain_greedy(lm, prompt, NEW).tolist()
+    assert (
+        model.generate(prompt, max_new_tokens=NEW).tolist()
+        == plain_greedy(lm, prompt, NEW).tolist()
+    )

@@ -18,7 +18,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         .replace("tests = 50", "tests = 12")
         .replace("decay_steps = 20", "decay_steps = 2")
     )
-    recipe = recipe.replace("warmup_steps = 10", "warmup_steps = 1").replace("log_every = 5", "log_every = 1")
+    recipe = recipe.replace("warmup_steps = 10", "warmup_steps = 1").replace(
+        "log_every = 5", "log_every = 1"
+    )
     path = tmp_path / "tiny.toml"
     path.write_text(recipe)
     monkeypatch.setattr(demo, "RECIPES", (str(path),))
@@ -32,7 +34,9 @@ def test_the_demo_trains_both_objectives_and_gathers_the_results(tiny: Path) -> 
     assert [state for job, _, state in states if job == jobs[0]][-1] == "done"
     entries = json.loads(collect(jobs, tiny).read_text())
     assert [entry["objective"] for entry in entries] == ["nextlat", "next-token"]
-    assert {"next_token_test", "valid_trajectories", "effective_latent_rank"} <= entries[0]["metrics"].keys()
+    assert {"next_token_test", "valid_trajectories", "effective_latent_rank"} <= entries[0][
+        "metrics"
+    ].keys()
 
 
 def test_a_job_that_fails_says_why(tiny: Path) -> None:

@@ -9,10 +9,20 @@ CHEAP = Costs(draft=0.05, verify=tuple(1 + 0.02 * k for k in range(LONGEST + 1))
 DEAR = Costs(draft=0.6, verify=tuple(1 + 0.3 * k for k in range(LONGEST + 1)))
 
 
-def simulate(length: AdaptiveLength, rate: float, cycles: int, *, rows: int = 1, informative: bool = False, seed: int = 0):
-    """Cycles in which every drafted token is accepted with probability `rate` (given those before): lengths and time per token.
+def simulate(
+    length: AdaptiveLength,
+    rate: float,
+    cycles: int,
+    *,
+    rows: int = 1,
+    informative: bool = False,
+    seed: int = 0,
+):
+    """Cycles in which every drafted token is accepted with probability `rate` (given those before):
+    lengths and time per token.
 
-    With `informative`, tokens are of two kinds: the drafter is sure of one (accepted 95 %) and unsure of the other (5 %).
+    With `informative`, tokens are of two kinds: the drafter is sure of one (accepted 95 %) and
+    unsure of the other (5 %).
     """
     rng = np.random.default_rng(seed)
     drafted, tokens, time = [], 0, 0.0
@@ -25,7 +35,11 @@ def simulate(length: AdaptiveLength, rate: float, cycles: int, *, rows: int = 1,
         while place < planned:
             place += 1
             confidence = np.where(sure[place - 1], 0.9, 0.3) if informative else np.full(rows, 0.6)
-            if length.stepwise and place < planned and not length.more(place - 1, confidence.tolist()):
+            if (
+                length.stepwise
+                and place < planned
+                and not length.more(place - 1, confidence.tolist())
+            ):
                 break
         accepted = [int(np.cumprod(kept[:place, row]).sum()) for row in range(rows)]
         length.observe([place] * rows, accepted)
@@ -36,14 +50,20 @@ def simulate(length: AdaptiveLength, rate: float, cycles: int, *, rows: int = 1,
 
 
 def best_fixed(costs: Costs, rate: float) -> float:
-    """Speed of the best fixed length when acceptance is independent: max (1 - a^{k+1}) / (1 - a) / (v + k c)."""
-    return max((1 - rate ** (k + 1)) / (1 - rate) / (costs.v(k) + k * costs.c) for k in range(LONGEST + 1))
+    """Speed of the best fixed length when acceptance is independent: max (1 - a^{k+1}) / (1 - a) /
+    (v + k c)."""
+    return max(
+        (1 - rate ** (k + 1)) / (1 - rate) / (costs.v(k) + k * costs.c) for k in range(LONGEST + 1)
+    )
 
 
 @pytest.mark.parametrize("stepwise", [True, False])
 @pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
 def test_it_comes_close_to_the_best_fixed_length(rate: float, stepwise: bool):
-    speeds = [simulate(AdaptiveLength(CHEAP, stepwise=stepwise), rate, 600, seed=seed)[1] for seed in range(6)]
+    speeds = [
+        simulate(AdaptiveLength(CHEAP, stepwise=stepwise), rate, 600, seed=seed)[1]
+        for seed in range(6)
+    ]
     assert np.mean(speeds) > 0.93 * best_fixed(CHEAP, rate)
 
 
@@ -79,7 +99,9 @@ def test_the_calibration_learns_how_far_confidence_can_be_trusted():
 
 
 def test_a_step_is_drafted_while_all_rows_together_gain_more_than_it_costs():
-    costs = Costs(draft=0.2, verify=(1.0,) * (LONGEST + 1))  # a step is worth it while the mean survival exceeds 0.2 S
+    costs = Costs(
+        draft=0.2, verify=(1.0,) * (LONGEST + 1)
+    )  # a step is worth it while the mean survival exceeds 0.2 S
     length = AdaptiveLength(costs)
     length.plan(range(2))
     length._rates[:] = 1.0
@@ -105,7 +127,12 @@ def test_only_verified_places_teach():
     old = AdaptiveLength.FORGET
     assert length._tried[:4].tolist() == [old + 1, old + 1, 0, 0]
     assert length._kept[:4].tolist() == [old + 1, 1, 0, 0]
-    assert [(place, kept) for _, place, kept in length._seen] == [(0, True), (1, False), (0, True), (1, True)]
+    assert [(place, kept) for _, place, kept in length._seen] == [
+        (0, True),
+        (1, False),
+        (0, True),
+        (1, True),
+    ]
 
 
 def test_costs_are_the_fastest_of_a_few_rounds_and_never_fall_with_the_width():

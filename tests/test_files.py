@@ -13,12 +13,21 @@ import torch
 from safetensors.torch import save_file
 
 from nextlat.errors import NextLatError
-from nextlat.files import TEMPORARY, atomic_directory, move_into, remove_unfinished, write_errors, write_json, write_text
+from nextlat.files import (
+    TEMPORARY,
+    atomic_directory,
+    move_into,
+    remove_unfinished,
+    write_errors,
+    write_json,
+    write_text,
+)
 
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of a file fail, for every library in this process: as near to a full disk as a test gets."""
+    """Writes beyond `size` bytes of a file fail, for every library in this process: as near to a
+    full disk as a test gets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -63,7 +72,10 @@ def test_json_never_holds_what_other_readers_refuse(tmp_path: Path) -> None:
 
 def test_place_below_a_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NextLatError, match=r"cannot write .*: Not a directory; free some space or choose another place\."):
+    with pytest.raises(
+        NextLatError,
+        match=r"cannot write .*: Not a directory; free some space or choose another place\.",
+    ):
         write_text(tmp_path / "file" / "a.txt", "text")
 
 
@@ -95,7 +107,9 @@ def test_directory_that_fails_leaves_the_old_one_and_no_half(tmp_path: Path) -> 
     assert names(tmp_path) == {"checkpoint-2/b"}
 
 
-def test_files_of_a_whole_move_with_the_deciding_one_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_whole_move_with_the_deciding_one_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     staging = tmp_path / f"{TEMPORARY}export"
     (staging / "nextlat").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "nextlat/config.json", "zz"):
@@ -111,7 +125,13 @@ def test_files_of_a_whole_move_with_the_deciding_one_last(tmp_path: Path, monkey
     monkeypatch.setattr(os, "replace", watch)
     move_into(staging, tmp_path, last="config.json")
     assert order[-1] == "config.json"
-    assert names(tmp_path) == {"run.json", "config.json", "model.safetensors", "nextlat/config.json", "zz"}
+    assert names(tmp_path) == {
+        "run.json",
+        "config.json",
+        "model.safetensors",
+        "nextlat/config.json",
+        "zz",
+    }
 
 
 def test_unfinished_work_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -132,7 +152,11 @@ def test_libraries_that_fail_to_write_end_in_the_same_sentence(tmp_path: Path) -
     }
     for name, write in writers.items():
         sentence = f"cannot write .*{name}: .*; free some space"
-        with largest_file(100_000), pytest.raises(NextLatError, match=sentence), write_errors(tmp_path / name):
+        with (
+            largest_file(100_000),
+            pytest.raises(NextLatError, match=sentence),
+            write_errors(tmp_path / name),
+        ):
             write(tmp_path / name)
     for name in ("a.safetensors", "a.pt"):
         with pytest.raises(NextLatError, match="cannot write"), write_errors(tmp_path / name):

@@ -37,7 +37,9 @@ def batch(*, packed: bool) -> dict[str, Tensor]:
     ids = torch.randint(VOCAB, (ROWS, T), generator=torch.Generator().manual_seed(3))
     if not packed:
         return {"input_ids": ids, "labels": ids}
-    positions = torch.stack([torch.cat([torch.arange(n) for n in sizes]) for sizes in [(5, 2, 17), (9, 11, 4)]])
+    positions = torch.stack(
+        [torch.cat([torch.arange(n) for n in sizes]) for sizes in [(5, 2, 17), (9, 11, 4)]]
+    )
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
     labels = torch.where(torch.arange(T) < 2, -100, ids)
@@ -47,7 +49,8 @@ def batch(*, packed: bool) -> dict[str, Tensor]:
 def counted(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> int:
     """Forward and backward."""
     counter = FlopCounterMode(display=False)
-    # Its hooks on modules, which say where an operation belongs, cannot follow a backward pass within the loss (MTP, BST).
+    # Its hooks on modules, which say where an operation belongs, cannot follow a backward pass
+    # within the loss (MTP, BST).
     counter.mod_tracker = nullcontext()
     counter.mod_tracker.parents = {"Global"}
     with counter:
@@ -56,14 +59,21 @@ def counted(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> int:
 
 
 def recomputed(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> float:
-    """What the method itself does not ask for: logits made a second time in the backward pass, and what is only logged."""
+    """What the method itself does not ask for: logits made a second time in the backward pass, and
+    what is only logged."""
     config, counts = model.objective.config, model.counts(**inputs).tolist()
     head, products = head_weights(model.backbone), sum(counts)
     if isinstance(config, nextlat.BSTConfig):
-        return FORWARD * (head * products + weights(model.objective.text_head) * counts[2])  # counts[2]: the log's
+        return FORWARD * (
+            head * products + weights(model.objective.text_head) * counts[2]
+        )  # counts[2]: the log's
     if isinstance(config, nextlat.NextLatConfig):
-        plain_kl = config.kl_loss == "kl" and config.stop_gradient_teacher and config.stop_gradient_head
-        again = 0 if plain_kl or not config.lambda_kl else 1 if config.kl_loss == "cross_entropy" else 2
+        plain_kl = (
+            config.kl_loss == "kl" and config.stop_gradient_teacher and config.stop_gradient_head
+        )
+        again = (
+            0 if plain_kl or not config.lambda_kl else 1 if config.kl_loss == "cross_entropy" else 2
+        )
         products = counts[0] + again * sum(counts[1 + config.horizon :])
     return FORWARD * head * products
 
@@ -71,33 +81,50 @@ def recomputed(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> floa
 @pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_prediction_is_what_is_counted(family: str, config: object, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)  # the counter cannot see into it
+def test_prediction_is_what_is_counted(
+    family: str, config: object, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        F, "linear_cross_entropy", None, raising=False
+    )  # the counter cannot see into it
     model = nextlat.attach(tiny_lm(family, VOCAB, tie_word_embeddings=False), config)
     inputs = batch(packed=packed)
     predicted = step_flops(model, **inputs)
     assert predicted is not None
-    assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(counted(model, inputs), rel=1e-6)
+    assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(
+        counted(model, inputs), rel=1e-6
+    )
 
 
-def test_heads_whose_token_lies_beyond_every_document_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_whose_token_lies_beyond_every_document_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
-    model = nextlat.attach(tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.MTPConfig(horizon=4))
+    model = nextlat.attach(
+        tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.MTPConfig(horizon=4)
+    )
     inputs = {name: value[:, :4] for name, value in batch(packed=False).items()}
     assert [bool(n) for n in model.counts(**inputs)] == [True, True, True, False, False]
     predicted = step_flops(model, **inputs)
     assert predicted is not None
-    assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(counted(model, inputs), rel=1e-6)
+    assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(
+        counted(model, inputs), rel=1e-6
+    )
 
 
 def test_no_formula_goes_unchecked() -> None:
     """One inherited from another objective by accident would be believed, too."""
-    with_formula = {config for config, objective in OBJECTIVES.values() if objective.flops is not Objective.flops}
+    with_formula = {
+        config
+        for config, objective in OBJECTIVES.values()
+        if objective.flops is not Objective.flops
+    }
     assert with_formula == {type(config) for config in CONFIGS}
 
 
 def test_parts_are_named_and_add_up_by_hand() -> None:
-    """Eleven tokens, horizon 2: 10 have a loss; 10 and 9 states are reached, of which 9 and 8 have a loss of their own."""
+    """Eleven tokens, horizon 2: 10 have a loss; 10 and 9 states are reached, of which 9 and 8 have
+    a loss of their own."""
     lm = nextlat.llama(7, layers=2, width=8, heads=2)
     model = nextlat.attach(lm, nextlat.NextLatConfig(horizon=2, hidden_size=10))
     layer = 4 * 8 * 8 + 3 * 8 * 32
@@ -119,10 +146,15 @@ def test_objective_without_a_formula_is_not_guessed(monkeypatch: pytest.MonkeyPa
 
 def test_a_frozen_transformer_has_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "linear_cross_entropy", None, raising=False)
-    model = nextlat.attach(tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.NextLatConfig(horizon=2))
+    model = nextlat.attach(
+        tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.NextLatConfig(horizon=2)
+    )
     trained = step_flops(model, **batch(packed=True))
     model.lm.requires_grad_(False)
     predicted = step_flops(model, **batch(packed=True))
     assert predicted is not None and trained is not None
     assert sum(predicted.values()) == pytest.approx(counted(model, batch(packed=True)), rel=1e-6)
-    assert predicted["dynamics"] == trained["dynamics"] and 3 * predicted["backbone"] == trained["backbone"]
+    assert (
+        predicted["dynamics"] == trained["dynamics"]
+        and 3 * predicted["backbone"] == trained["backbone"]
+    )

@@ -1,4 +1,5 @@
-"""`generate` in batches and in the words of transformers: rows of any length, every option with the meaning that it has there."""
+"""`generate` in batches and in the words of transformers: rows of any length, every option with the
+meaning that it has there."""
 
 import functools
 import logging
@@ -14,7 +15,13 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import nextlat
@@ -37,19 +44,23 @@ def ragged_prompts(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def theirs(lm: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    return lm.generate(ids, attention_mask=mask, **{"max_new_tokens": NEW, "do_sample": False} | options)
+    return lm.generate(
+        ids, attention_mask=mask, **{"max_new_tokens": NEW, "do_sample": False} | options
+    )
 
 
 @functools.lru_cache
 def batch_case(family: str, rows: int) -> tuple[ObjectiveModel, Tensor, Tensor, Tensor]:
-    """A model whose oracle drafts every row's continuation with mistakes at places of its own, and what transformers makes of it."""
+    """A model whose oracle drafts every row's continuation with mistakes at places of its own, and
+    what transformers makes of it."""
     lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
     lm.generation_config.pad_token_id = 0
     ids, mask = ragged_prompts(rows)
     expected = theirs(lm, ids, mask, max_new_tokens=NEW + 20)
     model = attach(lm, NextTokenConfig())
     sequences = [row[WIDEST - length :] for row, length in zip(expected, RAGGED, strict=False)]
-    # Positions are counted in the row's own text: rows of different lengths meet the same mistakes in different cycles.
+    # Positions are counted in the row's own text: rows of different lengths meet the same mistakes
+    # in different cycles.
     model.objective = Oracle(model, sequences, wrong={13, 15, 16, 21, 28}, strict=False)
     return model, ids, mask, expected
 
@@ -60,24 +71,35 @@ def test_ragged_batches_equal_transformers_with_mixed_acceptance(family: str, ro
     model, ids, mask, expected = batch_case(family, rows)
     assert batches(model) == (family != "gemma2")
     for draft_length in (0, 1, 4, 16, "auto"):
-        out, stats = model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length, return_stats=True)
+        out, stats = model.generate(
+            ids, mask, max_new_tokens=NEW, draft_length=draft_length, return_stats=True
+        )
         assert out.tolist() == expected[:, : WIDEST + NEW].tolist(), f"draft length {draft_length}"
         assert stats.tokens == rows * NEW
         if draft_length == 4:
             assert 0.2 < stats.acceptance_rate < 0.95
-        if batches(model) or draft_length == 0:  # without drafts any model's rows share their passes
+        if (
+            batches(model) or draft_length == 0
+        ):  # without drafts any model's rows share their passes
             assert stats.passes < stats.cycles or rows == 1
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
 def test_without_drafts_recurrent_models_decode_batches_as_transformers_does(family: str, caplog):
-    layers = {"lfm2": ["conv", "full_attention", "conv"], "qwen3_next": ["linear_attention", "full_attention"]}[family]
+    layers = {
+        "lfm2": ["conv", "full_attention", "conv"],
+        "qwen3_next": ["linear_attention", "full_attention"],
+    }[family]
     lm = hybrid_lm(family, layers, **HYBRID[family])
     lm.generation_config.pad_token_id = 0
     ids, mask = ragged_prompts(4)
-    out, stats = attach(lm, NextTokenConfig()).generate(ids, mask, max_new_tokens=NEW, return_stats=True)
+    out, stats = attach(lm, NextTokenConfig()).generate(
+        ids, mask, max_new_tokens=NEW, return_stats=True
+    )
     assert out.tolist() == theirs(lm, ids, mask).tolist()
-    assert stats.passes == NEW - 1 and not [r for r in caplog.records if r.name.startswith("nextlat")]
+    assert stats.passes == NEW - 1 and not [
+        r for r in caplog.records if r.name.startswith("nextlat")
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -89,14 +111,21 @@ def test_rows_end_at_different_times_wherever_the_end_falls(family: str):
         plain = theirs(model.lm, ids, mask, eos_token_id=eos)
         for draft_length in (0, 3, 8):
             out, stats = model.generate(
-                ids, mask, max_new_tokens=NEW, draft_length=draft_length, eos_token_id=eos, return_stats=True
+                ids,
+                mask,
+                max_new_tokens=NEW,
+                draft_length=draft_length,
+                eos_token_id=eos,
+                return_stats=True,
             )
             assert out.tolist() == plain.tolist()
             inside += stats.accepted > 0
     assert inside > 0
 
 
-@pytest.mark.parametrize("config", [nextlat.MTPConfig(horizon=3), nextlat.JTPConfig(horizon=3)], ids=["mtp", "jtp"])
+@pytest.mark.parametrize(
+    "config", [nextlat.MTPConfig(horizon=3), nextlat.JTPConfig(horizon=3)], ids=["mtp", "jtp"]
+)
 def test_other_drafters_decode_ragged_batches_too(config: Any):
     lm = tiny_lm("llama", vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
     lm.generation_config.pad_token_id = 0
@@ -106,7 +135,9 @@ def test_other_drafters_decode_ragged_batches_too(config: Any):
         for row, n in zip(ids, RAGGED, strict=False)
     ]
     for draft_length in (0, 2, 3, "auto"):
-        out, stats = model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length, return_stats=True)
+        out, stats = model.generate(
+            ids, mask, max_new_tokens=NEW, draft_length=draft_length, return_stats=True
+        )
         assert out[:, WIDEST:].tolist() == alone
         assert stats.drafted_by_position[3:] == []
     with pytest.raises(NextLatError, match="at most 3 tokens"):
@@ -117,7 +148,9 @@ def test_one_pass_serves_all_rows_and_ended_rows_take_no_part():
     model, ids, mask, expected = batch_case("llama", 8)
     model.generate(ids, mask, max_new_tokens=2)  # what is tried out once is over
     shapes: list[tuple[int, ...]] = []
-    hook = model.lm.base_model.register_forward_hook(lambda _, args, kwargs, out: shapes.append(out[0].shape), with_kwargs=True)
+    hook = model.lm.base_model.register_forward_hook(
+        lambda _, args, kwargs, out: shapes.append(out[0].shape), with_kwargs=True
+    )
     try:
         _, stats = model.generate(ids, mask, max_new_tokens=NEW, draft_length=4, return_stats=True)
     finally:
@@ -127,9 +160,12 @@ def test_one_pass_serves_all_rows_and_ended_rows_take_no_part():
     assert max(shape[1] for shape in shapes[1:]) == 5
     # The slowest row alone decides how many passes there are.
     alone = [
-        model.generate(expected[b : b + 1, WIDEST - n : WIDEST], max_new_tokens=NEW, draft_length=4, return_stats=True)[
-            1
-        ].passes
+        model.generate(
+            expected[b : b + 1, WIDEST - n : WIDEST],
+            max_new_tokens=NEW,
+            draft_length=4,
+            return_stats=True,
+        )[1].passes
         for b, n in enumerate(RAGGED)
     ]
     assert stats.passes == max(alone) < sum(alone) == stats.cycles
@@ -141,11 +177,16 @@ def test_a_row_at_the_last_position_of_the_model_does_not_disturb_the_others():
     lm.generation_config.pad_token_id = 0
     ids, mask = ragged_prompts(3)
     expected = theirs(lm, ids, mask, max_new_tokens=9)
-    assert attach(lm, NextLatConfig()).generate(ids, mask, max_new_tokens=9, draft_length=16).tolist() == expected.tolist()
+    assert (
+        attach(lm, NextLatConfig()).generate(ids, mask, max_new_tokens=9, draft_length=16).tolist()
+        == expected.tolist()
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_models_whose_rows_cannot_share_a_pass_say_so_once(family: str, monkeypatch: pytest.MonkeyPatch, caplog):
+def test_models_whose_rows_cannot_share_a_pass_say_so_once(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog
+):
     model, ids, mask, expected = batch_case(family, 3)
     monkeypatch.setattr("nextlat.decoding.known.supports_ragged", lambda backbone: False)
     monkeypatch.setattr(known(model), "ragged", {})
@@ -175,10 +216,15 @@ WORDS: dict[str, dict[str, Any]] = {
     "min_new_tokens": {"min_new_tokens": 12, "eos_token_id": [5, 9, 17, 33, 40]},
     "forced_eos_token_id": {"forced_eos_token_id": 6},
     "prefix_allowed_tokens_fn": {
-        "prefix_allowed_tokens_fn": lambda row, ids: [t for t in range(VOCABULARY) if (t + row + len(ids)) % 3]
+        "prefix_allowed_tokens_fn": lambda row, ids: [
+            t for t in range(VOCABULARY) if (t + row + len(ids)) % 3
+        ]
     },
     "stopping_criteria": {"stopping_criteria": [Ten()], "eos_token_id": 49},
-    "generation_config": {"generation_config": GenerationConfig(max_new_tokens=9, pad_token_id=3), "max_new_tokens": None},
+    "generation_config": {
+        "generation_config": GenerationConfig(max_new_tokens=9, pad_token_id=3),
+        "max_new_tokens": None,
+    },
 }
 
 
@@ -186,50 +232,87 @@ WORDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_options_mean_what_they_mean_in_transformers(family: str, name: str):
     model, ids, mask, _ = batch_case(family, 3)
-    options = {key: value for key, value in ({"max_new_tokens": NEW} | WORDS[name]).items() if value is not None}
+    options = {
+        key: value
+        for key, value in ({"max_new_tokens": NEW} | WORDS[name]).items()
+        if value is not None
+    }
     plain = model.lm.generate(ids, attention_mask=mask, **options)
     for draft_length in (0, 3, "auto"):
-        assert model.generate(ids, mask, draft_length=draft_length, **options).tolist() == plain.tolist()
+        assert (
+            model.generate(ids, mask, draft_length=draft_length, **options).tolist()
+            == plain.tolist()
+        )
         custom = model.lm.generate(
-            ids, attention_mask=mask, custom_generate=nextlat.speculative(model), draft_length=draft_length, **options
+            ids,
+            attention_mask=mask,
+            custom_generate=nextlat.speculative(model),
+            draft_length=draft_length,
+            **options,
         )
         assert custom.tolist() == plain.tolist()
 
 
 def letters() -> PreTrainedTokenizerFast:
     """One token a letter."""
-    core = Tokenizer(WordLevel({letter: i for i, letter in enumerate(string.ascii_letters[:VOCABULARY])}, unk_token="a"))
+    core = Tokenizer(
+        WordLevel(
+            {letter: i for i, letter in enumerate(string.ascii_letters[:VOCABULARY])}, unk_token="a"
+        )
+    )
     core.pre_tokenizer, core.decoder = Split("", "isolated"), Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="a", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="a", clean_up_tokenization_spaces=False
+    )
 
 
 @pytest.mark.parametrize("draft_length", [0, 8])
 def test_stop_strings_end_inside_a_draft(draft_length: int):
     model, ids, mask, expected = batch_case("llama", 3)
     tokenizer = letters()
-    strings = [tokenizer.decode(expected[1, WIDEST + 4 : WIDEST + 6]), tokenizer.decode(expected[2, WIDEST + 2])]
+    strings = [
+        tokenizer.decode(expected[1, WIDEST + 4 : WIDEST + 6]),
+        tokenizer.decode(expected[2, WIDEST + 2]),
+    ]
     options = {"stop_strings": strings, "eos_token_id": 49, "pad_token_id": 0}
     plain = theirs(model.lm, ids, mask, tokenizer=tokenizer, **options)
     assert (plain[1:, -1] == 0).any(), "no row ended early"
     for words in (options, {"generation_config": GenerationConfig(**options)}):
-        out = model.generate(ids, mask, max_new_tokens=NEW, tokenizer=tokenizer, draft_length=draft_length, **words)
+        out = model.generate(
+            ids, mask, max_new_tokens=NEW, tokenizer=tokenizer, draft_length=draft_length, **words
+        )
         assert out.tolist() == plain.tolist()
 
 
 @pytest.mark.parametrize("draft_length", [0, 5])
 def test_scores_and_logits_are_those_of_transformers(draft_length: int):
     model, ids, mask, _ = batch_case("llama", 3)
-    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
-    options["eos_token_id"] = theirs(model.lm, ids, mask, repetition_penalty=1.3)[1, WIDEST + 6].item()
+    options = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "repetition_penalty": 1.3,
+    }
+    options["eos_token_id"] = theirs(model.lm, ids, mask, repetition_penalty=1.3)[
+        1, WIDEST + 6
+    ].item()
     plain = theirs(model.lm, ids, mask, **options)
     out = model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length, **options)
     assert type(out) is type(plain)
     assert out.sequences.tolist() == plain.sequences.tolist()
     for name in ("scores", "logits"):
-        ours, others = torch.stack(getattr(out, name), dim=1), torch.stack(getattr(plain, name), dim=1)
+        ours, others = (
+            torch.stack(getattr(out, name), dim=1),
+            torch.stack(getattr(plain, name), dim=1),
+        )
         assert ours.shape == others.shape
         for b in range(3):
-            ends = (plain.sequences[b, WIDEST:] == options["eos_token_id"]).nonzero().flatten().tolist()
+            ends = (
+                (plain.sequences[b, WIDEST:] == options["eos_token_id"])
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
             end = ends[0] + 1 if ends else NEW
             torch.testing.assert_close(ours[b, :end], others[b, :end], rtol=1e-4, atol=1e-4)
             assert (ours[b, end:] == 0).all()
@@ -257,15 +340,26 @@ def test_a_streamer_hears_what_it_would_have_heard(capsys: pytest.CaptureFixture
     theirs(model.lm, ids, mask, streamer=plain)
     assert ours.heard == plain.heard and ours.ended
     model.lm.generate(
-        ids, max_new_tokens=NEW, custom_generate=nextlat.speculative(model, streamer=TextStreamer(letters(), skip_prompt=True))
+        ids,
+        max_new_tokens=NEW,
+        custom_generate=nextlat.speculative(
+            model, streamer=TextStreamer(letters(), skip_prompt=True)
+        ),
     )
-    assert capsys.readouterr().out.strip() == letters().decode([token for [token] in plain.heard[1:]])
+    assert capsys.readouterr().out.strip() == letters().decode(
+        [token for [token] in plain.heard[1:]]
+    )
 
 
 def test_several_sequences_for_one_prompt():
     model, ids, mask, _ = batch_case("llama", 2)
     generator = torch.Generator().manual_seed(0)
-    options = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 3, "temperature": 3.0}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "temperature": 3.0,
+    }
     out = model.generate(ids, mask, draft_length=3, generator=generator, **options)
     assert out.shape == (6, WIDEST + 6)
     assert out[:, :WIDEST].tolist() == ids.repeat_interleave(3, dim=0).tolist()
@@ -276,13 +370,17 @@ def test_the_wrong_model_and_no_memory_are_told(monkeypatch: pytest.MonkeyPatch)
     model, ids, mask, _ = batch_case("llama", 2)
     other = tiny_lm("llama", vocab_size=VOCABULARY)
     with pytest.raises(NextLatError, match="decodes model\\.lm only"):
-        other.generate(ids, attention_mask=mask, max_new_tokens=4, custom_generate=nextlat.speculative(model))
+        other.generate(
+            ids, attention_mask=mask, max_new_tokens=4, custom_generate=nextlat.speculative(model)
+        )
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
 
     monkeypatch.setattr("nextlat.decoding.cache.RaggedCache.prefill", full)
-    with pytest.raises(NextLatError, match=f"out of memory with a batch of 2 rows of up to {WIDEST + 4} tokens"):
+    with pytest.raises(
+        NextLatError, match=f"out of memory with a batch of 2 rows of up to {WIDEST + 4} tokens"
+    ):
         model.generate(ids, mask, max_new_tokens=4)
 
 
@@ -300,8 +398,12 @@ POLICIES: dict[str, Any] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.4, "top_k": 4, "top_p": 0.95}], ids=["plain", "warped"])
-def test_sampled_batches_follow_the_enumerated_distribution(policy: str, settings: dict, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.4, "top_k": 4, "top_p": 0.95}], ids=["plain", "warped"]
+)
+def test_sampled_batches_follow_the_enumerated_distribution(
+    policy: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+):
     model, prompt = five_token_model()
     rows, new = 500, 9
     prompts = [prompt[0] if b % 2 else prompt[0, 1:] for b in range(rows)]  # two lengths
@@ -336,7 +438,8 @@ def test_sampled_batches_follow_the_enumerated_distribution(policy: str, setting
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """torch.compile that still has to trace a cycle into one graph, but leaves out the C++ compiler; the graphs it made."""
+    """torch.compile that still has to trace a cycle into one graph, but leaves out the C++
+    compiler; the graphs it made."""
     graphs: list[Any] = []
 
     def backend(graph: Any, example_inputs: Any) -> Any:
@@ -362,7 +465,10 @@ def test_a_compiled_cycle_is_one_graph_with_the_same_output(family: str, traced:
     ids, mask = ragged_prompts(3)
     expected = theirs(lm, ids, mask).tolist()
     for _ in range(2):
-        assert model.generate(ids, mask, max_new_tokens=NEW, draft_length=3, compile=True).tolist() == expected
+        assert (
+            model.generate(ids, mask, max_new_tokens=NEW, draft_length=3, compile=True).tolist()
+            == expected
+        )
         assert len(traced) == 1, "the second call must find the first one's graph"
     sampled = [
         model.generate(
@@ -380,11 +486,17 @@ def test_a_compiled_cycle_is_one_graph_with_the_same_output(family: str, traced:
     assert len(traced) == 2
 
 
-def test_what_cannot_be_one_graph_is_said_and_done_all_the_same(traced: list[Any], caplog: pytest.LogCaptureFixture):
+def test_what_cannot_be_one_graph_is_said_and_done_all_the_same(
+    traced: list[Any], caplog: pytest.LogCaptureFixture
+):
     model, ids, mask, _ = batch_case("llama", 3)
     expected = theirs(model.lm, ids, mask, repetition_penalty=1.5).tolist()
     with caplog.at_level(logging.WARNING, logger="nextlat"):
-        out = model.generate(ids, mask, max_new_tokens=NEW, repetition_penalty=1.5, draft_length=2, compile=True)
+        out = model.generate(
+            ids, mask, max_new_tokens=NEW, repetition_penalty=1.5, draft_length=2, compile=True
+        )
     assert out.tolist() == expected
     assert not traced
-    assert "compile=True has no effect: a logits processor looks at the tokens before" in caplog.text
+    assert (
+        "compile=True has no effect: a logits processor looks at the tokens before" in caplog.text
+    )

@@ -1,4 +1,5 @@
-"""Hidden Markov models: beliefs against enumeration, samples against exact probabilities, metrics on models made by hand."""
+"""Hidden Markov models: beliefs against enumeration, samples against exact probabilities, metrics
+on models made by hand."""
 
 import itertools
 from pathlib import Path
@@ -19,7 +20,9 @@ from nextlat.training.run_directory import read_metrics
 from nextlat.training.train import train
 
 SMALL = HMMConfig(length=12, tests=60)
-ODD = HiddenMarkov.of([[0.7, 0.3, 0.0], [0.1, 0.2, 0.7], [0.5, 0.25, 0.25]], [[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+ODD = HiddenMarkov.of(
+    [[0.7, 0.3, 0.0], [0.1, 0.2, 0.7], [0.5, 0.25, 0.25]], [[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def joint(process: HiddenMarkov, symbols: tuple[int, ...], states: tuple[int, ..
 # ---- the process ----
 
 
-@pytest.mark.parametrize("process", [ODD, HiddenMarkov.mess3(0.85, 0.05), HiddenMarkov.random(3, 2, 0.5, 1)])
+@pytest.mark.parametrize(
+    "process", [ODD, HiddenMarkov.mess3(0.85, 0.05), HiddenMarkov.random(3, 2, 0.5, 1)]
+)
 def test_beliefs_are_posteriors_by_enumeration(process: HiddenMarkov) -> None:
     symbols = process.sample(8, 4, np.random.default_rng(0))
     beliefs = process.beliefs(symbols)
@@ -52,7 +57,10 @@ def test_beliefs_are_posteriors_by_enumeration(process: HiddenMarkov) -> None:
             evidence = posterior.sum()
             np.testing.assert_allclose(beliefs[row, t], posterior / evidence, atol=1e-12)
             longer = [
-                sum(joint(process, (*x[:t], s), path) for path in itertools.product(range(3), repeat=t + 2))
+                sum(
+                    joint(process, (*x[:t], s), path)
+                    for path in itertools.product(range(3), repeat=t + 2)
+                )
                 for s in range(following.shape[2])
             ]
             np.testing.assert_allclose(following[row, t], np.array(longer) / evidence, atol=1e-12)
@@ -67,7 +75,8 @@ def test_samples_follow_the_exact_probabilities() -> None:
 
 
 def test_mess3_is_the_published_process() -> None:
-    """Matrices P(symbol, next state | state) for alpha = 0.85, x = 0.05, as printed in arXiv 2405.15943."""
+    """Matrices P(symbol, next state | state) for alpha = 0.85, x = 0.05, as printed in arXiv
+    2405.15943."""
     process = HiddenMarkov.mess3(0.85, 0.05)
     labelled = process.transition[:, :, None] * process.emission
     expected = [[0.765, 0.00375, 0.00375], [0.0425, 0.0675, 0.00375], [0.0425, 0.00375, 0.0675]]
@@ -76,8 +85,14 @@ def test_mess3_is_the_published_process() -> None:
 
 
 def test_the_stationary_distribution_stays() -> None:
-    for process in (ODD, HiddenMarkov.random(5, 3, 0.3, 2), HiddenMarkov.of([[0, 1], [1, 0]], [[1, 0], [0, 1]])):
-        np.testing.assert_allclose(process.stationary @ process.transition, process.stationary, atol=1e-12)
+    for process in (
+        ODD,
+        HiddenMarkov.random(5, 3, 0.3, 2),
+        HiddenMarkov.of([[0, 1], [1, 0]], [[1, 0], [0, 1]]),
+    ):
+        np.testing.assert_allclose(
+            process.stationary @ process.transition, process.stationary, atol=1e-12
+        )
 
 
 def test_random_processes_follow_their_seed() -> None:
@@ -95,12 +110,18 @@ def test_rows_begin_with_begin_and_depend_on_seed_and_index(task: HMM) -> None:
     assert torch.equal(one[far]["input_ids"], two[far]["input_ids"])
     for chunk in range(6):
         one[chunk * hmm.ROWS_PER_CHUNK]
-    assert torch.equal(one[0]["input_ids"], two[0]["input_ids"]) and len(one._chunks) == hmm.CACHED_CHUNKS
+    assert (
+        torch.equal(one[0]["input_ids"], two[0]["input_ids"])
+        and len(one._chunks) == hmm.CACHED_CHUNKS
+    )
     assert not torch.equal(one[0]["input_ids"], other[0]["input_ids"])
     assert not torch.equal(one[0]["input_ids"], one[hmm.ROWS_PER_CHUNK]["input_ids"])
     item = one[7]
     assert item["input_ids"][0] == BEGIN and len(item["input_ids"]) == 13 == task.max_length
-    assert torch.equal(item["input_ids"][1:], item["labels"][1:]) and item["input_ids"][1:].min() >= FIRST_SYMBOL
+    assert (
+        torch.equal(item["input_ids"][1:], item["labels"][1:])
+        and item["input_ids"][1:].min() >= FIRST_SYMBOL
+    )
     item["input_ids"].zero_()
     assert one[7]["input_ids"][0] == BEGIN  # a caller's writing changes nothing
     assert [len(p) for p in task.prompts(3)] == [7, 7, 7]
@@ -127,12 +148,17 @@ def test_a_world_held_out_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Filter:
-    """A model whose state is an affine map of the belief after the prefix, and which predicts from it; all by exact filtering."""
+    """A model whose state is an affine map of the belief after the prefix, and which predicts from
+    it; all by exact filtering."""
 
-    def __init__(self, task: HMM, noise: float = 0.0, slips: float = 0.0, forgets: bool = False) -> None:
+    def __init__(
+        self, task: HMM, noise: float = 0.0, slips: float = 0.0, forgets: bool = False
+    ) -> None:
         self.task, self.noise, self.forgets, self.device = task, noise, forgets, torch.device("cpu")
         size = len(task.process.transition)
-        self.mix = np.random.default_rng(3).normal(size=(size, size + 120))  # wide enough for a probe to fit noise
+        self.mix = np.random.default_rng(3).normal(
+            size=(size, size + 120)
+        )  # wide enough for a probe to fit noise
         self.backbone = SimpleNamespace(step=self.step, embed=lambda ids: ids[..., None].float())
         self.slips = slips
         self.objective = SimpleNamespace(dynamics=self.dynamics)
@@ -154,18 +180,26 @@ class Filter:
 
     def dynamics(self, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         process, symbol = self.task.process, e[..., 0].long().numpy() - FIRST_SYMBOL
-        joint = self.beliefs(h) @ process.transition * np.moveaxis(process.emission[:, symbol], 0, -1)
+        joint = (
+            self.beliefs(h) @ process.transition * np.moveaxis(process.emission[:, symbol], 0, -1)
+        )
         exact = (joint / joint.sum(-1, keepdims=True) - process.stationary) @ self.mix
         return torch.from_numpy((1 - self.slips) * exact + self.slips * h.double().numpy()).float()
 
 
 def test_an_exact_filter_has_the_belief_the_distribution_and_the_dynamics(task: HMM) -> None:
-    found = {name: score for metric in task.metrics().values() for name, score in metric(Filter(task)).items()}
+    found = {
+        name: score
+        for metric in task.metrics().values()
+        for name, score in metric(Filter(task)).items()
+    }
     assert found.keys() == {*task.higher_is_better, "entropy_floor"}
     assert found["belief_r2"].value == pytest.approx(1, abs=1e-6)
     assert found["next_token_kl"].value == pytest.approx(0, abs=1e-6)
     assert found["transition_consistency_error"].value == pytest.approx(0, abs=1e-4)
-    assert found["next_token_kl"].per_item.shape == (60,) and found["belief_r2"].per_item.shape == (30,)
+    assert found["next_token_kl"].per_item.shape == (60,) and found["belief_r2"].per_item.shape == (
+        30,
+    )
 
 
 def test_what_is_broken_shows_where_it_is_broken(task: HMM) -> None:
@@ -180,7 +214,9 @@ def test_what_is_broken_shows_where_it_is_broken(task: HMM) -> None:
 
 def test_the_kl_of_a_uniform_model_is_the_missing_entropy(task: HMM) -> None:
     model = Filter(task)
-    model.next_token_logits = lambda h: torch.zeros(*h.shape[:-1], len(task.tokenizer))  # six tokens, three of them symbols
+    model.next_token_logits = lambda h: torch.zeros(
+        *h.shape[:-1], len(task.tokenizer)
+    )  # six tokens, three of them symbols
     found = task.distributions(model)
     assert found["next_token_kl"].value == pytest.approx(np.log(6) - found["entropy_floor"].value)
 
@@ -212,15 +248,42 @@ def test_beliefs_are_written_for_the_picture(task: HMM) -> None:
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"process": "given", "transition": ((0.5, 0.4), (0.5, 0.5)), "emission": ((1, 0), (0, 1))}, "row 1 of the transition"),
         (
-            {"process": "given", "transition": ((0.5, 0.5), (0.5, 0.5)), "emission": ((1, 0), (-0.5, 1.5))},
+            {
+                "process": "given",
+                "transition": ((0.5, 0.4), (0.5, 0.5)),
+                "emission": ((1, 0), (0, 1)),
+            },
+            "row 1 of the transition",
+        ),
+        (
+            {
+                "process": "given",
+                "transition": ((0.5, 0.5), (0.5, 0.5)),
+                "emission": ((1, 0), (-0.5, 1.5)),
+            },
             "row 2 of the emission",
         ),
-        ({"process": "given", "transition": ((0.5, 0.5), (1.0,)), "emission": ((1, 0), (0, 1))}, "rows of one length"),
-        ({"process": "given", "transition": ((1.0,),), "emission": ((1, 0), (0, 1))}, "must be 2 x 2"),
-        ({"process": "given", "transition": ((1, 0), (0, 1)), "emission": ((1, 0), (0, 1))}, "never meet"),
-        ({"process": "given", "transition": ((0.5, 0.5), (0.5, 0.5)), "emission": ((0.5, 0.5), (0.5, 0.5))}, "tell nothing"),
+        (
+            {"process": "given", "transition": ((0.5, 0.5), (1.0,)), "emission": ((1, 0), (0, 1))},
+            "rows of one length",
+        ),
+        (
+            {"process": "given", "transition": ((1.0,),), "emission": ((1, 0), (0, 1))},
+            "must be 2 x 2",
+        ),
+        (
+            {"process": "given", "transition": ((1, 0), (0, 1)), "emission": ((1, 0), (0, 1))},
+            "never meet",
+        ),
+        (
+            {
+                "process": "given",
+                "transition": ((0.5, 0.5), (0.5, 0.5)),
+                "emission": ((0.5, 0.5), (0.5, 0.5)),
+            },
+            "tell nothing",
+        ),
         ({"process": "given"}, "needs both"),
         ({"transition": ((1.0,),)}, "has its own matrices"),
         ({"x": 0.0}, "Mess3 needs"),
@@ -235,7 +298,11 @@ def test_bad_settings_are_one_sentence(settings: dict[str, Any], word: str) -> N
 
 
 def test_worlds_have_fingerprints() -> None:
-    configs = [SMALL, HMMConfig(length=12, tests=60, x=0.1), HMMConfig(process="random", length=12, tests=60)]
+    configs = [
+        SMALL,
+        HMMConfig(length=12, tests=60, x=0.1),
+        HMMConfig(process="random", length=12, tests=60),
+    ]
     assert len({config.build().fingerprint() for config in configs}) == 3
     assert SMALL.build().fingerprint() == HMMConfig(length=12, tests=60).build().fingerprint()
 
@@ -249,8 +316,13 @@ def test_three_steps_of_training_and_every_metric(tmp_path: Path) -> None:
     run = train(load_recipe("hmm-small", tiny), tmp_path / "run", progress=False)
     assert [line["step"] for line in read_metrics(run) if "next_h" in line] == [1, 2, 3]
     _, built, model = open_run(run)
-    scores = {name: score for metric in built.metrics().values() for name, score in metric(model).items()}
+    scores = {
+        name: score for metric in built.metrics().values() for name, score in metric(model).items()
+    }
     assert scores.keys() == {*built.higher_is_better, "entropy_floor"}
-    # The untrained model is nearly uniform over its five tokens, and both ways to measure that agree.
-    assert scores["next_token_kl"].value + scores["entropy_floor"].value == pytest.approx(np.log(5), abs=0.1)
+    # The untrained model is nearly uniform over its five tokens, and both ways to measure that
+    # agree.
+    assert scores["next_token_kl"].value + scores["entropy_floor"].value == pytest.approx(
+        np.log(5), abs=0.1
+    )
     assert next_token_loss(model, built).value == pytest.approx(np.log(5), abs=0.1)

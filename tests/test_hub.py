@@ -1,4 +1,5 @@
-"""A hub that cannot be reached is asked once, and every way to load something from it then fails at once, in one sentence."""
+"""A hub that cannot be reached is asked once, and every way to load something from it then fails at
+once, in one sentence."""
 
 import socket
 from collections.abc import Callable
@@ -28,7 +29,14 @@ def lookups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         asked.append(host)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    for proxy in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy"):
+    for proxy in (
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "ALL_PROXY",
+        "https_proxy",
+        "http_proxy",
+        "all_proxy",
+    ):
         monkeypatch.delenv(proxy, raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -48,9 +56,14 @@ def a_backbone() -> None:
     build_model(recipe, recipe.task.build())
 
 
-@pytest.mark.parametrize("load", [a_dataset, a_backbone, lambda: existing_tokenizer(NAME), lambda: nextlat.load(NAME)])
+@pytest.mark.parametrize(
+    "load", [a_dataset, a_backbone, lambda: existing_tokenizer(NAME), lambda: nextlat.load(NAME)]
+)
 def test_a_hub_out_of_reach_is_asked_once(
-    load: Callable[[], object], lookups: list[Any], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    load: Callable[[], object],
+    lookups: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(NextLatError, match=NAME) as raised:
         load()

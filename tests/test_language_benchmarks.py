@@ -1,4 +1,5 @@
-"""Benchmarks of the LM Evaluation Harness: the same figures as the harness's own, and what is wrong in one sentence."""
+"""Benchmarks of the LM Evaluation Harness: the same figures as the harness's own, and what is wrong
+in one sentence."""
 
 import json
 import sys
@@ -21,15 +22,29 @@ from nextlat.tasks.text.tokens import END_OF_TEXT, trained_tokenizer
 from nextlat.training.recipe import load_recipe
 from nextlat.training.train import train
 
-lm_eval = pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed: pip install 'nextlat[lm-eval]'")
+lm_eval = pytest.importorskip(
+    "lm_eval", reason="the LM Evaluation Harness is not installed: pip install 'nextlat[lm-eval]'"
+)
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 pytestmark = pytest.mark.filterwarnings("default")  # the harness and what it imports have their own
 
 TEXTS = [f"The cat number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(40)]
 KINDS = {
-    "choices": ("multiple_choice", "{{query}}", "gold", {"doc_to_choice": "choices"}, ("acc", "acc_norm")),
+    "choices": (
+        "multiple_choice",
+        "{{query}}",
+        "gold",
+        {"doc_to_choice": "choices"},
+        ("acc", "acc_norm"),
+    ),
     "words": ("loglikelihood", "{{query}}", " {{choices[gold]}}", {}, ("perplexity", "acc")),
-    "pages": ("loglikelihood_rolling", "", "{{query}}", {}, ("word_perplexity", "byte_perplexity", "bits_per_byte")),
+    "pages": (
+        "loglikelihood_rolling",
+        "",
+        "{{query}}",
+        {},
+        ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    ),
 }
 
 
@@ -48,7 +63,10 @@ def files(tmp_path: Path) -> Path:
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     data = folder / "questions.jsonl"
-    records = [{"query": text, "choices": ["home", "away from here", "on"], "gold": i % 3} for i, text in enumerate(TEXTS)]
+    records = [
+        {"query": text, "choices": ["home", "away from here", "on"], "gold": i % 3}
+        for i, text in enumerate(TEXTS)
+    ]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, (kind, query, target, more, metrics) in KINDS.items():
         definition = {
@@ -63,7 +81,12 @@ def files(tmp_path: Path) -> Path:
             "metric_list": [{"metric": metric} for metric in metrics],
         }
         (folder / f"{name}.yaml").write_text(json.dumps(definition))
-    absent = {**definition, "task": "small_absent", "dataset_path": "nobody/nothing", "dataset_kwargs": {}}
+    absent = {
+        **definition,
+        "task": "small_absent",
+        "dataset_path": "nobody/nothing",
+        "dataset_kwargs": {},
+    }
     (folder / "absent.yaml").write_text(json.dumps(absent))
     return folder
 
@@ -73,8 +96,12 @@ def tokenizer() -> Any:
     return trained_tokenizer(TEXTS, 300)
 
 
-def test_figures_are_those_of_the_harness_itself_on_the_saved_model(files: Path, tokenizer: Any, tmp_path: Path) -> None:
-    model = attach(tiny_lm("llama", vocab_size=300, bos_token_id=0, eos_token_id=0), NextTokenConfig())
+def test_figures_are_those_of_the_harness_itself_on_the_saved_model(
+    files: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = attach(
+        tiny_lm("llama", vocab_size=300, bos_token_id=0, eos_token_id=0), NextTokenConfig()
+    )
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     theirs = lm_eval.simple_evaluate(
@@ -92,24 +119,32 @@ def test_figures_are_those_of_the_harness_itself_on_the_saved_model(files: Path,
         for metric in metrics:
             ours = found[f"lm_eval_small_{kind}_{metric}"]
             assert ours.value == pytest.approx(own[f"{metric},none"], rel=1e-5)
-            assert len(ours.per_item) == 30 and ours.per_item.mean() == pytest.approx(ours.value, rel=1e-6)
+            assert len(ours.per_item) == 30 and ours.per_item.mean() == pytest.approx(
+                ours.value, rel=1e-6
+            )
             if metric.startswith("acc"):
                 assert ours.stderr == pytest.approx(own[f"{metric}_stderr,none"], rel=1e-6)
     assert 0 < theirs["results"]["small_choices"]["acc,none"] < 1  # else the comparison says little
 
 
-def test_a_model_that_needs_its_objective_is_measured_by_what_it_predicts(files: Path, tokenizer: Any) -> None:
+def test_a_model_that_needs_its_objective_is_measured_by_what_it_predicts(
+    files: Path, tokenizer: Any
+) -> None:
     torch.manual_seed(1)
     model = attach(tiny_lm("llama", vocab_size=300), JTPConfig(horizon=2)).eval()
     for parameter in model.objective.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     assert model.objective.needed_at_inference
-    score = language_benchmark(model, tokenizer, "small_choices", files=str(files), limit=12)["lm_eval_small_choices_acc"]
+    score = language_benchmark(model, tokenizer, "small_choices", files=str(files), limit=12)[
+        "lm_eval_small_choices_acc"
+    ]
     right = []
     for i, text in enumerate(TEXTS[:12]):
         likelihoods = []
         for choice in (" home", " away from here", " on"):
-            prompt, whole = (tokenizer(words, return_tensors="pt").input_ids for words in (text, text + choice))
+            prompt, whole = (
+                tokenizer(words, return_tensors="pt").input_ids for words in (text, text + choice)
+            )
             with torch.no_grad():
                 log_p = model(whole).logits[0].log_softmax(-1)
             places = torch.arange(prompt.shape[1] - 1, whole.shape[1] - 1)
@@ -133,8 +168,15 @@ def test_a_run_of_the_text_task_is_measured_by_them(files: Path, tmp_path: Path)
         objective="next-token",
     )  # fmt: skip
     metrics = evaluate(train(recipe, tmp_path / "run", progress=False))["metrics"]
-    names = ("small_choices_acc", "small_choices_acc_norm", "small_pages_word_perplexity", "small_pages_bits_per_byte")
-    assert all(f"lm_eval_{name}" in metrics and f"lm_eval_{name}_stderr" in metrics for name in names)
+    names = (
+        "small_choices_acc",
+        "small_choices_acc_norm",
+        "small_pages_word_perplexity",
+        "small_pages_bits_per_byte",
+    )
+    assert all(
+        f"lm_eval_{name}" in metrics and f"lm_eval_{name}_stderr" in metrics for name in names
+    )
 
 
 def test_the_report_knows_them() -> None:
@@ -145,17 +187,27 @@ def test_the_report_knows_them() -> None:
     assert higher_is_better("lm_eval_wikitext_word_perplexity") is False
 
 
-def test_what_is_wrong_is_one_sentence(files: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_one_sentence(
+    files: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ["task.train=a.txt", "task.validation="]
     for more, sentence in (
-        (["task.lm_eval=nosuch", f"task.lm_eval_files={files}"], "knows no benchmark 'nosuch' .*task.lm_eval_files"),
-        (["task.lm_eval=small_words", "task.lm_eval_files=nowhere"], "no directory nowhere .*task.lm_eval_files"),
+        (
+            ["task.lm_eval=nosuch", f"task.lm_eval_files={files}"],
+            "knows no benchmark 'nosuch' .*task.lm_eval_files",
+        ),
+        (
+            ["task.lm_eval=small_words", "task.lm_eval_files=nowhere"],
+            "no directory nowhere .*task.lm_eval_files",
+        ),
         (["task.lm_eval=small_words", "task.lm_eval_limit=-1"], "task.lm_eval_limit is -1"),
     ):
         with pytest.raises(NextLatError, match=sentence):
             load_recipe("text-small", [*settings, *more]).task.build()
     model = attach(tiny_lm("llama", vocab_size=300), NextTokenConfig())
-    with pytest.raises(NextLatError, match=r"data of the benchmark small_absent cannot be had .*local files"):
+    with pytest.raises(
+        NextLatError, match=r"data of the benchmark small_absent cannot be had .*local files"
+    ):
         language_benchmark(model, tokenizer, "small_absent", files=str(files))
     language_benchmarks._manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)

@@ -22,21 +22,28 @@ from nextlat.scores import (
 
 
 def test_rank_of_an_isotropic_matrix_is_its_width_and_of_a_line_is_one():
-    q, _ = torch.linalg.qr(torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    q, _ = torch.linalg.qr(
+        torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     assert effective_rank(3.7 * q) == pytest.approx(8, abs=1e-9)
     assert effective_rank(torch.ones(20, 5)) == pytest.approx(1, abs=1e-6)
 
 
 def test_rank_is_the_exponential_entropy_of_the_singular_values_not_of_their_squares():
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    left, _ = torch.linalg.qr(torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
-    right, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    left, _ = torch.linalg.qr(
+        torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    )
+    right, _ = torch.linalg.qr(
+        torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    )
     expected = math.exp(-float((p * p.log()).sum()))
     assert effective_rank(left @ torch.diag(10 * p) @ right) == pytest.approx(expected, rel=1e-12)
 
 
 def test_rank_sees_singular_values_that_a_gram_matrix_would_drown():
-    """Sixty values of 1e-9 beside one of 1: their share of the entropy is lost when squares of 1e-18 are added to 1."""
+    """Sixty values of 1e-9 beside one of 1: their share of the entropy is lost when squares of
+    1e-18 are added to 1."""
     values = torch.tensor([1.0] + [1e-9] * 60, dtype=torch.float64)
     p = values / values.sum()
     expected = -float((p * p.log()).sum())
@@ -44,7 +51,8 @@ def test_rank_sees_singular_values_that_a_gram_matrix_would_drown():
 
 
 def test_rank_drops_normalised_values_under_1e_12():
-    """A value p adds about p (1 - log p) to the rank: 2.6e-11 for the first, 5.6e-11 for the second."""
+    """A value p adds about p (1 - log p) to the rank: 2.6e-11 for the first, 5.6e-11 for the
+    second."""
     assert effective_rank(torch.diag(torch.tensor([1.0, 9e-13], dtype=torch.float64))) < 1 + 2e-12
     assert effective_rank(torch.diag(torch.tensor([1.0, 2e-12], dtype=torch.float64))) > 1 + 5e-11
 
@@ -63,15 +71,21 @@ def test_rank_of_nothing_is_zero_and_nan_is_refused():
 def test_rank_is_bounded_and_blind_to_scale_rotation_and_order(rows, width, seed):
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(rows, width, dtype=torch.float64, generator=generator)
-    rotation, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
+    rotation, _ = torch.linalg.qr(
+        torch.randn(width, width, dtype=torch.float64, generator=generator)
+    )
     rank = effective_rank(h)
     assert 1 - 1e-9 <= rank <= min(rows, width) + 1e-9
-    assert effective_rank(5 * h[torch.randperm(rows, generator=generator)] @ rotation) == pytest.approx(rank, rel=1e-9)
+    assert effective_rank(
+        5 * h[torch.randperm(rows, generator=generator)] @ rotation
+    ) == pytest.approx(rank, rel=1e-9)
 
 
 def test_triangular_factors_of_parts_stack_to_the_whole():
     h = torch.randn(300, 7, generator=torch.Generator().manual_seed(3))
-    parts = torch.cat([triangular_factor(h[:5]), triangular_factor(h[5:100]), triangular_factor(h[100:])])
+    parts = torch.cat(
+        [triangular_factor(h[:5]), triangular_factor(h[5:100]), triangular_factor(h[100:])]
+    )
     assert len(parts) == 5 + 7 + 7
     assert rank_of_factor(parts) == pytest.approx(effective_rank(h), rel=1e-12)
 
@@ -96,7 +110,8 @@ def test_the_interval_of_a_share_is_wilsons_and_there_for_no_other_score():
 
 
 def test_ratio_score_pools_trials_and_clusters_the_error():
-    """Duplicating each sequence's trials must not shrink the error: positions of one sequence are not independent."""
+    """Duplicating each sequence's trials must not shrink the error: positions of one sequence are
+    not independent."""
     hits, trials = np.array([3, 0, 5, 2]), np.array([3, 4, 5, 4])
     score = ratio_score(hits, trials)
     assert score.value == pytest.approx(10 / 16)
@@ -141,5 +156,7 @@ def test_the_exponential_of_a_score_has_the_error_of_the_delta_method() -> None:
     assert perplexity.stderr == pytest.approx(math.exp(losses.value) * losses.stderr)
     assert perplexity.per_item.mean() == pytest.approx(perplexity.value)
     assert perplexity.per_item.std(ddof=1) / 20 == pytest.approx(perplexity.stderr)
-    resampled = [math.exp(rng.choice(losses.per_item, 400).mean()) for _ in range(2000)]  # the bootstrap agrees
+    resampled = [
+        math.exp(rng.choice(losses.per_item, 400).mean()) for _ in range(2000)
+    ]  # the bootstrap agrees
     assert np.std(resampled) == pytest.approx(perplexity.stderr, rel=0.1)

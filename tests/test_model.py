@@ -52,10 +52,16 @@ def test_everything_trainable_moves_and_the_frozen_stays(family: str, config: ob
 def test_save_and_load_round_trip(family: str, config: object, tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm(family), config)
     model.save_pretrained(tmp_path)
-    again = nextlat.load(tmp_path, attn_implementation="eager")  # Gemma 2 has no other that caps its attention logits
+    again = nextlat.load(
+        tmp_path, attn_implementation="eager"
+    )  # Gemma 2 has no other that caps its attention logits
     assert again.objective.name == model.objective.name and again.objective.config == config
-    torch.testing.assert_close(again(**batch_of()).loss, model(**batch_of()).loss, rtol=0, atol=1e-6)
-    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # serving engines read every one of these
+    torch.testing.assert_close(
+        again(**batch_of()).loss, model(**batch_of()).loss, rtol=0, atol=1e-6
+    )
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == [
+        "model.safetensors"
+    ]  # serving engines read every one of these
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ids = batch_of()["input_ids"]
     torch.testing.assert_close(plain(ids).logits, model(ids).logits)
@@ -73,12 +79,16 @@ def test_the_saved_directory_opens_without_this_package(tmp_path: Path) -> None:
         "print(lm(torch.arange(6)[None]).logits.double().sum().item())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(out.stdout) == pytest.approx(model(torch.arange(6)[None]).logits.double().sum().item(), abs=1e-3)
+    assert float(out.stdout) == pytest.approx(
+        model(torch.arange(6)[None]).logits.double().sum().item(), abs=1e-3
+    )
     assert model.lm.config.use_cache is False  # and saving did not change the model
 
 
 def test_load_weights_restores_both_halves_in_place(tmp_path: Path) -> None:
-    first, second = (nextlat.attach(tiny_lm("gpt2", seed=seed), nextlat.NextLatConfig()) for seed in (0, 1))
+    first, second = (
+        nextlat.attach(tiny_lm("gpt2", seed=seed), nextlat.NextLatConfig()) for seed in (0, 1)
+    )
     first.save_pretrained(tmp_path)
     parameter = next(second.parameters())
     second.load_weights(tmp_path)
@@ -86,7 +96,9 @@ def test_load_weights_restores_both_halves_in_place(tmp_path: Path) -> None:
     torch.testing.assert_close(second(**batch_of()).loss, first(**batch_of()).loss, rtol=0, atol=0)
 
 
-def test_saved_model_of_a_version_without_later_settings_opens_with_their_defaults(tmp_path: Path) -> None:
+def test_saved_model_of_a_version_without_later_settings_opens_with_their_defaults(
+    tmp_path: Path,
+) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig(horizon=2))
     model.save_pretrained(tmp_path)
     sidecar = tmp_path / "nextlat" / "objective.json"
@@ -119,7 +131,9 @@ def test_a_truncated_file_is_one_sentence(name: str, share: float, tmp_path: Pat
 
 
 def test_faults_of_directories_are_named(tmp_path: Path) -> None:
-    with pytest.raises(nextlat.NextLatError, match=r"cannot open .*nowhere \(there is no such directory"):
+    with pytest.raises(
+        nextlat.NextLatError, match=r"cannot open .*nowhere \(there is no such directory"
+    ):
         nextlat.load(tmp_path / "nowhere")
     with pytest.raises(nextlat.NextLatError, match=r"cannot open .* \(it has no config\.json\)"):
         nextlat.load(tmp_path)
@@ -149,7 +163,9 @@ def test_llama_is_the_papers_backbone() -> None:
     assert not lm.config.tie_word_embeddings
     assert not any(name.endswith("bias") for name, _ in lm.named_parameters())
     weights = torch.cat([p.flatten() for name, p in lm.named_parameters() if "norm" not in name])
-    assert weights.std().item() == pytest.approx(0.02, rel=0.02) and abs(weights.mean().item()) < 1e-3
+    assert (
+        weights.std().item() == pytest.approx(0.02, rel=0.02) and abs(weights.mean().item()) < 1e-3
+    )
     state = torch.get_rng_state()
     again = nextlat.llama(40, layers=2, width=64, heads=4, seed=5)
     assert torch.equal(torch.get_rng_state(), state)

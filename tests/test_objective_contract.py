@@ -1,4 +1,5 @@
-"""What every objective owes every backbone: it trains what is trainable, counts right, saves, loads, packs, and survives bf16."""
+"""What every objective owes every backbone: it trains what is trainable, counts right, saves,
+loads, packs, and survives bf16."""
 
 import copy
 from itertools import pairwise
@@ -36,7 +37,9 @@ every_family = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gem
 
 def model_of(name: str, family: str, **settings: object) -> nextlat.ObjectiveModel:
     torch.manual_seed(1)
-    return nextlat.attach(tiny_lm(family, VOCAB, tie_word_embeddings=False, **settings), CONFIGS[name])
+    return nextlat.attach(
+        tiny_lm(family, VOCAB, tie_word_embeddings=False, **settings), CONFIGS[name]
+    )
 
 
 def batch_of(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
@@ -47,7 +50,9 @@ def batch_of(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
 
 def test_the_matrix_has_every_objective() -> None:
     assert CONFIGS.keys() == OBJECTIVES.keys()
-    assert {name for name, (_, objective) in OBJECTIVES.items() if not objective.needed_at_inference} == PLAIN
+    assert {
+        name for name, (_, objective) in OBJECTIVES.items() if not objective.needed_at_inference
+    } == PLAIN
 
 
 @every_objective
@@ -56,13 +61,18 @@ def test_it_trains_what_is_trainable_and_nothing_else(name: str, family: str) ->
     model = model_of(name, family).train()
     frozen = next(model.lm.parameters()).requires_grad_(False)  # the embeddings
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0
+    )
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
         loss = model(**batch_of()).loss
         loss.backward()
-        assert all((p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad for p in model.parameters())
+        assert all(
+            (p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad
+            for p in model.parameters()
+        )
         optimizer.step()
         losses.append(loss.item())
     assert all(b < a for a, b in pairwise(losses)), losses
@@ -102,7 +112,9 @@ def test_save_and_load_give_the_same_model(name: str, family: str, tmp_path: Pat
     base = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     same = torch.allclose(base(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert same == (name in PLAIN)
-    assert ("nextlat.load" in (tmp_path / "nextlat" / "objective.json").read_text()) == (name not in PLAIN)
+    assert ("nextlat.load" in (tmp_path / "nextlat" / "objective.json").read_text()) == (
+        name not in PLAIN
+    )
 
 
 @every_objective
@@ -117,9 +129,14 @@ def test_packed_documents_equal_separate_ones(name: str, family: str) -> None:
     whole = model(**packed).loss
     parts = sum(model(**doc, counts=counts).loss for doc in separate)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-    ours, theirs = gradients(model, whole), gradients(model, sum(model(**doc, counts=counts).loss for doc in separate))
+    ours, theirs = (
+        gradients(model, whole),
+        gradients(model, sum(model(**doc, counts=counts).loss for doc in separate)),
+    )
     for key, gradient in ours.items():
-        torch.testing.assert_close(theirs[key], gradient, rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            theirs[key], gradient, rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @every_objective
@@ -135,7 +152,9 @@ def test_micro_batches_with_common_counts_equal_the_undivided_batch(name: str, f
     for row in rows:
         model(**row, counts=counts).loss.backward()
     for key, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            p.grad, expected[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @every_objective
@@ -179,22 +198,31 @@ def test_a_copy_of_the_model_is_independent_of_it(name: str) -> None:
 
 @every_objective
 def test_next_token_loss_is_that_of_the_logits(name: str) -> None:
-    """What every objective reports as `next_token` is the cross-entropy of the logits that the model gives."""
+    """What every objective reports as `next_token` is the cross-entropy of the logits that the
+    model gives."""
     model = model_of(name, "llama").eval()
     batch = batch_of()
     scored = Batch.from_inputs(**batch).scored()
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.flatten(0, 1)[scored]
+    logits = model(
+        **{key: value for key, value in batch.items() if key != "labels"}
+    ).logits.flatten(0, 1)[scored]
     targets = Batch.from_inputs(**batch).targets()[scored]
-    torch.testing.assert_close(model(**batch).losses["next_token"], torch.nn.functional.cross_entropy(logits, targets))
+    torch.testing.assert_close(
+        model(**batch).losses["next_token"], torch.nn.functional.cross_entropy(logits, targets)
+    )
 
 
 # ---- as a run ----
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_run_resumes_exactly_accumulates_and_is_evaluated(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_exactly_accumulates_and_is_evaluated(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ["steps=4", "schedule.warmup_steps=1", "schedule.decay_steps=1"]
-    settings += {"bst": ["objectives.bst.pair_share=0.5"]}.get(name, [f"objectives.{name}.horizon=2"])
+    settings += {"bst": ["objectives.bst.pair_share=0.5"]}.get(
+        name, [f"objectives.{name}.horizon=2"]
+    )
     recipe = tiny(*settings, objective=name)
     whole = train(recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
@@ -204,7 +232,11 @@ def test_a_run_resumes_exactly_accumulates_and_is_evaluated(name: str, tmp_path:
     again = train(recipe, tmp_path / "again", progress=False)
     assert largest_difference(whole, again) == 0 and metrics(whole) == metrics(again)
 
-    split = train(tiny(*settings, "gradient_accumulation=4", objective=name), tmp_path / "split", progress=False)
+    split = train(
+        tiny(*settings, "gradient_accumulation=4", objective=name),
+        tmp_path / "split",
+        progress=False,
+    )
     assert largest_difference(whole, split) < 1e-5
 
     evaluate_run(whole)
@@ -217,6 +249,9 @@ def test_a_run_resumes_exactly_accumulates_and_is_evaluated(name: str, tmp_path:
 @pytest.mark.parametrize("name", ["nextlat", "mtp", "jtp"])
 def test_a_horizon_beyond_the_sequences_is_one_sentence(name: str, tmp_path: Path) -> None:
     recipe = tiny("task.max_moves=6", f"objectives.{name}.horizon=8", objective=name)
-    with pytest.raises(nextlat.NextLatError, match=r"horizon 8 is too long for sequences of at most 9 tokens: .* at most 7\."):
+    with pytest.raises(
+        nextlat.NextLatError,
+        match=r"horizon 8 is too long for sequences of at most 9 tokens: .* at most 7\.",
+    ):
         train(recipe, tmp_path / "run", progress=False)
     assert list((tmp_path / "run").iterdir()) == []  # a shorter one can be trained there

@@ -1,4 +1,5 @@
-"""Path-Star: graphs by their rule, rows read back by a slow parser, splits, generation over a cache, oracles and cheats."""
+"""Path-Star: graphs by their rule, rows read back by a slow parser, splits, generation over a
+cache, oracles and cheats."""
 
 from collections import Counter
 from pathlib import Path
@@ -52,7 +53,12 @@ def solve(edges: list[tuple[int, int]], goal: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, PathStarConfig(graphs=50, tests=50), PathStarConfig(arms=2, length=10, graphs=50, tests=50)]
+    "config",
+    [
+        SMALL,
+        PathStarConfig(graphs=50, tests=50),
+        PathStarConfig(arms=2, length=10, graphs=50, tests=50),
+    ],
 )
 def test_rows_are_star_graphs_with_the_path_to_their_goal(config: PathStarConfig) -> None:
     task, d, length = config.build(), config.arms, config.length
@@ -70,7 +76,9 @@ def test_rows_are_star_graphs_with_the_path_to_their_goal(config: PathStarConfig
 def test_the_papers_row_has_69_tokens_the_last_of_which_is_the_end() -> None:
     task = PathStarConfig(graphs=2, tests=2).build()
     item = task.train_dataset(0)[0]
-    assert len(item["input_ids"]) == 69 == task.max_length and task.prompt_length == 63 == 3 * 20 + 3
+    assert (
+        len(item["input_ids"]) == 69 == task.max_length and task.prompt_length == 63 == 3 * 20 + 3
+    )
     assert item["input_ids"][-1] == END and (item["input_ids"] == END).sum() == 1
     assert item["labels"].tolist() == [-100] * 63 + item["input_ids"][63:].tolist()
     assert len(task.tokenizer) == 3 + 3 + 100
@@ -79,19 +87,44 @@ def test_the_papers_row_has_69_tokens_the_last_of_which_is_the_end() -> None:
 def test_commas_are_no_tokens() -> None:
     task = SMALL.build()
     ids = task.tokenizer("3,14|14,9/3,9=3,14,9end")["input_ids"]
-    assert task.tokenizer.convert_ids_to_tokens(ids) == ["3", "14", "|", "14", "9", "/", "3", "9", "=", "3", "14", "9", "end"]
+    assert task.tokenizer.convert_ids_to_tokens(ids) == [
+        "3",
+        "14",
+        "|",
+        "14",
+        "9",
+        "/",
+        "3",
+        "9",
+        "=",
+        "3",
+        "14",
+        "9",
+        "end",
+    ]
 
 
 def test_names_order_and_goal_are_uniform() -> None:
     stars = Stars.draw(2, 3, 6, 24_000, np.random.default_rng(0))
-    assert all((np.sort(row)[1:] != np.sort(row)[:-1]).all() for row in stars.nodes[:, :, 1:].reshape(24_000, -1)[:200])
+    assert all(
+        (np.sort(row)[1:] != np.sort(row)[:-1]).all()
+        for row in stars.nodes[:, :, 1:].reshape(24_000, -1)[:200]
+    )
     for values, size in ((stars.goal, 2), (stars.nodes[:, 0, 0], 6), (stars.nodes[:, 1, 2], 6)):
-        assert np.abs(np.bincount(values, minlength=size) - 24_000 / size).max() < 5 * np.sqrt(24_000 / size)
+        assert np.abs(np.bincount(values, minlength=size) - 24_000 / size).max() < 5 * np.sqrt(
+            24_000 / size
+        )
     orders = Counter(map(tuple, stars.order.tolist()))
     assert len(orders) == 24 and max(abs(n - 1000) for n in orders.values()) < 5 * np.sqrt(1000)
-    centre_and_child = Counter(zip(stars.nodes[:, 0, 0].tolist(), stars.nodes[:, 0, 1].tolist(), strict=True))
-    assert len(centre_and_child) == 30 and max(abs(n - 800) for n in centre_and_child.values()) < 5 * np.sqrt(800)
-    goal_place = (stars.order == (stars.goal * 2 + 1)[:, None]).argmax(axis=1)  # where the goal's edge is written
+    centre_and_child = Counter(
+        zip(stars.nodes[:, 0, 0].tolist(), stars.nodes[:, 0, 1].tolist(), strict=True)
+    )
+    assert len(centre_and_child) == 30 and max(
+        abs(n - 800) for n in centre_and_child.values()
+    ) < 5 * np.sqrt(800)
+    goal_place = (stars.order == (stars.goal * 2 + 1)[:, None]).argmax(
+        axis=1
+    )  # where the goal's edge is written
     assert np.abs(np.bincount(goal_place) - 6000).max() < 5 * np.sqrt(6000)
 
 
@@ -109,7 +142,9 @@ def test_splits_are_disjoint_whatever_order_graphs_are_written_in() -> None:
     tests = {content(task, row) for row in task._tests}
     assert tests.isdisjoint(content(task, row) for row in task._graphs)
     unfiltered = draw_stars(config, config.graphs, task._random(1))[0]
-    assert not tests.isdisjoint(content(task, row) for row in unfiltered)  # so that it is no accident
+    assert not tests.isdisjoint(
+        content(task, row) for row in unfiltered
+    )  # so that it is no accident
 
 
 def test_keys_are_equal_exactly_for_equal_problems() -> None:
@@ -126,17 +161,25 @@ def test_training_is_a_finite_set_reshuffled_by_seed(task: PathStar) -> None:
     assert torch.equal(one[3]["input_ids"], two[3]["input_ids"])  # back in the first epoch
     everything = sorted(map(tuple, task._graphs.tolist()))
     for data, start in ((one, 0), (one, epoch), (other, 0)):
-        assert sorted(tuple(data[start + i]["input_ids"].tolist()) for i in range(epoch)) == everything
+        assert (
+            sorted(tuple(data[start + i]["input_ids"].tolist()) for i in range(epoch)) == everything
+        )
     assert any(not torch.equal(one[i]["input_ids"], other[i]["input_ids"]) for i in range(5))
     assert any(not torch.equal(one[i]["input_ids"], one[epoch + i]["input_ids"]) for i in range(5))
-    assert [len(task.eval_dataset()), len(task.prompts(7)), len(task.prompts(7)[0])] == [SMALL.tests, 7, 30]
+    assert [len(task.eval_dataset()), len(task.prompts(7)), len(task.prompts(7)[0])] == [
+        SMALL.tests,
+        7,
+        30,
+    ]
 
 
 def test_the_world_is_a_function_of_the_configuration_alone(task: PathStar) -> None:
     again = SMALL.build()
     assert again.fingerprint() == task.fingerprint()
     assert (again._graphs == task._graphs).all()
-    assert PathStarConfig(**{**vars(SMALL), "names": 16}).build().fingerprint() != task.fingerprint()
+    assert (
+        PathStarConfig(**{**vars(SMALL), "names": 16}).build().fingerprint() != task.fingerprint()
+    )
 
 
 # ---- answers ----
@@ -173,10 +216,11 @@ def test_sampled_answers_follow_the_models_distribution_and_no_batch() -> None:
 
 
 class Solver:
-    """Reads the graph and says the next node of the path. `guesses`: at the branch it takes the arm with the lowest first node.
+    """Reads the graph and says the next node of the path. `guesses`: at the branch it takes the arm
+    with the lowest first node.
 
-    Its state is the token that follows, its cache all tokens so far; it is as sure as one can be, or (`sure` below 1) says that node
-    with that probability only and `end` otherwise.
+    Its state is the token that follows, its cache all tokens so far; it is as sure as one can be,
+    or (`sure` below 1) says that node with that probability only and `end` otherwise.
     """
 
     def __init__(self, task: PathStar, guesses: bool = False, sure: float = 1.0) -> None:
@@ -186,7 +230,9 @@ class Solver:
     def step(self, input_ids: torch.Tensor, past: Any = None) -> tuple[torch.Tensor, Any]:
         past = input_ids if past is None else torch.cat([past, input_ids], dim=1)
         reach = range(past.shape[1] - input_ids.shape[1], past.shape[1])
-        return torch.tensor([[[self.following(row[: i + 1])] for i in reach] for row in past.tolist()]), past
+        return torch.tensor(
+            [[[self.following(row[: i + 1])] for i in reach] for row in past.tolist()]
+        ), past
 
     def following(self, row: list[int]) -> int:
         n = self.task.prompt_length
@@ -197,7 +243,10 @@ class Solver:
         if not said:
             return start + FIRST_NAME
         children = sorted(child for parent, child in edges if parent == said[-1])
-        right = next((child for child in children if child in solve(edges, goal)), children[0] if children else start)
+        right = next(
+            (child for child in children if child in solve(edges, goal)),
+            children[0] if children else start,
+        )
         return (children[0] if self.guesses and len(said) == 1 else right) + FIRST_NAME
 
     def next_token_logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -207,16 +256,26 @@ class Solver:
 
 
 def test_an_oracle_scores_one_and_a_guesser_loses_at_the_branch_alone(task: PathStar) -> None:
-    perfect = {name: score for metric in task.metrics().values() for name, score in metric(Solver(task)).items()}
+    perfect = {
+        name: score
+        for metric in task.metrics().values()
+        for name, score in metric(Solver(task)).items()
+    }
     assert perfect.pop("accuracy_by_position") == [1.0] * 4
-    assert perfect.keys() == task.higher_is_better.keys() and all(score.value == 1 for score in perfect.values())
+    assert perfect.keys() == task.higher_is_better.keys() and all(
+        score.value == 1 for score in perfect.values()
+    )
     guesser = Solver(task, guesses=True)
     by_position = task.accuracy_by_position(guesser)
     branch = by_position["accuracy_position_2"]
-    assert branch.value == pytest.approx(1 / 3, abs=5 * branch.stderr) and branch.per_item.shape == (SMALL.tests,)
+    assert branch.value == pytest.approx(
+        1 / 3, abs=5 * branch.stderr
+    ) and branch.per_item.shape == (SMALL.tests,)
     assert [by_position[f"accuracy_position_{i}"].value for i in (1, 3, 4)] == [1, 1, 1]
     assert by_position["accuracy_by_position"] == [1, branch.value, 1, 1]
-    assert (task.exact_paths(guesser).per_item == branch.per_item).all()  # a wrong arm cannot be left again
+    assert (
+        task.exact_paths(guesser).per_item == branch.per_item
+    ).all()  # a wrong arm cannot be left again
 
 
 def test_sampled_accuracy_is_the_probability_of_the_path(task: PathStar) -> None:
@@ -253,12 +312,23 @@ def test_a_world_of_test_graphs_alone_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_three_steps_of_training_and_every_metric(tmp_path: Path) -> None:
     small = [f"task.{key}={value}" for key, value in vars(SMALL).items()]
-    tiny = ["steps=3", "batch_size=4", "backbone.layers=1", "backbone.width=16", "backbone.heads=2", "run.log_every=1"]
-    recipe = load_recipe("path-star-small", [*small, *tiny, "schedule.warmup_steps=1", "schedule.decay_steps=1"])
+    tiny = [
+        "steps=3",
+        "batch_size=4",
+        "backbone.layers=1",
+        "backbone.width=16",
+        "backbone.heads=2",
+        "run.log_every=1",
+    ]
+    recipe = load_recipe(
+        "path-star-small", [*small, *tiny, "schedule.warmup_steps=1", "schedule.decay_steps=1"]
+    )
     run = train(recipe, tmp_path / "run", progress=False)
     assert [line["step"] for line in read_metrics(run) if "kl" in line] == [1, 2, 3]
     _, built, model = open_run(run)
-    scores = {name: score for metric in built.metrics().values() for name, score in metric(model).items()}
+    scores = {
+        name: score for metric in built.metrics().values() for name, score in metric(model).items()
+    }
     assert scores.keys() == {*built.higher_is_better, "accuracy_by_position"}
     assert scores["exact_path_accuracy"].value < 0.2
 
@@ -266,7 +336,22 @@ def test_three_steps_of_training_and_every_metric(tmp_path: Path) -> None:
 def test_the_papers_recipe() -> None:
     recipe = load_recipe("path-star")
     backbone, objective, optimizer = recipe.backbone, recipe.objective_config, recipe.optimizer
-    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (20_000, 512, 12, 6, 384)
-    assert (objective.horizon, objective.lambda_next_h, objective.lambda_kl, objective.hidden_size) == (3, 1, 1, 384)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (5e-4, 0.1, 100)
+    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (
+        20_000,
+        512,
+        12,
+        6,
+        384,
+    )
+    assert (
+        objective.horizon,
+        objective.lambda_next_h,
+        objective.lambda_kl,
+        objective.hidden_size,
+    ) == (3, 1, 1, 384)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (
+        5e-4,
+        0.1,
+        100,
+    )
     assert recipe.task == PathStarConfig() and objective.horizon == recipe.task.length - 2

@@ -31,10 +31,21 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_examples_run(
-    number: int, local_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    local_gpt2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number].replace("openai-community/gpt2", str(local_gpt2)), f"README, example {number}", "exec"), {})
+    exec(
+        compile(
+            BLOCKS[number].replace("openai-community/gpt2", str(local_gpt2)),
+            f"README, example {number}",
+            "exec",
+        ),
+        {},
+    )
     if "print" in BLOCKS[number]:
         assert capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"""Recipes are strict: whatever is wrong is one sentence that names the place and the nearest valid name."""
+"""Recipes are strict: whatever is wrong is one sentence that names the place and the nearest valid
+name."""
 
 import json
 from pathlib import Path
@@ -49,10 +50,20 @@ def test_the_manhattan_recipe_is_the_papers() -> None:
     recipe = load_recipe("manhattan")
     backbone, optimizer = recipe.backbone, recipe.optimizer
     assert (recipe.steps, backbone.layers, backbone.heads, backbone.width) == (400_000, 48, 8, 384)
-    assert recipe.objective_config == NextLatConfig(horizon=8, lambda_next_h=1.0, lambda_kl=0.1, hidden_size=1536, num_layers=3)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (1e-4, 0.01, 0)
+    assert recipe.objective_config == NextLatConfig(
+        horizon=8, lambda_next_h=1.0, lambda_kl=0.1, hidden_size=1536, num_layers=3
+    )
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (
+        1e-4,
+        0.01,
+        0,
+    )
     assert (optimizer.beta1, optimizer.beta2, recipe.schedule.name) == (0.9, 0.95, "constant")
-    assert (recipe.task.max_moves, recipe.task.max_hops, recipe.task.detour_probability) == (97, 50, 0.75)
+    assert (recipe.task.max_moves, recipe.task.max_hops, recipe.task.detour_probability) == (
+        97,
+        50,
+        0.75,
+    )
 
 
 def test_defaults_hold_where_a_file_is_silent(tmp_path: Path) -> None:
@@ -60,7 +71,10 @@ def test_defaults_hold_where_a_file_is_silent(tmp_path: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.gradient_accumulation) == ("mine", 0, 1)
     assert recipe.objective_config == NextLatConfig()
     assert recipe.run_name == "mine-nextlat-d1-s0"
-    assert load_recipe(written(tmp_path, MINIMAL), objective="next-token", seed=3).run_name == "mine-next-token-s3"
+    assert (
+        load_recipe(written(tmp_path, MINIMAL), objective="next-token", seed=3).run_name
+        == "mine-next-token-s3"
+    )
 
 
 def test_overrides_and_shorthands() -> None:
@@ -134,13 +148,18 @@ def test_what_is_wrong_is_one_sentence(override: str, told: str) -> None:
 
 def test_a_fault_in_the_file_names_the_file(tmp_path: Path) -> None:
     for text, told in {
-        MINIMAL + "[run]\nsave_evry = 3\n": r"recipe mine.toml: \[run\] has no 'save_evry': perhaps save_every is meant",
-        MINIMAL.replace("width = 16\n", ""): "recipe mine.toml: backbone needs layers, width and heads",
+        MINIMAL
+        + "[run]\nsave_evry = 3\n": r"recipe mine.toml: \[run\] has no 'save_evry': perhaps save_every is meant",
+        MINIMAL.replace(
+            "width = 16\n", ""
+        ): "recipe mine.toml: backbone needs layers, width and heads",
         MINIMAL.replace("steps = 10\n", ""): "recipe mine.toml: 'steps' is missing",
         MINIMAL.replace('task.name = "streets"\n', ""): "recipe mine.toml: no task.name",
         MINIMAL + "steps = \n": "recipe .*mine.toml is not valid TOML",
         MINIMAL + "[objectives.gtp]\n": "unknown objective 'gtp'",
-        MINIMAL.replace("steps = 10", "steps = '10'"): "recipe mine.toml: 'steps' = \"10\" is not valid",
+        MINIMAL.replace(
+            "steps = 10", "steps = '10'"
+        ): "recipe mine.toml: 'steps' = \"10\" is not valid",
     }.items():
         with pytest.raises(NextLatError, match=told):
             load_recipe(written(tmp_path, text))
@@ -167,13 +186,20 @@ def test_differences_name_the_dotted_keys() -> None:
     old = load_recipe("city-tiny").to_dict()
     new = load_recipe("city-tiny", ["task.rows=6", "steps=61", "run.log_every=7"]).to_dict()
     assert differences(old, new) == ["task.rows", "steps", "run.log_every"]
-    assert "objective" in differences(old, load_recipe("city-tiny", objective="next-token").to_dict())
+    assert "objective" in differences(
+        old, load_recipe("city-tiny", objective="next-token").to_dict()
+    )
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 10**12), st.floats(1e-12, 1e3), st.integers(0, 2**31))
 def test_numbers_survive_the_command_line_and_json(steps: int, rate: float, seed: int) -> None:
-    overrides = [f"steps={steps}", f"optimizer.learning_rate={rate!r}", "schedule.name=constant", "schedule.decay_steps="]
+    overrides = [
+        f"steps={steps}",
+        f"optimizer.learning_rate={rate!r}",
+        "schedule.name=constant",
+        "schedule.decay_steps=",
+    ]
     recipe = load_recipe("city-tiny", [*overrides, "schedule.warmup_steps=0"], seed=seed)
     assert (recipe.steps, recipe.optimizer.learning_rate, recipe.seed) == (steps, rate, seed)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
@@ -193,9 +219,14 @@ def test_no_unknown_key_is_ever_accepted(key: str) -> None:
 def test_only_a_pretrained_model_is_frozen_and_only_for_the_dynamics() -> None:
     given = ["backbone.pretrained=some/model", "task.tokenizer=some/model"]
     assert load_recipe("own-model", given).backbone.frozen
-    with pytest.raises(NextLatError, match=r"backbone.frozen .* needs backbone.pretrained, a directory"):
+    with pytest.raises(
+        NextLatError, match=r"backbone.frozen .* needs backbone.pretrained, a directory"
+    ):
         load_recipe("own-model")
-    with pytest.raises(NextLatError, match=r"backbone.frozen .* needs backbone.pretrained, .* and the objective nextlat"):
+    with pytest.raises(
+        NextLatError,
+        match=r"backbone.frozen .* needs backbone.pretrained, .* and the objective nextlat",
+    ):
         load_recipe("own-model", given, objective="next-token")
     with pytest.raises(NextLatError, match=r"backbone.frozen .* needs backbone.pretrained"):
         load_recipe("city-tiny", ["backbone.frozen=true"])

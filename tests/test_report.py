@@ -1,4 +1,5 @@
-"""The report: pictures that show every seed, and one page that needs nothing but itself and claims only what the verdicts allow."""
+"""The report: pictures that show every seed, and one page that needs nothing but itself and claims
+only what the verdicts allow."""
 
 import base64
 import errno
@@ -28,7 +29,15 @@ from fabricated_runs import (
     write_word_problem_run,
 )
 from nextlat.errors import NextLatError
-from nextlat.report import claims, compare, plots, read_runs, task_plots, terminal_table, write_report
+from nextlat.report import (
+    claims,
+    compare,
+    plots,
+    read_runs,
+    task_plots,
+    terminal_table,
+    write_report,
+)
 from nextlat.report.comparison import TaskComparison
 from nextlat.report.drawing import PALETTE
 from nextlat.report.wording import with_error
@@ -65,8 +74,14 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
-    paths = [write_city_run(folder / f"city-{name}-{seed}", name, seed) for seed in (0, 1) for name in OBJECTIVES]
-    return paths + [write_word_problem_run(folder / f"words-{name}", name, 0) for name in OBJECTIVES]
+    paths = [
+        write_city_run(folder / f"city-{name}-{seed}", name, seed)
+        for seed in (0, 1)
+        for name in OBJECTIVES
+    ]
+    return paths + [
+        write_word_problem_run(folder / f"words-{name}", name, 0) for name in OBJECTIVES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +102,17 @@ def test_the_page_is_whole_and_needs_nothing_else(report: Path) -> None:
     assert "@import" not in text
     assert not [attrs for _, attrs in page.tags if "href" in attrs]
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    # two models x two seeds; metrics, curves and acceptance of the city; metrics, accuracy and curves of the word problem
+    # two models x two seeds; metrics, curves and acceptance of the city; metrics, accuracy and
+    # curves of the word problem
     assert len(images) == 4 + 3 + 3
     for image in images:
         head, data = str(image["src"]).split(",")
         assert head == "data:image/png;base64"
         assert imread(io.BytesIO(base64.b64decode(data))).shape[1] > 500
         assert len(str(image["alt"])) > 20
-    assert any("name" in attrs and attrs["name"] == "viewport" for tag, attrs in page.tags if tag == "meta")
+    assert any(
+        "name" in attrs and attrs["name"] == "viewport" for tag, attrs in page.tags if tag == "meta"
+    )
 
 
 def test_the_page_says_what_the_comparison_found(report: Path, runs: list[Path]) -> None:
@@ -104,7 +122,9 @@ def test_the_page_says_what_the_comparison_found(report: Path, runs: list[Path])
     assert {claim.verdict for claim in found} == {"better", "worse", "within noise"}
     for claim in found:
         assert claim.text in words
-    assert "±\N{NO-BREAK SPACE}" in unescape(report.read_text())  # numbers do not come apart at the end of a line
+    assert "±\N{NO-BREAK SPACE}" in unescape(
+        report.read_text()
+    )  # numbers do not come apart at the end of a line
     for needed in (
         "another scale",
         "52.7",
@@ -116,19 +136,30 @@ def test_the_page_says_what_the_comparison_found(report: Path, runs: list[Path])
         assert needed in words
     stored = json.loads((report.parent / "comparison.json").read_text())
     assert [claim["text"] for claim in stored["claims"]] == [claim.text for claim in found]
-    [rank] = [metric for metric in stored["tasks"][0]["metrics"] if metric["name"] == "effective_latent_rank"]
+    [rank] = [
+        metric
+        for metric in stored["tasks"][0]["metrics"]
+        if metric["name"] == "effective_latent_rank"
+    ]
     assert rank["differences"]["NextLat d=2"]["value"] == pytest.approx(-7.3, abs=1)
 
 
 def test_pictures_lie_beside_the_page(report: Path) -> None:
     names = {path.name for path in report.parent.iterdir()}
-    assert {"maps-streets-s0.png", "maps-streets-s1.png", "learning-curves-streets.png", "accuracy-word-problem.png"} <= names
+    assert {
+        "maps-streets-s0.png",
+        "maps-streets-s1.png",
+        "learning-curves-streets.png",
+        "accuracy-word-problem.png",
+    } <= names
     assert not [name for name in names if name.startswith(".")]
 
 
 def test_whatever_is_in_a_run_is_escaped(tmp_path: Path) -> None:
     run = write_run(
-        tmp_path / "run", items={"<b>metric": np.ones(3)}, record={"recipe_name": "<script>", "command": ["x", "<img src=x>"]}
+        tmp_path / "run",
+        items={"<b>metric": np.ones(3)},
+        record={"recipe_name": "<script>", "command": ["x", "<img src=x>"]},
     )
     page = Page(write_report(read_runs([run]), tmp_path / "report").read_text())
     assert "script" not in {tag for tag, _ in page.tags}
@@ -138,7 +169,9 @@ def test_whatever_is_in_a_run_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["drawing.save", "pictures.draw_maps", "writing.move_into"])
-def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_full_disk_leaves_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
     (run / "metrics.jsonl").unlink()
     (run / "map.json").write_text(json.dumps(map_record(NETWORK, reconstruct(NETWORK, []))))
@@ -185,12 +218,16 @@ def test_metric_panel_draws_every_seed_at_its_value(city: TaskComparison) -> Non
     figure = plots.metric_panel(city)
     assert figure is not None
     titles = [ax.get_title(loc="left").replace("\n", " ") for ax in figure.axes]
-    assert len(titles) == len(CITY) + 2  # mean acceptance length and decoding speed, but not the metrics that repeat them
+    assert (
+        len(titles) == len(CITY) + 2
+    )  # mean acceptance length and decoding speed, but not the metrics that repeat them
     assert [title[-1] for title in titles[:2]] == ["\N{DOWNWARDS ARROW}", "\N{UPWARDS ARROW}"]
     [rank] = [metric for metric in city.metrics if metric.name == "effective_latent_rank"]
     ax = figure.axes[titles.index("Effective latent rank\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}")]
     drawn = sorted(float(bars.lines[0].get_ydata()[0]) for bars in ax.containers)  # type: ignore[union-attr, index, arg-type]
-    assert drawn == sorted(value for estimate in rank.estimates.values() for value, _ in estimate.seeds.values())
+    assert drawn == sorted(
+        value for estimate in rank.estimates.values() for value, _ in estimate.seeds.values()
+    )
 
 
 def test_accuracy_marks_training_length_and_chance(runs: list[Path]) -> None:
@@ -222,7 +259,9 @@ def test_a_map_survives_its_record() -> None:
 
 # ---- five objectives ----
 
-LIMIT = 0.1 * np.log(2) / 4  # G(2, 3): a tenth of guessing one of two arms, over three nodes and the end
+LIMIT = (
+    0.1 * np.log(2) / 4
+)  # G(2, 3): a tenth of guessing one of two arms, over three nodes and the end
 FALLING = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 1.1, 400: LIMIT * 0.9}
 EARLY = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 0.5, 400: LIMIT * 0.9}
 NEVER = {100: 0.3, 200: 0.17, 300: 0.17, 400: 0.17}
@@ -231,18 +270,27 @@ NEVER = {100: 0.3, 200: 0.17, 300: 0.17, 400: 0.17}
 @pytest.fixture(scope="module")
 def stars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Path-Star by all objectives: NextLat solves both seeds, BST one of them, the others guess."""
-    folder, exact = tmp_path_factory.mktemp("stars"), {"nextlat": (0.99, 1.0), "bst": (0.985, 0.995)}
+    folder, exact = (
+        tmp_path_factory.mktemp("stars"),
+        {"nextlat": (0.99, 1.0), "bst": (0.985, 0.995)},
+    )
     logs = {"nextlat": (FALLING, EARLY), "bst": (EARLY, NEVER)}
     return [
         write_path_star_run(
-            folder / f"{name}-{seed}", name, seed, logs.get(name, (NEVER, NEVER))[seed], exact.get(name, (0.5, 0.52))[seed]
+            folder / f"{name}-{seed}",
+            name,
+            seed,
+            logs.get(name, (NEVER, NEVER))[seed],
+            exact.get(name, (0.5, 0.52))[seed],
         )
         for name in FIVE
         for seed in (0, 1)
     ]
 
 
-def test_five_objectives_are_each_compared_with_next_token(stars: list[Path], tmp_path: Path) -> None:
+def test_five_objectives_are_each_compared_with_next_token(
+    stars: list[Path], tmp_path: Path
+) -> None:
     runs = read_runs(stars)
     [task] = compare(runs).tasks
     others = ["NextLat d=2", "MTP d=2", "JTP d=2", "BST"]
@@ -257,13 +305,22 @@ def test_five_objectives_are_each_compared_with_next_token(stars: list[Path], tm
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(terminal_table(compare(runs)))
     text = console.export_text()
-    heads = [line.split("next-token ")[1] for line in text.splitlines() if line.startswith("   ") and "next-token " in line]
-    assert [[label for label in others if label in line] for line in heads] == [others[:2], others[2:]]
+    heads = [
+        line.split("next-token ")[1]
+        for line in text.splitlines()
+        if line.startswith("   ") and "next-token " in line
+    ]
+    assert [[label for label in others if label in line] for line in heads] == [
+        others[:2],
+        others[2:],
+    ]
     assert max(map(len, text.splitlines())) <= 80
     assert "cross-entropy" in text  # no word is broken
 
 
-def test_learning_curves_of_five_objectives_have_a_panel_for_every_part_of_the_loss(stars: list[Path]) -> None:
+def test_learning_curves_of_five_objectives_have_a_panel_for_every_part_of_the_loss(
+    stars: list[Path],
+) -> None:
     figure = plots.learning_curves(compare(read_runs(stars)).tasks[0])
     assert figure is not None
     _, *parts = figure.axes
@@ -277,12 +334,20 @@ def test_learning_curves_of_five_objectives_have_a_panel_for_every_part_of_the_l
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_path_star_says_which_seeds_solve_it_and_from_which_step(stars: list[Path], tmp_path: Path) -> None:
+def test_path_star_says_which_seeds_solve_it_and_from_which_step(
+    stars: list[Path], tmp_path: Path
+) -> None:
     runs = read_runs(stars)
     page = write_report(runs, tmp_path / "report")
     stored = json.loads((page.parent / "comparison.json").read_text())["tasks"][0]["solving"]
-    assert stored["NextLat d=2"] == {"0": {"solved": True, "step": 400}, "1": {"solved": True, "step": 200}}
-    assert stored["BST"] == {"0": {"solved": False, "step": 200}, "1": {"solved": True, "step": None}}
+    assert stored["NextLat d=2"] == {
+        "0": {"solved": True, "step": 400},
+        "1": {"solved": True, "step": 200},
+    }
+    assert stored["BST"] == {
+        "0": {"solved": False, "step": 200},
+        "1": {"solved": True, "step": None},
+    }
     assert stored["MTP d=2"]["0"] == {"solved": False, "step": None}
     text = re.sub(r"<[^>]+>", " ", page.read_text())
     assert re.search(r"NextLat d=2\s+2 of 2\s+from step 400\s+from step 200", text)
@@ -291,19 +356,31 @@ def test_path_star_says_which_seeds_solve_it_and_from_which_step(stars: list[Pat
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(terminal_table(compare(runs)))
     words = " ".join(console.export_text().split())
-    assert "next-token 0 of 2; NextLat d=2 2 of 2, from step 400 (seed 0), 200 (seed 1); MTP" in words
+    assert (
+        "next-token 0 of 2; NextLat d=2 2 of 2, from step 400 (seed 0), 200 (seed 1); MTP" in words
+    )
 
 
 def test_path_accuracy_draws_every_seed_and_chance(stars: list[Path]) -> None:
     figure = task_plots.path_accuracy(compare(read_runs(stars)).tasks[0])
     assert figure is not None
     lines = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines]
-    assert sorted(line[1, 1] for line in lines if len(line) == 3) == [*[0.5] * 3, *[0.52] * 3, 0.985, 0.99, 0.995, 1.0]
+    assert sorted(line[1, 1] for line in lines if len(line) == 3) == [
+        *[0.5] * 3,
+        *[0.52] * 3,
+        0.985,
+        0.99,
+        0.995,
+        1.0,
+    ]
     assert [line[:, 1].tolist() for line in lines if len(line) == 2] == [[0.5, 0.5]]
 
 
 def test_equations_are_drawn_for_seen_and_held_out_targets(tmp_path: Path) -> None:
-    paths = [write_countdown_run(tmp_path / name, name, 0, 0.3 + 0.1 * place) for place, name in enumerate(FIVE)]
+    paths = [
+        write_countdown_run(tmp_path / name, name, 0, 0.3 + 0.1 * place)
+        for place, name in enumerate(FIVE)
+    ]
     runs = read_runs(paths)
     [task] = compare(runs).tasks
     figure = task_plots.equation_accuracy(task)
@@ -319,18 +396,29 @@ def test_equations_are_drawn_for_seen_and_held_out_targets(tmp_path: Path) -> No
 
 def test_probe_curves_are_relative_to_next_token_of_the_same_seed(tmp_path: Path) -> None:
     better = {"next-token": 0.0, "nextlat": 0.1, "mtp": -0.2}
-    paths = [write_text_run(tmp_path / f"{name}-{seed}", name, seed, x) for name, x in better.items() for seed in (0, 1)]
+    paths = [
+        write_text_run(tmp_path / f"{name}-{seed}", name, seed, x)
+        for name, x in better.items()
+        for seed in (0, 1)
+    ]
     alone = write_text_run(tmp_path / "alone", "nextlat", 2, 0.5)  # no baseline of this seed
     figure = task_plots.probe_curves(compare(read_runs([*paths, alone])).tasks[0])
     assert figure is not None
-    curves = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 20]
+    curves = [
+        np.asarray(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 20
+    ]
     assert sorted(round(float(curve[-1]), 6) for curve in curves) == [-0.1, -0.1, 0.2, 0.2]
     assert all(abs(curve[0]) < 1e-9 for curve in curves)
-    assert task_plots.probe_curves(compare(read_runs(paths[:2])).tasks[0]) is None  # next-token alone
+    assert (
+        task_plots.probe_curves(compare(read_runs(paths[:2])).tasks[0]) is None
+    )  # next-token alone
 
 
 def test_the_hmm_is_compared_and_its_entropy_is_no_finding(tmp_path: Path) -> None:
-    paths = [write_hmm_run(tmp_path / name, name, 0, r2) for name, r2 in (("next-token", 0.8), ("nextlat", 0.9))]
+    paths = [
+        write_hmm_run(tmp_path / name, name, 0, r2)
+        for name, r2 in (("next-token", 0.8), ("nextlat", 0.9))
+    ]
     [task] = compare(read_runs(paths)).tasks
     found = {claim.metric: claim.verdict for claim in claims(task)}
     assert found == {"belief_r2": "better", "next_token_kl": "within noise"}
@@ -338,28 +426,41 @@ def test_the_hmm_is_compared_and_its_entropy_is_no_finding(tmp_path: Path) -> No
 
 
 def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_path: Path) -> None:
-    paths = [write_hmm_run(tmp_path / f"{name}-{s}", name, s, 0.5 + 0.1 * s) for name in FIVE for s in (0, 1)]
+    paths = [
+        write_hmm_run(tmp_path / f"{name}-{s}", name, s, 0.5 + 0.1 * s)
+        for name in FIVE
+        for s in (0, 1)
+    ]
     [task] = compare(read_runs(paths)).tasks
     figure = task_plots.beliefs(task)
     assert figure is not None
     exact, *decoded = [ax.collections[0] for ax in figure.axes]
     assert len(decoded) == 5
     points = np.asarray(exact.get_offsets())
-    np.testing.assert_allclose(points[:3], [[0, 0], [1, 0], [0.5, 3**0.5 / 2]])  # certainty of one state is its corner
+    np.testing.assert_allclose(
+        points[:3], [[0, 0], [1, 0], [0.5, 3**0.5 / 2]]
+    )  # certainty of one state is its corner
     assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3  # type: ignore[index]
     for scatter in decoded:
         assert np.array_equal(scatter.get_facecolor(), exact.get_facecolor())
         assert not np.allclose(scatter.get_offsets(), points)  # type: ignore[arg-type]
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[2].split("\n") == ["NextLat d=2", "R\N{SUPERSCRIPT TWO} = 0.500"]  # the first seed
+    assert titles[2].split("\n") == [
+        "NextLat d=2",
+        "R\N{SUPERSCRIPT TWO} = 0.500",
+    ]  # the first seed
     figure.draw_without_rendering()
     boxes = [ax.get_position() for ax in figure.axes]
-    assert [round(box.x0 - boxes[place % 3].x0, 3) for place, box in enumerate(boxes)] == [0] * 6  # two rows of three
+    assert [round(box.x0 - boxes[place % 3].x0, 3) for place, box in enumerate(boxes)] == [
+        0
+    ] * 6  # two rows of three
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
 
 
 def test_beliefs_about_other_than_three_states_are_not_drawn(tmp_path: Path) -> None:
-    [task] = compare(read_runs([write_hmm_run(tmp_path / "four", "nextlat", 0, 0.9, states=4)])).tasks
+    [task] = compare(
+        read_runs([write_hmm_run(tmp_path / "four", "nextlat", 0, 0.9, states=4)])
+    ).tasks
     assert task_plots.beliefs(task) is None
     (tmp_path / "four" / "beliefs.json").unlink()
     assert task_plots.beliefs(compare(read_runs([tmp_path / "four"])).tasks[0]) is None

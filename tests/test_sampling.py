@@ -1,4 +1,5 @@
-"""Draws and the acceptance test of speculative sampling, against enumerated probabilities; processors and their prefixes."""
+"""Draws and the acceptance test of speculative sampling, against enumerated probabilities;
+processors and their prefixes."""
 
 from collections.abc import Callable
 
@@ -9,7 +10,17 @@ from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from conftest import sampling
-from nextlat.decoding.sampling import Draw, Greedy, Past, Sampling, Scores, draw, race, residual, verify
+from nextlat.decoding.sampling import (
+    Draw,
+    Greedy,
+    Past,
+    Sampling,
+    Scores,
+    draw,
+    race,
+    residual,
+    verify,
+)
 
 V = 5
 SETTINGS = {
@@ -21,11 +32,15 @@ SETTINGS = {
 
 
 def p_value(tokens: Tensor, expected: Tensor) -> float:
-    """Chi-square p-value of drawn tokens (R, n) under the joint distribution `expected` (V, ..., V); thin cells are pooled."""
+    """Chi-square p-value of drawn tokens (R, n) under the joint distribution `expected` (V, ...,
+    V); thin cells are pooled."""
     cell = torch.zeros(len(tokens), dtype=torch.long)
     for column in tokens.unbind(dim=1):
         cell = cell * V + column
-    counts, mean = torch.bincount(cell, minlength=expected.numel()).double(), expected.double().flatten() * len(tokens)
+    counts, mean = (
+        torch.bincount(cell, minlength=expected.numel()).double(),
+        expected.double().flatten() * len(tokens),
+    )
     assert counts[mean == 0].sum() == 0, "a token was drawn that the settings exclude"
     thin = mean < 5
     counts = torch.cat([counts[~thin], counts[thin].sum()[None]])
@@ -35,7 +50,8 @@ def p_value(tokens: Tensor, expected: Tensor) -> float:
 
 
 class ToyLanguage:
-    """Next-token logits that depend on the last two of five tokens, for a target and for a drafter that differs from it."""
+    """Next-token logits that depend on the last two of five tokens, for a target and for a drafter
+    that differs from it."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -62,9 +78,15 @@ Verify = Callable[..., tuple[Tensor, Tensor]]
 
 
 def speculate(
-    language: ToyLanguage, rule: Sampling, length: int, rows: int, draft: Callable | None = None, check: Verify | None = None
+    language: ToyLanguage,
+    rule: Sampling,
+    length: int,
+    rows: int,
+    draft: Callable | None = None,
+    check: Verify | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first three tokens of `rows` independent generations with `length` drafts per cycle, and all accepted counts."""
+    """The first three tokens of `rows` independent generations with `length` drafts per cycle, and
+    all accepted counts."""
     draft, check = draft or rule.draw, check or rule.verify
     sequence = torch.zeros(rows, 5 + length, dtype=torch.long)
     sequence[:, 1] = 1
@@ -75,7 +97,9 @@ def speculate(
         before, last = sequence[active, end[active] - 2], sequence[active, end[active] - 1]
         drafts, target = [], [language.target[before, last]]
         for place in range(length):
-            drafts.append(draft(rule.scores(language.drafter[before, last][:, None])[:, 0], noise, place))
+            drafts.append(
+                draft(rule.scores(language.drafter[before, last][:, None])[:, 0], noise, place)
+            )
             before, last = last, drafts[-1].tokens
             target.append(language.target[before, last])
         scores = rule.scores(torch.stack(target, dim=1))
@@ -102,7 +126,8 @@ def test_output_distribution_is_exact_for_every_draft_length(name: str, length: 
 
 
 def biased_by_softmax_q(rule: Sampling):
-    """The fault: the drafter's most likely token is drafted, but verified as if it had been drawn from the softmax."""
+    """The fault: the drafter's most likely token is drafted, but verified as if it had been drawn
+    from the softmax."""
 
     def draft(scores: Tensor, noise: object, place: int) -> Draw:
         return Draw(scores.argmax(dim=-1), scores.softmax(dim=-1))
@@ -111,10 +136,13 @@ def biased_by_softmax_q(rule: Sampling):
 
 
 def biased_by_dropping(rule: Sampling):
-    """The fault: a drafted token of low probability is thrown away, with all behind it, and p is drawn from instead."""
+    """The fault: a drafted token of low probability is thrown away, with all behind it, and p is
+    drawn from instead."""
 
     def check(scores: Tensor, drafts: list[Draw], *rest) -> tuple[Tensor, Tensor]:
-        q = torch.stack([drawn.q.gather(-1, drawn.tokens[:, None])[:, 0] for drawn in drafts], dim=1)
+        q = torch.stack(
+            [drawn.q.gather(-1, drawn.tokens[:, None])[:, 0] for drawn in drafts], dim=1
+        )
         length = (q > 0.2).long().cumprod(dim=1).sum(dim=1)
         accepted, following = rule.verify(scores, drafts, *rest)
         fresh = some_draw(rule, scores[torch.arange(len(scores)), length].softmax(dim=-1))
@@ -128,13 +156,16 @@ def biased_by_drawing_from_p(rule: Sampling):
 
     def check(scores: Tensor, drafts: list[Draw], *rest) -> tuple[Tensor, Tensor]:
         accepted, _ = rule.verify(scores, drafts, *rest)
-        return accepted, some_draw(rule, scores[torch.arange(len(scores)), accepted].softmax(dim=-1))
+        return accepted, some_draw(
+            rule, scores[torch.arange(len(scores)), accepted].softmax(dim=-1)
+        )
 
     return rule.draw, check
 
 
 def biased_by_one_position(rule: Sampling):
-    """The fault: the token behind the accepted ones is taken from the last position instead of the first rejected one."""
+    """The fault: the token behind the accepted ones is taken from the last position instead of the
+    first rejected one."""
 
     def check(scores: Tensor, drafts: list[Draw], *rest) -> tuple[Tensor, Tensor]:
         accepted, following = rule.verify(scores, drafts, *rest)
@@ -145,7 +176,8 @@ def biased_by_one_position(rule: Sampling):
 
 
 def biased_by_a_late_limit(rule: Sampling):
-    """The fault: a row's own limit cuts its accepted tokens, but the next one still comes from the residual there."""
+    """The fault: a row's own limit cuts its accepted tokens, but the next one still comes from the
+    residual there."""
 
     def check(scores: Tensor, drafts: list[Draw], noise, most: Tensor) -> tuple[Tensor, Tensor]:
         q = torch.stack([drawn.q for drawn in drafts], dim=1)
@@ -174,7 +206,9 @@ def test_the_test_above_sees_every_known_fault(fault: Callable):
     assert p_value(tokens, language.joint(rule)) < 1e-12
 
 
-def acceptance(p: Tensor, q: Tensor, generator: torch.Generator, drafted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def acceptance(
+    p: Tensor, q: Tensor, generator: torch.Generator, drafted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The acceptance test on drafts drawn from q (rows, K, V), or on the given ones."""
     if drafted is None:
         drafted = draw(q, race(q.shape, q.device, generator))
@@ -183,7 +217,8 @@ def acceptance(p: Tensor, q: Tensor, generator: torch.Generator, drafted: Tensor
 
 
 def test_each_row_has_its_own_limit_and_stays_exact():
-    # What lies behind a row's limit counts for nothing: the token there comes from p, as if no draft had been made.
+    # What lies behind a row's limit counts for nothing: the token there comes from p, as if no
+    # draft had been made.
     generator = torch.Generator().manual_seed(3)
     rows = 40_000
     p, q = torch.randn(2, 1, 3, V, generator=generator).softmax(dim=-1)
@@ -223,7 +258,9 @@ def test_equal_distributions_accept_everything():
 def test_a_token_that_the_target_excludes_is_never_accepted():
     p = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0]).expand(1000, 2, V)
     q = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]).expand(1000, 1, V)
-    accepted, following = acceptance(p, q, torch.Generator().manual_seed(0), torch.full((1000, 1), 4))
+    accepted, following = acceptance(
+        p, q, torch.Generator().manual_seed(0), torch.full((1000, 1), 4)
+    )
     assert accepted.eq(0).all()
     assert set(following.tolist()) == {0, 1}
 
@@ -264,14 +301,20 @@ class LastTokenForbidden(LogitsProcessor):
 def test_every_position_of_every_row_is_shown_its_own_prefix():
     logits = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0))
     rows = [torch.tensor([0, 1]), torch.tensor([4, 4, 4])]
-    read = torch.tensor([[2, 3, 2, 0], [1, 1, 0, 2]])  # logits belong to the last three tokens of each
-    found = Scores([RepetitionPenaltyLogitsProcessor(2.0), LastTokenForbidden(2)], batch=4, first=1)(logits, Past(rows, read))
+    read = torch.tensor(
+        [[2, 3, 2, 0], [1, 1, 0, 2]]
+    )  # logits belong to the last three tokens of each
+    found = Scores(
+        [RepetitionPenaltyLogitsProcessor(2.0), LastTokenForbidden(2)], batch=4, first=1
+    )(logits, Past(rows, read))
     for b in range(2):
         for k in range(3):
             prefix = [*rows[b].tolist(), *read[b, : k + 2].tolist()]
             expected = logits[b, k].clone()
             for token in set(prefix):
-                expected[token] = expected[token] / 2 if expected[token] > 0 else expected[token] * 2
+                expected[token] = (
+                    expected[token] / 2 if expected[token] > 0 else expected[token] * 2
+                )
             if b + 1 != 2:
                 expected[prefix[-1]] = -torch.inf
             torch.testing.assert_close(found[b, k], expected)
@@ -283,7 +326,8 @@ def test_processors_that_look_at_the_scores_alone_need_no_prefix():
 
 
 def test_greedy_accepts_by_equality_and_not_by_probability():
-    # The drafted token is nearly as likely as the target's choice; a ratio test would keep it most of the time.
+    # The drafted token is nearly as likely as the target's choice; a ratio test would keep it most
+    # of the time.
     target = torch.tensor([[[1.0, 0.99, 0.0], [0.0, 5.0, 0.0]]]).repeat(200, 1, 1)
     drafts = [Draw(torch.ones(200, dtype=torch.long), None)]
     accepted, following = Greedy().verify(target, drafts, None, torch.ones(200))

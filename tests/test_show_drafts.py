@@ -26,8 +26,14 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """All bytes, and a few words; bos is token 0 but not put before a text by itself, as in GPT-2's tokenizer."""
-    spelled = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)[0][0] for word in WORDS]
+    """All bytes, and a few words; bos is token 0 but not put before a text by itself, as in GPT-2's
+    tokenizer."""
+    spelled = [
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)[0][
+            0
+        ]
+        for word in WORDS
+    ]
     names = ["<|endoftext|>", *BYTES]
     merges = []
     for word in spelled[:3]:
@@ -38,7 +44,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
 TOKENIZER = byte_level()
@@ -61,15 +69,21 @@ def words(prompt: Sequence[int], tokenizer: PreTrainedTokenizerFast, step: int) 
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
-@pytest.mark.parametrize("text", [" was a girl", "naïve – 東京 🙂 end", "\N{REPLACEMENT CHARACTER} alone", ""])
+@pytest.mark.parametrize(
+    "text", [" was a girl", "naïve – 東京 🙂 end", "\N{REPLACEMENT CHARACTER} alone", ""]
+)
 def test_pieces_join_to_the_text_of_the_whole(text: str, step: int):
     assert words(ids(text), TOKENIZER, step) == TOKENIZER.decode(ids(text)) == text
 
 
 def test_text_that_is_no_unicode_joins_too():
     for seed in range(20):
-        tokens = torch.randint(len(TOKENIZER), (40,), generator=torch.Generator().manual_seed(seed)).tolist()
-        assert words(tokens, TOKENIZER, 1) == words(tokens, TOKENIZER, 3) == TOKENIZER.decode(tokens)
+        tokens = torch.randint(
+            len(TOKENIZER), (40,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+        assert (
+            words(tokens, TOKENIZER, 1) == words(tokens, TOKENIZER, 3) == TOKENIZER.decode(tokens)
+        )
 
 
 def test_words_are_joined_as_the_tokenizer_joins_them():
@@ -134,7 +148,9 @@ def test_every_pass_is_told_with_the_rows_it_belongs_to():
             assert [token for cycle in cycles for token in cycle.tokens] == out[row, 2:].tolist()
     call = nextlat.speculative(model, on_pass=seen.append)
     told = len(seen)
-    model.lm.generate(prompts[:1], max_new_tokens=5, do_sample=False, custom_generate=call, draft_length=2)
+    model.lm.generate(
+        prompts[:1], max_new_tokens=5, do_sample=False, custom_generate=call, draft_length=2
+    )
     assert len(seen) > told
 
 
@@ -164,7 +180,10 @@ def test_what_streams_is_the_text_of_the_whole(endless: Path):
     for length in ("auto", "0", "5"):
         code, out, err = run(endless, "Once é", "--max-new-tokens", "60", "--draft-length", length)
         assert (code, out) == (0, expected)
-        assert re.search(r"60 tokens in \d+ cycles: .* tokens a second\.\n.* drafting, .* verifying, .* overhead\.\n$", err)
+        assert re.search(
+            r"60 tokens in \d+ cycles: .* tokens a second\.\n.* drafting, .* verifying, .* overhead\.\n$",
+            err,
+        )
         assert ("timing the machine" in err) == (length == "auto")
     assert run(endless, "<|endoftext|>Once é", "--max-new-tokens", "60")[1] == expected
     (endless / "run.json").rename(endless / "run")
@@ -181,7 +200,9 @@ def test_drafts_are_shown_in_colours_or_by_marks(endless: Path):
     assert code == 0 and "[-" in marks and "\x1b" not in marks + err
     assert err.startswith(legend(colours=False) + "\n")
     code, colours, err = run(*asked, FORCE_COLOR="1", TERM="xterm", COLORTERM="")
-    assert code == 0 and "\x1b[9;31m" in colours and err.startswith(legend(colours=True, styled=True))
+    assert (
+        code == 0 and "\x1b[9;31m" in colours and err.startswith(legend(colours=True, styled=True))
+    )
     kept = re.sub(r"\x1b\[9;31m[^\x1b]*\x1b\[0m", "", colours)
     assert re.sub(r"\x1b\[[\d;]*m", "", kept) == plain
     assert colours.endswith(RESET + "\n")
@@ -199,12 +220,23 @@ def test_the_options_mean_what_they_say(endless: Path):
     assert len(samples) == 3 and greedy not in samples
     model = nextlat.load(endless)
     options = {"do_sample": True, "top_k": 0, "draft_length": 2, "max_new_tokens": 12}
-    sample = model.generate(torch.tensor([[0, *ids("Once")]]), generator=torch.Generator().manual_seed(1), **options)
+    sample = model.generate(
+        torch.tensor([[0, *ids("Once")]]), generator=torch.Generator().manual_seed(1), **options
+    )
     assert TOKENIZER.decode(sample[0]) + "\n" in samples  # nothing is cut off unasked
-    penalised = model.lm.generate(torch.tensor([[0, *ids("Once")]]), do_sample=False, max_new_tokens=12, repetition_penalty=3.0)
-    assert run(*few, "--repetition-penalty", "3")[1] == TOKENIZER.decode(penalised[0]) + "\n" != greedy
+    penalised = model.lm.generate(
+        torch.tensor([[0, *ids("Once")]]),
+        do_sample=False,
+        max_new_tokens=12,
+        repetition_penalty=3.0,
+    )
+    assert (
+        run(*few, "--repetition-penalty", "3")[1] == TOKENIZER.decode(penalised[0]) + "\n" != greedy
+    )
     begin = len("<|endoftext|>Once") + 3
-    place = next(place for place in range(begin, len(greedy)) if greedy[place] in string.ascii_letters)
+    place = next(
+        place for place in range(begin, len(greedy)) if greedy[place] in string.ascii_letters
+    )
     code, out, _ = run(*few, "--stop", "no such text", "--stop", greedy[place])
     assert (code, out) == (0, greedy[: greedy.index(greedy[place], begin - 3) + 1] + "\n")
 
@@ -236,10 +268,22 @@ def test_bad_options_are_one_sentence(endless: Path, options: list[str], cause: 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as of POSIX")
 def test_an_interrupt_leaves_the_terminal_clean(endless: Path):
-    command = [sys.executable, "-m", "nextlat", "generate", str(endless), "Once", "--max-new-tokens", "900000", "--show-drafts"]
+    command = [
+        sys.executable,
+        "-m",
+        "nextlat",
+        "generate",
+        str(endless),
+        "Once",
+        "--max-new-tokens",
+        "900000",
+        "--show-drafts",
+    ]
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     environment.pop("NO_COLOR", None)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None
         begun = process.stdout.read(400)
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,5 @@
-"""Reconstruction of a model's map, on a street plan small enough to know every answer, and its picture."""
+"""Reconstruction of a model's map, on a street plan small enough to know every answer, and its
+picture."""
 
 import sys
 
@@ -35,16 +36,25 @@ def test_legal_rides_need_no_new_street():
     city = grid()
     found = reconstruct(city, [(0, 2, [E, E]), (2, 0, [N, W, S, W]), (0, 1, [E])])
     assert found.invented == []
-    assert {tuple(s) for s in found.used.tolist()} == {(0, E, 1), (1, E, 2), (2, N, 6), (6, W, 5), (5, S, 1), (1, W, 0)}
+    assert {tuple(s) for s in found.used.tolist()} == {
+        (0, E, 1),
+        (1, E, 2),
+        (2, N, 6),
+        (6, W, 5),
+        (5, S, 1),
+        (1, W, 0),
+    }
     assert found.counts() == {
         "invented": 0, "true_used": 6, "true_unused": 34 - 6, "explained": 3, "astray": 0, "failed": 0, "unclosed": 0,
     }  # fmt: skip
 
 
 def test_an_impossible_move_becomes_a_street_to_where_the_rest_can_be_followed_the_longest():
-    """From 0 to the west, then N E E: that can be driven from rows 0 and 1 of columns 0 and 1, of which 0 is the start itself.
+    """From 0 to the west, then N E E: that can be driven from rows 0 and 1 of columns 0 and 1, of
+    which 0 is the start itself.
 
-    From 1: N E E ends at 7; from 4: ends at 10; from 5: ends at 11. All follow three moves, so the destination decides.
+    From 1: N E E ends at 7; from 4: ends at 10; from 5: ends at 11. All follow three moves, so the
+    destination decides.
     """
     city = grid()
     for destination, through in ((7, 1), (10, 4), (11, 5)):
@@ -54,19 +64,27 @@ def test_an_impossible_move_becomes_a_street_to_where_the_rest_can_be_followed_t
 
 
 def test_following_longer_beats_being_near():
-    """N N can be followed twice only from row 0: 1 is near; E E E only from column 0: the far node 8 is chosen for 11."""
+    """N N can be followed twice only from row 0: 1 is near; E E E only from column 0: the far node
+    8 is chosen for 11."""
     city = grid()
     assert reconstruct(city, [(0, 11, [W, E, E, E])]).invented == [(0, W, 8)]
 
 
 def test_equally_good_nodes_are_chosen_by_arrival_then_distance_then_order():
     city = grid()
-    assert reconstruct(city, [(0, 6, [W, N, E])]).invented == [(0, W, 1)]  # N E can be driven from six nodes, 1 leads to 6
-    assert reconstruct(city, [(0, 9, [NW])]).invented == [(0, NW, 9)]  # nothing left to drive: the destination itself
-    aside = reconstruct(city, [(11, 0, [N])], max_miles=0.16)  # the destination is out of reach: a neighbour, not 3 or 5
+    assert reconstruct(city, [(0, 6, [W, N, E])]).invented == [
+        (0, W, 1)
+    ]  # N E can be driven from six nodes, 1 leads to 6
+    assert reconstruct(city, [(0, 9, [NW])]).invented == [
+        (0, NW, 9)
+    ]  # nothing left to drive: the destination itself
+    aside = reconstruct(
+        city, [(11, 0, [N])], max_miles=0.16
+    )  # the destination is out of reach: a neighbour, not 3 or 5
     assert [(a, direction) for a, direction, _ in aside.invented] == [(11, N)]
     assert aside.invented[0][2] in (7, 10)
-    # No way ends at 5, but W W W can be driven from the last column, of which 3 is nearest; the neighbours follow less.
+    # No way ends at 5, but W W W can be driven from the last column, of which 3 is nearest; the
+    # neighbours follow less.
     assert reconstruct(city, [(1, 5, [S, W, W, W])]).invented == [(1, S, 3)]
 
 
@@ -98,7 +116,8 @@ def test_the_degree_counts_true_and_invented_streets():
 
 
 def test_what_a_failed_ride_added_is_taken_back():
-    """The corner 0 gets a street to the west; then NE at 5, which has four streets, fails: nothing stays, W is free again."""
+    """The corner 0 gets a street to the west; then NE at 5, which has four streets, fails: nothing
+    stays, W is free again."""
     city = grid()
     failing = (0, 9, [W, N, NE])
     first = reconstruct(city, [(0, 5, [W, N])])
@@ -112,7 +131,9 @@ def test_what_a_failed_ride_added_is_taken_back():
 
 def test_rides_gone_astray_keep_their_streets_and_unclosed_ones_have_none():
     found = reconstruct(grid(), [(0, 2, [E]), (0, 2, None), (0, 2, []), (0, 8, [W, E, E])])
-    assert [street[:2] for street in found.invented] == [(0, W)]  # to 1, 4, ...: none leads east and yet to 8
+    assert [street[:2] for street in found.invented] == [
+        (0, W)
+    ]  # to 1, 4, ...: none leads east and yet to 8
     assert found.counts() == {
         "invented": 1, "true_used": 3, "true_unused": 31, "explained": 0, "astray": 3, "failed": 0, "unclosed": 1,
     }  # fmt: skip
@@ -120,7 +141,12 @@ def test_rides_gone_astray_keep_their_streets_and_unclosed_ones_have_none():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.lists(st.integers(0, 7), max_size=6)), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 11), st.integers(0, 11), st.lists(st.integers(0, 7), max_size=6)),
+        max_size=12,
+    )
+)
 def test_the_map_keeps_its_constraints_and_explains_its_rides(rides):
     city, most, degree = grid(), 0.16, 5
     found = reconstruct(city, rides, max_miles=most, max_degree=degree)
@@ -143,7 +169,9 @@ def test_the_map_keeps_its_constraints_and_explains_its_rides(rides):
         for direction in moves:
             here = streets[here, direction] if here >= 0 else -1
         arrived += here == destination
-    assert arrived >= found.explained  # a later invention may explain an earlier failure, never the other way round
+    assert (
+        arrived >= found.explained
+    )  # a later invention may explain an earlier failure, never the other way round
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------------
@@ -154,7 +182,9 @@ def lines_of(ax) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {}
     for collection in ax.collections:
         if isinstance(collection, LineCollection):
-            found.setdefault(to_hex(collection.get_colors()[0]), []).extend(collection.get_segments())
+            found.setdefault(to_hex(collection.get_colors()[0]), []).extend(
+                collection.get_segments()
+            )
     return found
 
 
@@ -163,7 +193,11 @@ def test_each_street_is_drawn_once_in_its_colour_and_place():
     ax = Figure().add_subplot()
     draw_map(ax, city, reconstruct(city, [(0, 2, [E, E]), (0, 2, [W, E])]))
     found, xy = lines_of(ax), positions(city)
-    assert {color: len(found[color]) for color in (USED, UNUSED, INVENTED)} == {USED: 2, UNUSED: 32, INVENTED: 1}
+    assert {color: len(found[color]) for color in (USED, UNUSED, INVENTED)} == {
+        USED: 2,
+        UNUSED: 32,
+        INVENTED: 1,
+    }
     ends = {tuple(np.round(line, 9).ravel()) for line in found[USED]}
     assert ends == {tuple(np.round(xy[[a, b]], 9).ravel()) for a, b in ((0, 1), (1, 2))}
 
@@ -173,16 +207,21 @@ def test_an_invented_street_leaves_in_its_own_direction(direction):
     """Whatever the true place of its end: here east of the start."""
     city = grid(1, 3)
     ax = Figure().add_subplot()
-    draw_map(ax, city, reconstruct(city, [(0, 2, [direction])] if direction != E else [(2, 0, [E])]))
+    draw_map(
+        ax, city, reconstruct(city, [(0, 2, [direction])] if direction != E else [(2, 0, [E])])
+    )
     (curve,) = lines_of(ax)[INVENTED]
     heading = np.degrees(np.arctan2(*(curve[1] - curve[0]))) % 360
     assert abs((heading - 45 * direction + 180) % 360 - 180) < 15
     xy = positions(city)
-    np.testing.assert_allclose(curve[[0, -1]], xy[[0, 2]] if direction != E else xy[[2, 0]], atol=1e-9)
+    np.testing.assert_allclose(
+        curve[[0, -1]], xy[[0, 2]] if direction != E else xy[[2, 0]], atol=1e-9
+    )
 
 
 def test_the_map_is_to_scale_on_the_globe():
-    """At 60 degrees north a degree of longitude is half as long; distances on paper are those of the network."""
+    """At 60 degrees north a degree of longitude is half as long; distances on paper are those of
+    the network."""
     city = grid()
     north = StreetNetwork(city.node_ids, city.latitude + 60, city.longitude, city.targets)
     xy = positions(north)
@@ -198,7 +237,9 @@ def test_maps_side_by_side_as_a_png(tmp_path):
     clean, dirty = reconstruct(city, []), reconstruct(grid(), [(0, 2, [W, E])])
     before = "matplotlib.pyplot" in sys.modules
     one = draw_maps(tmp_path / "one.png", {"true": (city, clean)}, dpi=60)
-    two = draw_maps(tmp_path / "two.png", {"true": (city, clean), "invented": (grid(), dirty)}, dpi=60)
+    two = draw_maps(
+        tmp_path / "two.png", {"true": (city, clean), "invented": (grid(), dirty)}, dpi=60
+    )
     assert ("matplotlib.pyplot" in sys.modules) == before  # no global figure, no window
     single, double = (matplotlib.image.imread(path)[..., :3] for path in (one, two))
     assert double.shape == (single.shape[0], 2 * single.shape[1], 3)
@@ -206,7 +247,9 @@ def test_maps_side_by_side_as_a_png(tmp_path):
     panel = slice(int(0.3 * len(double)), int(0.9 * len(double)))
     assert not reddish[panel, : single.shape[1]].any()
     assert reddish[panel, single.shape[1] :].any()
-    four = matplotlib.image.imread(draw_maps(tmp_path / "four.png", dict.fromkeys("abcd", (city, clean)), dpi=60))
+    four = matplotlib.image.imread(
+        draw_maps(tmp_path / "four.png", dict.fromkeys("abcd", (city, clean)), dpi=60)
+    )
     assert four.shape[1] == double.shape[1]  # two rows under one legend
     assert single.shape[0] < four.shape[0] < 2 * single.shape[0]
 

@@ -1,4 +1,5 @@
-"""The street metrics against an exact world model, against models broken in one known way, and against slow references."""
+"""The street metrics against an exact world model, against models broken in one known way, and
+against slow references."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ MAX_MOVES = 24
 
 @dataclass
 class State:
-    """What the world model remembers, one row a ride: source, destination, true intersection, moves made."""
+    """What the world model remembers, one row a ride: source, destination, true intersection, moves
+    made."""
 
     rows: np.ndarray
 
@@ -50,8 +52,8 @@ class State:
 class Oracle:
     """Knows the network and where it is; drives the shortest way.
 
-    The state is (source, destination, intersection, moves made); logits: the best token 6, other legal tokens 0, all
-    others -20. `change(logits_V, source, destination, here, made)` breaks it.
+    The state is (source, destination, intersection, moves made); logits: the best token 6, other
+    legal tokens 0, all others -20. `change(logits_V, source, destination, here, made)` breaks it.
     """
 
     def __init__(self, network: StreetNetwork, change: Callable[..., None] | None = None) -> None:
@@ -72,19 +74,28 @@ class Oracle:
                 elif s[1] < 0:
                     s[1], s[3] = token - FIRST_NODE, 0
                 elif FIRST_DIRECTION <= token < FIRST_NODE:
-                    s[2], s[3] = self.network.targets[s[2], token - FIRST_DIRECTION] if s[2] >= 0 else -1, s[3] + 1
+                    s[2], s[3] = (
+                        self.network.targets[s[2], token - FIRST_DIRECTION] if s[2] >= 0 else -1,
+                        s[3] + 1,
+                    )
             states[:, t] = past.rows
         return torch.from_numpy(states), past
 
     def next_token_logits(self, h: Tensor, /) -> Tensor:
-        return torch.stack([self.logits(*map(int, state)) for state in h.reshape(-1, 4)]).view(*h.shape[:-1], -1)
+        return torch.stack([self.logits(*map(int, state)) for state in h.reshape(-1, 4)]).view(
+            *h.shape[:-1], -1
+        )
 
     def logits(self, source: int, destination: int, here: int, made: int) -> Tensor:
         logits_V = torch.full((FIRST_NODE + len(self.network),), -20.0)
         if here >= 0 and destination >= 0:
             there = self.network.targets[here]
             logits_V[FIRST_DIRECTION:FIRST_NODE][torch.from_numpy(there >= 0)] = 0.0
-            to_go = np.where((there >= 0) & (self.hops[destination, there] >= 0), self.hops[destination, there], 999)
+            to_go = np.where(
+                (there >= 0) & (self.hops[destination, there] >= 0),
+                self.hops[destination, there],
+                999,
+            )
             best = END if here == destination else FIRST_DIRECTION + int(to_go.argmin())
             logits_V[best] = 6.0
             if self.change:
@@ -97,7 +108,8 @@ def illegal_move(network: StreetNetwork, here: int) -> int:
 
 
 def chaotic(network: StreetNetwork, legal_only: bool = False) -> Callable[..., None]:
-    """Every intersection and moment has its own erratic wishes, among them illegal ones and a premature `end`."""
+    """Every intersection and moment has its own erratic wishes, among them illegal ones and a
+    premature `end`."""
 
     def change(logits_V: Tensor, source: int, destination: int, here: int, made: int) -> None:
         wishes = np.random.default_rng([destination, here, made]).normal(0, 4, FIRST_NODE)
@@ -126,7 +138,9 @@ def prefixes(city: StreetNetwork) -> PrefixPairs:
     return prefix_pairs(city, 80, max_moves=MAX_MOVES, max_prefix=8, seed=1)
 
 
-def random_walks(network: StreetNetwork, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_walks(
+    network: StreetNetwork, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slow random walks; what lies beyond a walk's end is -1, and must never be read."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 16, count)
@@ -159,7 +173,8 @@ def test_the_exact_world_model_has_full_marks(city, pairs, prefixes):
 
 
 def test_next_token_test_counts_each_position_in_the_true_state(city):
-    """Illegal at one intersection, `end` at another: lost are exactly the positions there, but not `end` at a destination."""
+    """Illegal at one intersection, `end` at another: lost are exactly the positions there, but not
+    `end` at a destination."""
     lengths, nodes, moves = random_walks(city, 80, 1)
     bad, premature = 7, 12
 
@@ -179,7 +194,8 @@ def test_next_token_test_counts_each_position_in_the_true_state(city):
 
 
 def test_next_token_test_takes_a_move_or_end_at_a_destination_passed_on_the_way(city):
-    """The walk source, d, e, d: `end` is legal at both visits of d, and so is going on; a node or padding token never is."""
+    """The walk source, d, e, d: `end` is legal at both visits of d, and so is going on; a node or
+    padding token never is."""
     d, out = next((d, k) for d, k, e in city.edges.tolist() if d in city.targets[e])
     e = int(city.targets[d, out])
     back = int(np.flatnonzero(city.targets[e] == d)[0])
@@ -193,7 +209,9 @@ def test_next_token_test_takes_a_move_or_end_at_a_destination_passed_on_the_way(
         return next_token_test(Oracle(city, change), city, *walk).value
 
     assert share(END) == 2 / 4
-    assert share(FIRST_DIRECTION + out) == np.mean([city.targets[x, out] >= 0 for x in (source, d, e, d)])
+    assert share(FIRST_DIRECTION + out) == np.mean(
+        [city.targets[x, out] >= 0 for x in (source, d, e, d)]
+    )
     assert share(FIRST_NODE + d) == share(PAD) == 0
 
 
@@ -213,9 +231,18 @@ def test_valid_trajectories_lose_a_missed_end_an_early_end_and_an_illegal_move(c
     for source, destination in zip(pairs.source, pairs.destination, strict=True):
         way = [source]
         while way[-1] != destination:
-            way.append(city.targets[way[-1], int(oracle.logits(0, destination, way[-1], 0).argmax()) - FIRST_DIRECTION])
+            way.append(
+                city.targets[
+                    way[-1],
+                    int(oracle.logits(0, destination, way[-1], 0).argmax()) - FIRST_DIRECTION,
+                ]
+            )
         legal = lost_at not in way
-        good.append(legal and destination not in never_ends and not (destination in too_early and len(way) > 2))
+        good.append(
+            legal
+            and destination not in never_ends
+            and not (destination in too_early and len(way) > 2)
+        )
     score = valid_trajectories(Oracle(city, change), city, pairs, MAX_MOVES)
     np.testing.assert_array_equal(score.per_item, good)
     assert 0.2 < score.value < 0.8
@@ -229,7 +256,8 @@ def test_the_budget_of_moves_is_exact(city, pairs):
 
 
 def test_compression_loses_the_pairs_whose_model_remembers_the_source(city, prefixes):
-    """A model that never ends rides from even sources: told apart are exactly the pairs with one such source."""
+    """A model that never ends rides from even sources: told apart are exactly the pairs with one
+    such source."""
 
     def change(logits_V, source, destination, here, made):
         if source % 2 == 0:
@@ -242,10 +270,11 @@ def test_compression_loses_the_pairs_whose_model_remembers_the_source(city, pref
     same = identical_continuations(model, city, prefixes, MAX_MOVES)
     np.testing.assert_array_equal(same.identical.per_item, expected)
     np.testing.assert_array_equal(same.identical_valid.per_item, ~even_first & ~even_second)
-    # With epsilon 0.1 only the shortest way is accepted. An even second source cannot follow `end`; an even first source
-    # goes on with some legal move where the second accepts only `end`.
+    # With epsilon 0.1 only the shortest way is accepted. An even second source cannot follow `end`;
+    # an even first source goes on with some legal move where the second accepts only `end`.
     np.testing.assert_array_equal(
-        sequence_compression(model, city, prefixes, MAX_MOVES, epsilon=0.1, samples=1).per_item, expected
+        sequence_compression(model, city, prefixes, MAX_MOVES, epsilon=0.1, samples=1).per_item,
+        expected,
     )
 
 
@@ -255,11 +284,14 @@ def test_identical_nonsense_is_identical_but_not_valid(city, prefixes):
 
     same = identical_continuations(Oracle(city, change), city, prefixes, MAX_MOVES)
     assert same.identical_valid.value == 0
-    assert same.identical.value > 0.9  # after the first illegal move the oracle has no opinion: both repeat one token
+    assert (
+        same.identical.value > 0.9
+    )  # after the first illegal move the oracle has no opinion: both repeat one token
 
 
 def test_compression_asks_whether_the_second_accepts_what_the_first_says(city, prefixes):
-    """Odd sources accept every legal token, even ones only the best: accepting more is fine, proposing more is not."""
+    """Odd sources accept every legal token, even ones only the best: accepting more is fine,
+    proposing more is not."""
 
     def change(logits_V, source, destination, here, made):
         if source % 2:
@@ -268,20 +300,25 @@ def test_compression_asks_whether_the_second_accepts_what_the_first_says(city, p
     model = Oracle(city, change)
     odd_first, odd_second = prefixes.first.source % 2 == 1, prefixes.second.source % 2 == 1
     score = sequence_compression(model, city, prefixes, MAX_MOVES, epsilon=0.1, samples=12)
-    assert score.per_item[~odd_first & odd_second].mean() > 0.9  # a destination without `end` below epsilon apart
+    assert (
+        score.per_item[~odd_first & odd_second].mean() > 0.9
+    )  # a destination without `end` below epsilon apart
     assert score.per_item[odd_first & ~odd_second].mean() == 0
     assert score.per_item[odd_first == odd_second].mean() == 1
 
 
 @pytest.mark.parametrize(("epsilon", "expected"), [(0.01, 1.0), (0.05, 0.0)])
 def test_compression_threshold(city, prefixes, epsilon, expected):
-    """The second gives every legal token of the first a probability of a few per cent: epsilon decides."""
+    """The second gives every legal token of the first a probability of a few per cent: epsilon
+    decides."""
     firsts = set(zip(prefixes.first.source.tolist(), prefixes.destination.tolist(), strict=True))
     seconds = set(zip(prefixes.second.source.tolist(), prefixes.destination.tolist(), strict=True))
     clean = np.array(
         [
             (a, d) not in seconds and (b, d) not in firsts
-            for a, b, d in zip(prefixes.first.source, prefixes.second.source, prefixes.destination, strict=True)
+            for a, b, d in zip(
+                prefixes.first.source, prefixes.second.source, prefixes.destination, strict=True
+            )
         ]
     )
 
@@ -292,13 +329,16 @@ def test_compression_threshold(city, prefixes, epsilon, expected):
             logits_V[best] = 0.0
             logits_V[PAD] = float(np.log(0.97 / 0.03))  # 3 % for the best token
 
-    score = sequence_compression(Oracle(city, change), city, prefixes, MAX_MOVES, epsilon=epsilon, samples=1)
+    score = sequence_compression(
+        Oracle(city, change), city, prefixes, MAX_MOVES, epsilon=epsilon, samples=1
+    )
     assert clean.sum() > 20
     assert score.per_item[clean].mean() == expected
 
 
 def test_detours_lose_the_pairs_that_meet_a_blind_intersection(city, pairs):
-    """Without detours the metric is valid trajectories; certain detours override every illegal wish that has an alternative."""
+    """Without detours the metric is valid trajectories; certain detours override every illegal wish
+    that has an alternative."""
 
     def change(logits_V, source, destination, here, made):
         if here != destination:
@@ -306,12 +346,17 @@ def test_detours_lose_the_pairs_that_meet_a_blind_intersection(city, pairs):
 
     model = Oracle(city, change)
     assert detour_robustness(model, city, pairs, MAX_MOVES, probability=0).value == 0
-    rides = detour_robustness(model, city, pairs, MAX_MOVES, probability=1, kind="second_most_likely")
-    np.testing.assert_array_equal(rides.per_item, np.ones(len(pairs)))  # the runner-up is the shortest way
+    rides = detour_robustness(
+        model, city, pairs, MAX_MOVES, probability=1, kind="second_most_likely"
+    )
+    np.testing.assert_array_equal(
+        rides.per_item, np.ones(len(pairs))
+    )  # the runner-up is the shortest way
 
 
 def test_an_open_loop_driver_is_lost_under_detours(city, pairs):
-    """A model that recites the shortest way of its source, wherever it is, has perfect trajectories and no robustness."""
+    """A model that recites the shortest way of its source, wherever it is, has perfect trajectories
+    and no robustness."""
     oracle = Oracle(city)
 
     def recite(logits_V, source, destination, here, made):
@@ -353,14 +398,19 @@ def test_detours_equal_a_slow_reference(city, pairs, kind, legal_only):
                 if kind == "random":
                     token = FIRST_DIRECTION + others[int(draws[made, 1] * len(others))]
                 else:
-                    others.sort(key=lambda d: float(logits[FIRST_DIRECTION + d]), reverse=kind == "second_most_likely")
+                    others.sort(
+                        key=lambda d: float(logits[FIRST_DIRECTION + d]),
+                        reverse=kind == "second_most_likely",
+                    )
                     token = FIRST_DIRECTION + others[0]
             direction = token - FIRST_DIRECTION
             if not 0 <= direction < 8 or city.targets[here, direction] < 0 or made == MAX_MOVES:
                 break
             here = int(city.targets[here, direction])
         expected.append(arrived)
-    score = detour_robustness(model, city, pairs, MAX_MOVES, probability=probability, kind=kind, seed=seed, batch_size=50)
+    score = detour_robustness(
+        model, city, pairs, MAX_MOVES, probability=probability, kind=kind, seed=seed, batch_size=50
+    )
     np.testing.assert_array_equal(score.per_item, expected)
     assert 0 < score.value < 1
 
@@ -380,11 +430,17 @@ def test_scores_do_not_depend_on_the_batch_or_on_the_other_pairs(city, pairs, pr
     half = pairs[40:80]
     for metric in (valid_trajectories, detour_robustness):
         whole = metric(model, city, pairs, MAX_MOVES).per_item
-        np.testing.assert_array_equal(metric(model, city, pairs, MAX_MOVES, batch_size=11).per_item, whole)
+        np.testing.assert_array_equal(
+            metric(model, city, pairs, MAX_MOVES, batch_size=11).per_item, whole
+        )
         np.testing.assert_array_equal(metric(model, city, half, MAX_MOVES).per_item, whole[40:80])
     for batch_size in (9, 256):
-        compressed = sequence_compression(model, city, prefixes, MAX_MOVES, batch_size=batch_size, epsilon=0.002).per_item
-        same = identical_continuations(model, city, prefixes, MAX_MOVES, batch_size=batch_size).identical.per_item
+        compressed = sequence_compression(
+            model, city, prefixes, MAX_MOVES, batch_size=batch_size, epsilon=0.002
+        ).per_item
+        same = identical_continuations(
+            model, city, prefixes, MAX_MOVES, batch_size=batch_size
+        ).identical.per_item
         if batch_size == 9:
             reference = compressed, same
     np.testing.assert_array_equal(reference[0], compressed)
@@ -409,7 +465,9 @@ def test_finished_rides_leave_the_batch(city, pairs):
 
 def test_prefix_pairs_are_what_they_claim(city):
     count = 300
-    p = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=4)
+    p = prefix_pairs(
+        city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=4
+    )
     hops = city.hops_to(np.arange(len(city)))
     for prompts in (p.first, p.second):
         np.testing.assert_array_equal(prompts.intersections(city), p.intersection)
@@ -421,18 +479,25 @@ def test_prefix_pairs_are_what_they_claim(city):
     to_go = hops[p.destination, p.intersection]
     assert (to_go.min(), to_go.max()) == (1, 6)
     assert (to_go <= p.room(MAX_MOVES)).all()
-    again = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=4)
+    again = prefix_pairs(
+        city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=4
+    )
     np.testing.assert_array_equal(p.first.moves, again.first.moves)
-    other = prefix_pairs(city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=5)
+    other = prefix_pairs(
+        city, count, max_moves=MAX_MOVES, min_prefix=2, max_prefix=9, max_hops=6, seed=5
+    )
     assert not np.array_equal(p.intersection, other.intersection)
-    tight = prefix_pairs(city, count, max_moves=10, max_prefix=8, seed=4)  # long prefixes leave two moves
+    tight = prefix_pairs(
+        city, count, max_moves=10, max_prefix=8, seed=4
+    )  # long prefixes leave two moves
     assert (hops[tight.destination, tight.intersection] <= tight.room(10)).all()
     equal = prefix_pairs(city, 20, max_moves=MAX_MOVES, equal_length=True)
     np.testing.assert_array_equal(equal.first.lengths, equal.second.lengths)
 
 
 def test_prefix_pairs_survive_places_that_no_street_leads_to():
-    """A one-way street into a pair of squares: nothing leads back to node 0, and node 3 is a dead end."""
+    """A one-way street into a pair of squares: nothing leads back to node 0, and node 3 is a dead
+    end."""
     targets = np.full((4, 8), -1)
     targets[0, 2], targets[1, 2], targets[2, 6], targets[2, 2] = 1, 2, 1, 3
     line = StreetNetwork(("a", "b", "c", "d"), np.zeros(4), np.arange(4) / 1000, targets)
@@ -470,7 +535,8 @@ class Plain:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rides_with_a_cache_equal_full_forwards(city, prefixes, family):
-    """Prefixes of many lengths in one batch, rides that finish and leave it: tokens as if each ride were alone."""
+    """Prefixes of many lengths in one batch, rides that finish and leave it: tokens as if each ride
+    were alone."""
     model, rows = Plain(city, family), np.arange(24)
     prompts = prefixes.first[rows]
     budget = np.random.default_rng(0).integers(8, MAX_MOVES, len(rows))
@@ -498,8 +564,12 @@ def test_continuation_probabilities_equal_full_forwards(city, prefixes):
         prefix = second.tokens()[i, : 2 + second.lengths[i]].tolist()
         said = told.tokens[i, : told.lengths[i]]
         with torch.no_grad():
-            logits = model.lm(torch.tensor([prefix + said.tolist()])).logits[0, len(prefix) - 1 : -1]
-        np.testing.assert_allclose(p[i, : len(said)], logits.softmax(-1)[np.arange(len(said)), said], rtol=1e-4)
+            logits = model.lm(torch.tensor([prefix + said.tolist()])).logits[
+                0, len(prefix) - 1 : -1
+            ]
+        np.testing.assert_allclose(
+            p[i, : len(said)], logits.softmax(-1)[np.arange(len(said)), said], rtol=1e-4
+        )
         assert (p[i, len(said) :] == 1).all()
 
 
@@ -517,30 +587,45 @@ def test_latent_rank_is_the_rank_of_all_states_but_the_padding(city):
             stop = min(start + 7, 20, int(mask[row].sum()))
             if start < stop:
                 with torch.no_grad():
-                    states.append(model.lm.base_model(ids[row : row + 1, start:stop], use_cache=False)[0][0])
+                    states.append(
+                        model.lm.base_model(ids[row : row + 1, start:stop], use_cache=False)[0][0]
+                    )
     assert score.value == pytest.approx(effective_rank(torch.cat(states)), rel=1e-4)
     assert score.per_item.shape == (4,)
     assert 0 < score.stderr < score.value
     garbage = ids.clone()
     garbage[mask == 0] = 5
-    assert latent_rank(model, garbage, positions, mask, groups=4).value == pytest.approx(score.value, rel=1e-6)
+    assert latent_rank(model, garbage, positions, mask, groups=4).value == pytest.approx(
+        score.value, rel=1e-6
+    )
 
 
 def test_latent_rank_is_of_the_transformer_whatever_the_objective_makes_of_its_states(city):
-    lm, ids = Plain(city).lm, torch.randint(3, FIRST_NODE + len(city), (8, 12), generator=torch.Generator().manual_seed(0))
-    values = [latent_rank(attach(lm, config), ids, groups=2).value for config in (NextTokenConfig(), JTPConfig(), BSTConfig())]
+    lm, ids = (
+        Plain(city).lm,
+        torch.randint(
+            3, FIRST_NODE + len(city), (8, 12), generator=torch.Generator().manual_seed(0)
+        ),
+    )
+    values = [
+        latent_rank(attach(lm, config), ids, groups=2).value
+        for config in (NextTokenConfig(), JTPConfig(), BSTConfig())
+    ]
     assert values == [values[0]] * 3
 
 
 def test_two_models_are_compared_on_the_same_accidents(city, pairs):
-    """The same model twice differs by nothing at all, detours included; an oracle against a chaotic one by what is lost."""
+    """The same model twice differs by nothing at all, detours included; an oracle against a chaotic
+    one by what is lost."""
     good, bad = Oracle(city), Oracle(city, chaotic(city))
-    same = paired_difference(*(detour_robustness(good, city, pairs, MAX_MOVES, seed=1) for _ in range(2)))
+    same = paired_difference(
+        *(detour_robustness(good, city, pairs, MAX_MOVES, seed=1) for _ in range(2))
+    )
     assert same.value == same.stderr == 0
     score = detour_robustness(bad, city, pairs, MAX_MOVES, seed=1)
-    assert paired_difference(detour_robustness(good, city, pairs, MAX_MOVES, seed=1), score).value == pytest.approx(
-        1 - score.value
-    )
+    assert paired_difference(
+        detour_robustness(good, city, pairs, MAX_MOVES, seed=1), score
+    ).value == pytest.approx(1 - score.value)
 
 
 def test_greedy_rides_give_the_moves_of_those_that_end(city, pairs):
@@ -549,13 +634,20 @@ def test_greedy_rides_give_the_moves_of_those_that_end(city, pairs):
         moves = rides.moves(i)
         assert moves is not None
         assert len(moves) == pairs.hops[i]
-        end = Prompts(pairs.source[i : i + 1], pairs.destination[i : i + 1], np.array([moves]), np.array([len(moves)]))
+        end = Prompts(
+            pairs.source[i : i + 1],
+            pairs.destination[i : i + 1],
+            np.array([moves]),
+            np.array([len(moves)]),
+        )
         assert end.intersections(city)[0] == pairs.destination[i]
     assert greedy_rides(Oracle(city), city, pairs, 3).moves(int(pairs.hops.argmax())) is None
 
 
 def test_the_map_of_the_exact_world_model_is_the_city(city, pairs):
-    found = reconstruct(city, greedy_rides(Oracle(city), city, pairs, MAX_MOVES, leave_map=True).sequences(pairs))
+    found = reconstruct(
+        city, greedy_rides(Oracle(city), city, pairs, MAX_MOVES, leave_map=True).sequences(pairs)
+    )
     assert found.invented == []
     assert found.explained == len(pairs)
     assert len(found.used) > 0.5 * city.num_edges
@@ -582,13 +674,21 @@ def test_a_ride_that_left_the_map_never_returns(city):
     destination, source = int(city.targets[last, direction]), 0
     script = np.array([illegal_move(city, source), FIRST_DIRECTION + direction, END])
     prompts = Prompts.of_pairs(np.array([source]), np.array([destination]))
-    told = ride(Oracle(city), city, prompts, MAX_MOVES, choose=lambda step: script[step.made], leave_map=True)
+    told = ride(
+        Oracle(city),
+        city,
+        prompts,
+        MAX_MOVES,
+        choose=lambda step: script[step.made],
+        leave_map=True,
+    )
     np.testing.assert_array_equal(told.tokens[0, :3], script)
     assert not told.arrived[0]
 
 
 def test_sampled_rides_stay_among_the_tokens_above_the_cut(city, pairs):
-    """The oracle gives every illegal token next to nothing: what is drawn from it is legal, varied, and the same every time."""
+    """The oracle gives every illegal token next to nothing: what is drawn from it is legal, varied,
+    and the same every time."""
     rides = sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=1)
     for (source, _, moves), row in zip(rides.sequences(pairs), range(len(pairs)), strict=True):
         here = source
@@ -599,7 +699,12 @@ def test_sampled_rides_stay_among_the_tokens_above_the_cut(city, pairs):
             assert here == pairs.destination[row]
     again = sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=1, batch_size=7)
     assert (rides.tokens == again.tokens).all()
-    assert (sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=2).tokens != rides.tokens).any()
+    assert (
+        sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=1e-3, seed=2).tokens
+        != rides.tokens
+    ).any()
     greedy = greedy_rides(Oracle(city), city, pairs, MAX_MOVES)
-    certain = sampled_rides(Oracle(city), city, pairs, MAX_MOVES, epsilon=0.9, seed=1)  # only the best token is above this cut
+    certain = sampled_rides(
+        Oracle(city), city, pairs, MAX_MOVES, epsilon=0.9, seed=1
+    )  # only the best token is above this cut
     assert (certain.tokens == greedy.tokens).all()

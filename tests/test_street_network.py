@@ -17,7 +17,8 @@ from nextlat.tasks.streets.network import DIRECTIONS, StreetNetwork
 
 
 def true_direction(network: StreetNetwork, a: int, b: int) -> str:
-    """Direction by plane geometry, independent of the great-circle formula; good to a fraction of a degree in a city."""
+    """Direction by plane geometry, independent of the great-circle formula; good to a fraction of a
+    degree in a city."""
     east = (network.longitude[b] - network.longitude[a]) * np.cos(np.radians(network.latitude[a]))
     north = network.latitude[b] - network.latitude[a]
     return DIRECTIONS[round(np.degrees(np.arctan2(east, north)) / 45.0) % 8]
@@ -27,7 +28,9 @@ def network_of(targets: list[list[int]]) -> StreetNetwork:
     """Intersections on a line, with these targets for N, NE, ... (missing ones -1)."""
     n = len(targets)
     full = np.array([row + [-1] * (8 - len(row)) for row in targets])
-    return StreetNetwork(tuple(f"x{i}" for i in range(n)), np.linspace(40.0, 40.1, n), np.full(n, -74.0), full)
+    return StreetNetwork(
+        tuple(f"x{i}" for i in range(n)), np.linspace(40.0, 40.1, n), np.full(n, -74.0), full
+    )
 
 
 # --- the generated city ---------------------------------------------------------------------------------------------
@@ -41,7 +44,9 @@ def network_of(targets: list[list[int]]) -> StreetNetwork:
     one_way=st.floats(0, 1),
     missing=st.floats(0, 0.5),
 )
-def test_every_city_is_connected_and_truly_labelled(rows: int, columns: int, seed: int, one_way: float, missing: float) -> None:
+def test_every_city_is_connected_and_truly_labelled(
+    rows: int, columns: int, seed: int, one_way: float, missing: float
+) -> None:
     city = StreetNetwork.embedded(rows, columns, seed, one_way, missing)
     assert nx.is_strongly_connected(city.graph())
     assert city.node_ids == tuple(str(i) for i in range(len(city)))
@@ -49,7 +54,8 @@ def test_every_city_is_connected_and_truly_labelled(rows: int, columns: int, see
     for a, d, b in city.edges.tolist():
         assert a != b
         assert DIRECTIONS[d] == true_direction(city, a, b)
-    # The fewest links of any direction are the diagonals': no two links of a node may have shared a direction.
+    # The fewest links of any direction are the diagonals': no two links of a node may have shared a
+    # direction.
     assert set(city.edges[:, 1].tolist()) == set(range(8))
 
 
@@ -58,7 +64,9 @@ def test_extreme_sizes(rows: int, columns: int) -> None:
     city = StreetNetwork.embedded(rows, columns, seed=3)
     assert nx.is_strongly_connected(city.graph())
     assert set(city.edges[:, 1].tolist()) == set(range(8))
-    open_country = StreetNetwork.embedded(rows, columns, one_way=0, missing=0, diagonal=False, park=False)
+    open_country = StreetNetwork.embedded(
+        rows, columns, one_way=0, missing=0, diagonal=False, park=False
+    )
     assert len(open_country) == rows * columns
     assert open_country.num_edges == 2 * (rows * (columns - 1) + columns * (rows - 1))
     assert set(open_country.edges[:, 1].tolist()) == {0, 2, 4, 6}
@@ -73,7 +81,9 @@ def test_shares_of_closed_blocks_and_of_one_way_streets() -> None:
     assert len(pairs(one_way=0, missing=0.25)) == 2 * (blocks - blocks // 4)
     one_way = pairs(one_way=0.5, missing=0)
     alone = [(a, b) for a, b in one_way if (b, a) not in one_way]
-    assert len(alone) == 2 * 5 * 11  # half of the ten inner lines, each way; the outermost are two-way
+    assert (
+        len(alone) == 2 * 5 * 11
+    )  # half of the ten inner lines, each way; the outermost are two-way
     rows = {a // 12: b - a for a, b in alone if abs(a - b) == 1}
     assert sorted(rows.values()) in ([-1, -1, 1, 1, 1], [-1, -1, -1, 1, 1])
     by_row = [rows[row] for row in sorted(rows)]
@@ -81,7 +91,9 @@ def test_shares_of_closed_blocks_and_of_one_way_streets() -> None:
 
 
 def test_the_park_has_no_streets_inside() -> None:
-    with_park, without = (StreetNetwork.embedded(20, 20, missing=0, park=park) for park in (True, False))
+    with_park, without = (
+        StreetNetwork.embedded(20, 20, missing=0, park=park) for park in (True, False)
+    )
     assert len(without) - len(with_park) == 6 * 5
     lost = np.flatnonzero(~np.isin(without.latitude, with_park.latitude))
     west, east = without.longitude[lost].min(), without.longitude[lost].max()
@@ -91,14 +103,26 @@ def test_the_park_has_no_streets_inside() -> None:
 
 
 def test_a_seed_always_gives_the_same_city() -> None:
-    assert StreetNetwork.embedded(seed=1).fingerprint() == StreetNetwork.embedded(seed=1).fingerprint()
-    assert StreetNetwork.embedded(seed=1).fingerprint() != StreetNetwork.embedded(seed=2).fingerprint()
+    assert (
+        StreetNetwork.embedded(seed=1).fingerprint() == StreetNetwork.embedded(seed=1).fingerprint()
+    )
+    assert (
+        StreetNetwork.embedded(seed=1).fingerprint() != StreetNetwork.embedded(seed=2).fingerprint()
+    )
     # Saved runs hold fingerprints: a change here means that they no longer match their city.
     assert StreetNetwork.embedded().fingerprint() == "d42e4f115db37213"
 
 
 @pytest.mark.parametrize(
-    "options", [{"rows": 3}, {"columns": 1}, {"seed": -1}, {"one_way": 1.5}, {"missing": -0.1}, {"missing": float("nan")}]
+    "options",
+    [
+        {"rows": 3},
+        {"columns": 1},
+        {"seed": -1},
+        {"one_way": 1.5},
+        {"missing": -0.1},
+        {"missing": float("nan")},
+    ],
 )
 def test_impossible_cities_are_refused(options: dict) -> None:
     with pytest.raises(NextLatError, match="give"):
@@ -121,7 +145,10 @@ def test_sectors_of_45_degrees_around_each_compass_point(degrees: float, expecte
 
 def test_miles_are_great_circle_miles() -> None:
     points = StreetNetwork(
-        ("equator", "north", "pole", "east"), [0.0, 1.0, 90.0, 60.0], [0.0, 0.0, 17.0, 0.0], np.full((4, 8), -1)
+        ("equator", "north", "pole", "east"),
+        [0.0, 1.0, 90.0, 60.0],
+        [0.0, 0.0, 17.0, 0.0],
+        np.full((4, 8), -1),
     )
     quarter = np.pi / 2 * 3958.7613
     assert points.miles(0, 2) == pytest.approx(quarter)
@@ -132,9 +159,13 @@ def test_miles_are_great_circle_miles() -> None:
 @settings(deadline=None)
 @given(data=st.data(), n=st.integers(1, 12))
 def test_hops_are_those_of_a_breadth_first_search(data: st.DataObject, n: int) -> None:
-    targets = data.draw(st.lists(st.lists(st.integers(-1, n - 1), max_size=3), min_size=n, max_size=n))
+    targets = data.draw(
+        st.lists(st.lists(st.integers(-1, n - 1), max_size=3), min_size=n, max_size=n)
+    )
     network = network_of(targets)
-    destinations = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=150)), dtype=np.int64)
+    destinations = np.array(
+        data.draw(st.lists(st.integers(0, n - 1), max_size=150)), dtype=np.int64
+    )
     reverse = network.graph().reverse()
     expected = np.full((len(destinations), n), -1)
     for row, destination in enumerate(destinations.tolist()):
@@ -155,7 +186,11 @@ def test_degrees_legal_moves_and_edges_agree_with_the_targets() -> None:
     assert network.legal_moves.tolist() == [[1, 2], [0, -1], [-1, -1]]
     assert network.edges.tolist() == [[0, 1, 1], [0, 2, 0], [1, 0, 2]]
     assert network.num_edges == 3
-    assert [(a, b, key) for a, b, key in network.graph().edges(keys=True)] == [(0, 1, "NE"), (0, 0, "E"), (1, 2, "N")]
+    assert [(a, b, key) for a, b, key in network.graph().edges(keys=True)] == [
+        (0, 1, "NE"),
+        (0, 0, "E"),
+        (1, 2, "N"),
+    ]
 
 
 def test_a_network_cannot_be_changed_nor_be_inconsistent() -> None:
@@ -171,11 +206,21 @@ def test_a_network_cannot_be_changed_nor_be_inconsistent() -> None:
 
 
 def test_the_fingerprint_sees_every_part() -> None:
-    base = dict(node_ids=("a", "b"), latitude=[0.0, 1.0], longitude=[0.0, 1.0], targets=np.full((2, 8), -1))
+    base = dict(
+        node_ids=("a", "b"), latitude=[0.0, 1.0], longitude=[0.0, 1.0], targets=np.full((2, 8), -1)
+    )
     other = np.full((2, 8), -1)
     other[1, 5] = 0
-    variants = [{}, {"node_ids": ("a", "c")}, {"latitude": [0.0, 2.0]}, {"longitude": [0.5, 1.0]}, {"targets": other}]
-    assert len({StreetNetwork(**{**base, **variant}).fingerprint() for variant in variants}) == len(variants)
+    variants = [
+        {},
+        {"node_ids": ("a", "c")},
+        {"latitude": [0.0, 2.0]},
+        {"longitude": [0.5, 1.0]},
+        {"targets": other},
+    ]
+    assert len({StreetNetwork(**{**base, **variant}).fingerprint() for variant in variants}) == len(
+        variants
+    )
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -209,7 +254,9 @@ def test_a_box_keeps_what_is_inside_and_connected() -> None:
     [((40.8, -74, 40.7, -73), "no box"), ((40, -73, 41, -74), "no box"), ((float("nan"), -75, 41, -73), "no box"),
      ((10, 10, 11, 11), "holds 0 intersections")],
 )  # fmt: skip
-def test_boxes_without_streets_are_refused(box: tuple[float, float, float, float], message: str) -> None:
+def test_boxes_without_streets_are_refused(
+    box: tuple[float, float, float, float], message: str
+) -> None:
     with pytest.raises(NextLatError, match=message):
         StreetNetwork.embedded(5, 5).within(*box)
 
@@ -222,7 +269,9 @@ def test_csv_round_trip(tmp_path: Path) -> None:
     city.to_csv(tmp_path / "new" / "city")
     again = StreetNetwork.from_csv(tmp_path / "new" / "city")
     assert again.fingerprint() == city.fingerprint()
-    two_files = StreetNetwork.from_csv(tmp_path / "new/city/nodes.csv", tmp_path / "new/city/edges.csv")
+    two_files = StreetNetwork.from_csv(
+        tmp_path / "new/city/nodes.csv", tmp_path / "new/city/edges.csv"
+    )
     assert two_files.fingerprint() == city.fingerprint()
 
 
@@ -251,20 +300,38 @@ def test_csv_in_other_people_s_habits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"edges": EDGES + "a,E,zzz\n"}, r"edges\.csv, line 4: the intersection 'zzz' is not in .*nodes\.csv"),
+        (
+            {"edges": EDGES + "a,E,zzz\n"},
+            r"edges\.csv, line 4: the intersection 'zzz' is not in .*nodes\.csv",
+        ),
         ({"edges": EDGES + "zzz,E,a\n"}, r"edges\.csv, line 4: the intersection 'zzz'"),
-        ({"edges": EDGES + "a,up,b\n"}, r"edges\.csv, line 4: 'up' is no direction: use one of N NE E SE S SW W NW"),
+        (
+            {"edges": EDGES + "a,up,b\n"},
+            r"edges\.csv, line 4: 'up' is no direction: use one of N NE E SE S SW W NW",
+        ),
         ({"edges": EDGES + "a,n,b\n"}, r"line 4: 'n' is no direction"),
         ({"edges": EDGES + "\na,N,a\n"}, r"edges\.csv, line 5: a second street leads N from 'a'"),
         ({"edges": EDGES + "a,N\n"}, r"edges\.csv, line 4: 2 values where the header names 3"),
-        ({"edges": "from,direction,target\na,N,b\n"}, r"edges\.csv, line 1: the header lacks source"),
+        (
+            {"edges": "from,direction,target\na,N,b\n"},
+            r"edges\.csv, line 1: the header lacks source",
+        ),
         ({"edges": ""}, r"edges\.csv, line 1: the header lacks source, direction, target"),
         ({"nodes": "id,lat\na,40.1\n"}, r"nodes\.csv, line 1: the header lacks lon"),
         ({"nodes": NODES + "c,4O.1,-73.9\n"}, r"nodes\.csv, line 4: lat = '4O\.1' is no number"),
-        ({"nodes": NODES + "c,40.1,-190\n"}, r"nodes\.csv, line 4: lon = '-190' is no number of degrees from -180"),
+        (
+            {"nodes": NODES + "c,40.1,-190\n"},
+            r"nodes\.csv, line 4: lon = '-190' is no number of degrees from -180",
+        ),
         ({"nodes": NODES + "c,nan,-73\n"}, r"nodes\.csv, line 4: lat = 'nan'"),
-        ({"nodes": NODES + "a,40.1,-73.9\n"}, r"nodes\.csv, line 4: the intersection 'a' is listed a second time"),
-        ({"nodes": NODES + "end,40.1,-73.9\n"}, r"nodes\.csv, line 4: 'end' cannot name an intersection"),
+        (
+            {"nodes": NODES + "a,40.1,-73.9\n"},
+            r"nodes\.csv, line 4: the intersection 'a' is listed a second time",
+        ),
+        (
+            {"nodes": NODES + "end,40.1,-73.9\n"},
+            r"nodes\.csv, line 4: 'end' cannot name an intersection",
+        ),
         ({"nodes": NODES + "NW,40.1,-73.9\n"}, r"line 4: 'NW' cannot name"),
         ({"nodes": NODES + "5th Avenue,40.1,-73.9\n"}, r"line 4: '5th Avenue' cannot name"),
         ({"nodes": NODES + ",40.1,-73.9\n"}, r"line 4: '' cannot name"),
@@ -273,7 +340,9 @@ def test_csv_in_other_people_s_habits(tmp_path: Path) -> None:
         ({"nodes": 'id,lat,lon\n"a,1,2\n'}, r"nodes\.csv is no CSV text"),
     ],
 )
-def test_faults_in_csv_files_are_told_with_file_and_line(tmp_path: Path, files: dict, message: str) -> None:
+def test_faults_in_csv_files_are_told_with_file_and_line(
+    tmp_path: Path, files: dict, message: str
+) -> None:
     with pytest.raises(NextLatError, match=message) as caught:
         read(tmp_path, **files)
     assert "\n" not in str(caught.value)
@@ -296,17 +365,26 @@ def test_manhattan(data_dir: Path) -> None:
     assert (manhattan.out_degree == 0).sum() == 17
     assert (manhattan.edges[:, 0] == manhattan.edges[:, 2]).sum() == 6
     a, d, b = manhattan.edges[manhattan.edges[:, 0] != manhattan.edges[:, 2]].T
-    truth = compass_direction(manhattan.latitude[a], manhattan.longitude[a], manhattan.latitude[b], manhattan.longitude[b])
+    truth = compass_direction(
+        manhattan.latitude[a], manhattan.longitude[a], manhattan.latitude[b], manhattan.longitude[b]
+    )
     assert (truth == d).mean() > 0.999
     walkable = manhattan.strongly_connected()
     assert len(walkable) > 0.97 * len(manhattan)
     assert walkable.out_degree.min() >= 1
     with (data_dir / "manhattan" / "edges_length.csv").open() as file:
-        metres = {(row["source"], row["direction"]): float(row["length_m"]) for row in csv.DictReader(file)}
+        metres = {
+            (row["source"], row["direction"]): float(row["length_m"])
+            for row in csv.DictReader(file)
+        }
     ids = manhattan.node_ids
-    street = np.array([metres[ids[x], DIRECTIONS[y]] for x, y in zip(a.tolist(), d.tolist(), strict=True)])
+    street = np.array(
+        [metres[ids[x], DIRECTIONS[y]] for x, y in zip(a.tolist(), d.tolist(), strict=True)]
+    )
     straight = manhattan.miles(a, b) * 1609.344
-    assert np.median(straight / street) == pytest.approx(1.0, abs=0.01)  # a street is as long as the straight line, or longer
+    assert np.median(straight / street) == pytest.approx(
+        1.0, abs=0.01
+    )  # a street is as long as the straight line, or longer
     village = manhattan.within(40.725, -74.01, 40.74, -73.99)
     assert 100 < len(village) < 500
     assert nx.is_strongly_connected(village.graph())
@@ -316,7 +394,8 @@ def test_manhattan(data_dir: Path) -> None:
 
 
 def osm_graph() -> nx.MultiDiGraph:
-    """In the form of osmnx: a square with a loop, parallel streets, two streets in one direction, and a dead end."""
+    """In the form of osmnx: a square with a loop, parallel streets, two streets in one direction,
+    and a dead end."""
     graph = nx.MultiDiGraph(crs="epsg:4326")
     for node, (lat, lon) in {
         30: (40.0, -74.0),
@@ -343,11 +422,19 @@ def test_a_place_from_openstreetmap(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(osmnx, "graph_from_place", graph_from_place)
     before = osmnx.settings.cache_folder
     network = StreetNetwork.from_place("Piedmont, California, USA", cache=tmp_path)
-    assert seen == {"place": "Piedmont, California, USA", "network_type": "drive", "cache": str(tmp_path)}
+    assert seen == {
+        "place": "Piedmont, California, USA",
+        "network_type": "drive",
+        "cache": str(tmp_path),
+    }
     assert osmnx.settings.cache_folder == before
-    # The dead end 40 is cut off; 50 too, for the longer of the two streets north from 30 leads there and is dropped.
+    # The dead end 40 is cut off; 50 too, for the longer of the two streets north from 30 leads
+    # there and is dropped.
     assert network.node_ids == ("10", "20", "30")
-    streets = {(network.node_ids[a], DIRECTIONS[d], network.node_ids[b]) for a, d, b in network.edges.tolist()}
+    streets = {
+        (network.node_ids[a], DIRECTIONS[d], network.node_ids[b])
+        for a, d, b in network.edges.tolist()
+    }
     assert streets == {("30", "N", "10"), ("10", "E", "20"), ("20", "SW", "30")}
 
 
@@ -355,7 +442,9 @@ def test_of_two_streets_in_one_direction_the_shorter_stays() -> None:
     latitude, longitude = np.array([40.0, 40.001, 40.002]), np.full(3, -74.0)
     by_distance = StreetNetwork.from_links("abc", latitude, longitude, [(0, 2), (0, 1)])
     assert by_distance.edges.tolist() == [[0, 0, 1]]
-    by_length = StreetNetwork.from_links("abc", latitude, longitude, [(0, 1), (0, 2)], lengths=[300.0, 250.0])
+    by_length = StreetNetwork.from_links(
+        "abc", latitude, longitude, [(0, 1), (0, 2)], lengths=[300.0, 250.0]
+    )
     assert by_length.edges.tolist() == [[0, 0, 2]]
 
 
@@ -369,12 +458,21 @@ def test_places_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             _errors.InsufficientResponseError("Nominatim geocoder returned 0 results"),
             "knows no area with streets called 'Atlantis'",
         ),
-        (TypeError("Nominatim did not geocode query to a geometry of type (Multi)Polygon."), "knows no area"),
+        (
+            TypeError("Nominatim did not geocode query to a geometry of type (Multi)Polygon."),
+            "knows no area",
+        ),
         (ValueError("Found no graph nodes within the requested polygon."), "knows no area"),
-        (requests.exceptions.ConnectionError("name resolution"), "cannot be reached .*ConnectionError.* connection"),
+        (
+            requests.exceptions.ConnectionError("name resolution"),
+            "cannot be reached .*ConnectionError.* connection",
+        ),
         (requests.exceptions.JSONDecodeError("x", "y", 0), "cannot be reached"),
         (_errors.ResponseStatusCodeError("504 Gateway Timeout"), "cannot be reached"),
-        (PermissionError(13, "Permission denied"), "Permission denied.*give another cache directory"),
+        (
+            PermissionError(13, "Permission denied"),
+            "Permission denied.*give another cache directory",
+        ),
     ):
 
         def fail(*_: object, error: Exception = error, **__: object) -> None:

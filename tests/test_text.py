@@ -1,4 +1,5 @@
-"""Language modelling: documents from anywhere, one tokenizer, packed rows against a slow reference, and what is measured."""
+"""Language modelling: documents from anywhere, one tokenizer, packed rows against a slow reference,
+and what is measured."""
 
 import json
 import math
@@ -21,13 +22,23 @@ from nextlat.model import attach
 from nextlat.objectives import NextTokenConfig
 from nextlat.tasks.text.probes import future_tokens, probe_cross_entropy
 from nextlat.tasks.text.text import Text, TextConfig
-from nextlat.tasks.text.tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
+from nextlat.tasks.text.tokens import (
+    END_OF_TEXT,
+    PackedDocuments,
+    Tokens,
+    existing_tokenizer,
+    tokenize,
+    trained_tokenizer,
+)
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import read_metrics
 from nextlat.training.train import train
 
 ANIMALS = ("cat", "dog", "fish", "bird")
-STORIES = [f"The {ANIMALS[i % 4]} number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(60)]
+STORIES = [
+    f"The {ANIMALS[i % 4]} number {i} went home. It was {'very ' * (i % 7)}happy!"
+    for i in range(60)
+]
 SMALL: dict[str, Any] = {
     "vocab_size": 300, "row_length": 32, "held_out": 10, "tests": 8, "prompt_length": 8, "probes": 3, "probe_steps": 5,
 }  # fmt: skip
@@ -54,8 +65,11 @@ def numbered(sizes: list[int]) -> Tokens:
 # ---- packing ----
 
 
-def packed_slowly(tokens: Tokens, row_length: int, orders: list[np.ndarray]) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, position_ids) of all full rows of epochs in the given orders of documents, token by token."""
+def packed_slowly(
+    tokens: Tokens, row_length: int, orders: list[np.ndarray]
+) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, position_ids) of all full rows of epochs in the given orders of documents, token
+    by token."""
     rows: list[tuple[list[int], list[int]]] = [([], [])]
     for order in orders:
         for c in order:
@@ -72,28 +86,37 @@ def packed_slowly(tokens: Tokens, row_length: int, orders: list[np.ndarray]) -> 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(2, 20), st.integers(0, 5))
-def test_packed_rows_are_those_of_a_loop_over_documents_and_tokens(sizes: list[int], row_length: int, seed: int) -> None:
+def test_packed_rows_are_those_of_a_loop_over_documents_and_tokens(
+    sizes: list[int], row_length: int, seed: int
+) -> None:
     tokens = numbered(sizes)
     orders = [np.random.default_rng((seed, epoch)).permutation(len(sizes)) for epoch in range(3)]
     dataset = PackedDocuments(tokens, row_length, seed=seed)
     expected = packed_slowly(tokens, row_length, orders)[: 3 * sum(sizes) // row_length]
     assert [
-        (row["input_ids"].tolist(), row["position_ids"].tolist()) for row in (dataset[i] for i in range(len(expected)))
+        (row["input_ids"].tolist(), row["position_ids"].tolist())
+        for row in (dataset[i] for i in range(len(expected)))
     ] == expected
-    assert all(torch.equal(dataset[i]["labels"], dataset[i]["input_ids"]) for i in range(len(expected)))
+    assert all(
+        torch.equal(dataset[i]["labels"], dataset[i]["input_ids"]) for i in range(len(expected))
+    )
 
 
 def test_an_epoch_has_every_token_once_and_the_next_one_another_order() -> None:
     sizes = [3, 1, 7, 12, 40, 5, 9, 2, 11, 6]
     tokens = numbered(sizes)  # 96 tokens: 12 rows of 8
     dataset = PackedDocuments(tokens, 8, seed=1)
-    epochs = [torch.cat([dataset[12 * e + i]["input_ids"] for i in range(12)]).tolist() for e in range(3)]
+    epochs = [
+        torch.cat([dataset[12 * e + i]["input_ids"] for i in range(12)]).tolist() for e in range(3)
+    ]
     assert all(sorted(epoch) == list(range(96)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     starts = set(tokens.starts[:-1].tolist())
     for i in range(12):
         row = dataset[i]
-        for place, (token, position) in enumerate(zip(row["input_ids"].tolist(), row["position_ids"].tolist(), strict=True)):
+        for place, (token, position) in enumerate(
+            zip(row["input_ids"].tolist(), row["position_ids"].tolist(), strict=True)
+        ):
             assert (position == 0) == (place == 0 or token in starts)
 
 
@@ -112,7 +135,9 @@ def test_a_row_depends_on_seed_and_index_alone() -> None:
 def test_held_out_rows_come_once_in_order_and_only_the_last_is_padded() -> None:
     tokens = numbered([5, 8, 4])
     rows = [row for row in PackedDocuments(tokens, 8, seed=None)]
-    assert torch.stack([row["input_ids"] for row in rows]).flatten()[:17].tolist() == list(range(17))
+    assert torch.stack([row["input_ids"] for row in rows]).flatten()[:17].tolist() == list(
+        range(17)
+    )
     assert rows[1]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert [int(row["attention_mask"].sum()) for row in rows] == [8, 8, 1]
     assert rows[2]["labels"].tolist() == [16] + [-100] * 7
@@ -149,14 +174,18 @@ def test_the_tokenizer_is_the_same_with_an_empty_a_full_and_a_damaged_cache(
     first = learned()
     (kept,) = (tmp_path / "cache").rglob("*.json")
     with monkeypatch.context() as patch:
-        patch.setattr("nextlat.tasks.text.tokens.trainers.BpeTrainer", None)  # nothing is learned any more
+        patch.setattr(
+            "nextlat.tasks.text.tokens.trainers.BpeTrainer", None
+        )  # nothing is learned any more
         assert learned() == first
     kept.write_text(kept.read_text()[:1000])
     assert learned() == first
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert learned() == first
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a cache that cannot be written is no error
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path / "file")
+    )  # a cache that cannot be written is no error
     assert learned() == first
     assert trained_tokenizer(STORIES[:30], 300).backend_tokenizer.to_str() != first
     assert len(trained_tokenizer(STORIES, 300)) == 300
@@ -182,7 +211,9 @@ def test_no_document_is_taken_after_the_token_limit() -> None:
     assert np.array_equal(tokenize(STORIES, tokenizer, limit).ids, everything.ids[:limit])
 
 
-def test_gpt2s_tokenizer_gets_the_end_of_text_that_its_bare_files_do_not_name(data_dir: Path) -> None:
+def test_gpt2s_tokenizer_gets_the_end_of_text_that_its_bare_files_do_not_name(
+    data_dir: Path,
+) -> None:
     tokenizer = existing_tokenizer(str(data_dir / "tokenizer"))
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id) == (50257, 50256, 50256)
     assert tokenize(["Hello world"], tokenizer).ids.tolist() == [50256, 15496, 995, 50256]
@@ -197,7 +228,10 @@ def documents_of(config: TextConfig) -> tuple[list[str], list[str]]:
 
 
 def as_jsonl(path: Path, column: str = "text", documents: list[str] = STORIES) -> Path:
-    path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(documents)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(documents)),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -210,8 +244,15 @@ def as_parquet(path: Path) -> Path:
 def test_the_same_documents_from_every_kind_of_file(stories: Path, tmp_path: Path) -> None:
     expected = (STORIES[10:], STORIES[:10])
     assert documents_of(TextConfig(train=str(stories), **SMALL)) == expected
-    assert documents_of(TextConfig(train=str(as_jsonl(tmp_path / "a.jsonl", "story")), column="story", **SMALL)) == expected
-    assert documents_of(TextConfig(train=str(as_parquet(tmp_path / "a.parquet")), **SMALL)) == expected
+    assert (
+        documents_of(
+            TextConfig(train=str(as_jsonl(tmp_path / "a.jsonl", "story")), column="story", **SMALL)
+        )
+        == expected
+    )
+    assert (
+        documents_of(TextConfig(train=str(as_parquet(tmp_path / "a.parquet")), **SMALL)) == expected
+    )
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -219,7 +260,8 @@ def test_the_same_documents_from_every_kind_of_file(stories: Path, tmp_path: Pat
 def test_a_dataset_of_the_library_gives_the_same_documents(
     kind: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call that reads the hub, on a local directory of the same layout: no hub can be reached from a test."""
+    """The call that reads the hub, on a local directory of the same layout: no hub can be reached
+    from a test."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
@@ -230,14 +272,20 @@ def test_a_dataset_of_the_library_gives_the_same_documents(
             as_jsonl(path)
         else:
             as_parquet(path)
-    config = TextConfig(dataset=str(tmp_path / "data"), validation_split="validation", streaming=streaming, **SMALL)
+    config = TextConfig(
+        dataset=str(tmp_path / "data"), validation_split="validation", streaming=streaming, **SMALL
+    )
     assert documents_of(config) == (STORIES, STORIES)
     held_out = TextConfig(dataset=str(tmp_path / "data"), streaming=streaming, **SMALL)
     assert documents_of(held_out) == (STORIES[10:], STORIES[:10])
     with pytest.raises(NextLatError, match="no column 'story' but id, text"):
-        documents_of(TextConfig(dataset=str(tmp_path / "data"), column="story", streaming=streaming, **SMALL))
+        documents_of(
+            TextConfig(dataset=str(tmp_path / "data"), column="story", streaming=streaming, **SMALL)
+        )
     with pytest.raises(NextLatError, match=r"cannot be read .*nosuch.*task.train"):
-        documents_of(TextConfig(dataset=str(tmp_path / "data"), split="nosuch", streaming=streaming, **SMALL))
+        documents_of(
+            TextConfig(dataset=str(tmp_path / "data"), split="nosuch", streaming=streaming, **SMALL)
+        )
 
 
 def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -250,7 +298,9 @@ def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
     assert list(source) == ["three"] and source.dropped == 1
 
 
-def test_files_are_found_below_the_data_directory(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_found_below_the_data_directory(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NEXTLAT_DATA", str(stories.parent))
     assert documents_of(TextConfig(train="stories.txt", **SMALL)) == (STORIES[10:], STORIES[:10])
 
@@ -293,7 +343,10 @@ def bad(tmp_path: Path, name: str, content: str | bytes) -> str:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_sentence(
-    settings_of: Callable[[Path], dict[str, Any]], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings_of: Callable[[Path], dict[str, Any]],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = TextConfig(**{**SMALL, **settings_of(tmp_path)})
@@ -309,17 +362,24 @@ def test_a_dataset_out_of_reach_names_the_local_way(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("Couldn't reach 'some/stories' on the Hub\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(NextLatError, match=r"some/stories.*Couldn't reach.*set task.train .* local .*parquet") as raised:
+    with pytest.raises(
+        NextLatError, match=r"some/stories.*Couldn't reach.*set task.train .* local .*parquet"
+    ) as raised:
         TextConfig(dataset="some/stories", **SMALL).build()
     assert "\n" not in str(raised.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(NextLatError, match=r"needs the datasets library: pip install 'nextlat\[text\]', or set task.train"):
+    with pytest.raises(
+        NextLatError,
+        match=r"needs the datasets library: pip install 'nextlat\[text\]', or set task.train",
+    ):
         TextConfig(dataset="some/stories", **SMALL).build()
 
 
 def test_a_tokenizer_that_cannot_be_had_is_one_sentence(tmp_path: Path, stories: Path) -> None:
     settings = {**SMALL, "vocab_size": None, "tokenizer": str(tmp_path)}
-    with pytest.raises(NextLatError, match=r"task.tokenizer = .* cannot be loaded .*task.vocab_size"):
+    with pytest.raises(
+        NextLatError, match=r"task.tokenizer = .* cannot be loaded .*task.vocab_size"
+    ):
         TextConfig(train=str(stories), **settings).build()
 
 
@@ -339,7 +399,9 @@ def test_prompts_are_the_beginnings_of_held_out_documents(task: Text) -> None:
     assert len(task.prompts(100)) <= 10
 
 
-def test_the_fingerprint_is_of_text_and_tokenizer_not_of_the_file(stories: Path, tmp_path: Path, task: Text) -> None:
+def test_the_fingerprint_is_of_text_and_tokenizer_not_of_the_file(
+    stories: Path, tmp_path: Path, task: Text
+) -> None:
     def fingerprint(**changes: Any) -> str:
         return TextConfig(**{"train": str(stories), **SMALL, **changes}).build().fingerprint()
 
@@ -373,7 +435,9 @@ def test_perplexity_is_that_of_every_segment_by_itself(task: Text) -> None:
     assert model.training  # put back
 
 
-def test_a_tiny_run_trains_and_is_measured(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_run_trains_and_is_measured(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nextlat.evaluation.DECODED_PROMPTS", 2)
     overrides = [
         f"task.train={stories}", "task.validation=", "task.vocab_size=300", "task.row_length=32", "task.held_out=10",
@@ -383,12 +447,18 @@ def test_a_tiny_run_trains_and_is_measured(stories: Path, tmp_path: Path, monkey
     ]  # fmt: skip
     without = [item for item in overrides if not item.startswith("objectives.")]
     for objective, changes in (("nextlat", overrides), ("next-token", without)):
-        run = train(load_recipe("text-small", changes, objective=objective), tmp_path / objective, progress=False)
+        run = train(
+            load_recipe("text-small", changes, objective=objective),
+            tmp_path / objective,
+            progress=False,
+        )
         lines = [line for line in read_metrics(run) if "loss" in line]
         assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["tokens"] == 3 * 2 * 32
         results = evaluate(run)
         metrics = results["metrics"]
-        assert metrics["perplexity"] == pytest.approx(math.exp(metrics["next_token_loss"]), rel=1e-5)
+        assert metrics["perplexity"] == pytest.approx(
+            math.exp(metrics["next_token_loss"]), rel=1e-5
+        )
         assert metrics["perplexity_stderr"] == pytest.approx(
             metrics["perplexity"] * metrics["next_token_loss_stderr"], rel=1e-3
         )
@@ -399,7 +469,11 @@ def test_a_tiny_run_trains_and_is_measured(stories: Path, tmp_path: Path, monkey
 
 def test_tinystories_packs_into_rows(data_dir: Path) -> None:
     validation = str(data_dir / "text/tinystories_valid.txt")
-    held_out = TextConfig(train=validation, validation=validation, vocab_size=1000, tests=10_000).build().held_out
+    held_out = (
+        TextConfig(train=validation, validation=validation, vocab_size=1000, tests=10_000)
+        .build()
+        .held_out
+    )
     assert len(held_out) == 450 and len(held_out.ids) > 50_000
     rows = PackedDocuments(held_out, 256, seed=0)
     for i in range(20):
@@ -412,12 +486,29 @@ def test_tinystories_packs_into_rows(data_dir: Path) -> None:
 def test_the_papers_recipes(name: str) -> None:
     recipe = load_recipe(name)
     backbone, objective, optimizer = recipe.backbone, recipe.objective_config, recipe.optimizer
-    shape = (backbone.layers, backbone.heads, backbone.width, objective.hidden_size, objective.num_layers)
-    rates = (optimizer.learning_rate, optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.gradient_clip)
+    shape = (
+        backbone.layers,
+        backbone.heads,
+        backbone.width,
+        objective.hidden_size,
+        objective.num_layers,
+    )
+    rates = (
+        optimizer.learning_rate,
+        optimizer.weight_decay,
+        optimizer.beta1,
+        optimizer.beta2,
+        optimizer.gradient_clip,
+    )
     assert (objective.lambda_next_h, objective.lambda_kl) == (1, 1)
     if name == "tinystories":
         assert shape == (8, 8, 768, 2048, 3) and rates == (3e-4, 0.1, 0.9, 0.95, 1)
-        assert (recipe.steps, recipe.batch_size, recipe.task.row_length, recipe.task.vocab_size) == (100_000, 256, 256, 1000)
+        assert (
+            recipe.steps,
+            recipe.batch_size,
+            recipe.task.row_length,
+            recipe.task.vocab_size,
+        ) == (100_000, 256, 256, 1000)
         assert (recipe.schedule.name, recipe.task.probes) == ("constant", 20)
     else:
         assert shape == (22, 16, 2048, 6528, 3) and rates == (4e-4, 0.1, 0.9, 0.95, 1)
@@ -433,7 +524,9 @@ def test_the_papers_recipes(name: str) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 9))
-def test_tokens_ahead_are_those_of_the_same_document(sizes: list[int], padding: int, offsets: int) -> None:
+def test_tokens_ahead_are_those_of_the_same_document(
+    sizes: list[int], padding: int, offsets: int
+) -> None:
     positions = [i for size in sizes for i in range(size)]
     T = len(positions) + padding
     ids = torch.arange(100, 100 + 2 * T).view(2, T)
@@ -452,7 +545,8 @@ def test_tokens_ahead_are_those_of_the_same_document(sizes: list[int], padding: 
 
 
 def test_probes_read_what_a_state_holds_and_nothing_else() -> None:
-    """States that are the one-hot code of the token two steps ahead, of any size: that one is read off, the others are chance."""
+    """States that are the one-hot code of the token two steps ahead, of any size: that one is read
+    off, the others are chance."""
     V, rng = 8, torch.Generator().manual_seed(0)
     ids = torch.randint(V, (60, 50), generator=rng)
     batch = Batch.from_inputs(ids, ids, torch.arange(50).expand(60, 50))

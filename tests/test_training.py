@@ -1,4 +1,5 @@
-"""Training: trajectories that do not depend on how they are cut up, a run directory that survives whatever happens to it."""
+"""Training: trajectories that do not depend on how they are cut up, a run directory that survives
+whatever happens to it."""
 
 import errno
 import json
@@ -47,7 +48,10 @@ def tiny(*overrides: str, **arguments: Any) -> Recipe:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return {**load_file(run / "model.safetensors"), **load_file(run / "nextlat/objective.safetensors")}
+    return {
+        **load_file(run / "model.safetensors"),
+        **load_file(run / "nextlat/objective.safetensors"),
+    }
 
 
 def largest_difference(a: Path, b: Path) -> float:
@@ -57,7 +61,10 @@ def largest_difference(a: Path, b: Path) -> float:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(run)]
+    return [
+        {key: value for key, value in line.items() if key != "seconds"}
+        for line in read_metrics(run)
+    ]
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
@@ -78,15 +85,24 @@ def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of the tiny recipe."""
-    return train(tiny("run.keep_checkpoints=3"), tmp_path_factory.mktemp("runs") / "whole", progress=False)
+    return train(
+        tiny("run.keep_checkpoints=3"), tmp_path_factory.mktemp("runs") / "whole", progress=False
+    )
 
 
 # ---- trajectories ----
 
 
 def test_accumulating_eight_rows_equals_eight_at_once(tmp_path: Path) -> None:
-    """Each loss part is divided by its own count over the step: rows with fewer valid positions must not weigh more."""
-    shorter = ("steps=3", "schedule.warmup_steps=1", "schedule.decay_steps=1", "run.save_every=0", "batch_size=8")
+    """Each loss part is divided by its own count over the step: rows with fewer valid positions
+    must not weigh more."""
+    shorter = (
+        "steps=3",
+        "schedule.warmup_steps=1",
+        "schedule.decay_steps=1",
+        "run.save_every=0",
+        "batch_size=8",
+    )
     recipes = [tiny(*shorter, f"gradient_accumulation={n}", horizon=3) for n in (1, 8)]
     runs = [train(recipe, tmp_path / str(n), progress=False) for n, recipe in enumerate(recipes)]
     assert largest_difference(*runs) < 1e-6
@@ -102,7 +118,9 @@ def test_same_seed_same_bits_other_seed_other_weights(whole: Path, tmp_path: Pat
     assert largest_difference(whole, train(tiny(seed=1), tmp_path / "other", progress=False)) > 1e-3
 
 
-def test_rows_prepared_in_another_process_are_the_same(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_prepared_in_another_process_are_the_same(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny("run.workers=1")
     with monkeypatch.context() as patch:
         before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -122,15 +140,25 @@ def test_objectives_start_from_the_same_transformer() -> None:
     ours = build_model(tiny(), task)
     assert all(torch.equal(plain[name], value) for name, value in ours.lm.state_dict().items())
     dynamics = build_model(tiny(), task).objective.state_dict()
-    assert all(torch.equal(dynamics[name], value) for name, value in ours.objective.state_dict().items())
-    assert not all(torch.equal(plain[name], v) for name, v in build_model(tiny(seed=1), task).lm.state_dict().items())
+    assert all(
+        torch.equal(dynamics[name], value) for name, value in ours.objective.state_dict().items()
+    )
+    assert not all(
+        torch.equal(plain[name], v)
+        for name, v in build_model(tiny(seed=1), task).lm.state_dict().items()
+    )
 
 
 def test_kill_anywhere_and_the_same_command_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """SIGKILL at operations all over a run: steps, saves, rotation, the final export. See killed_runs.py."""
+    """SIGKILL at operations all over a run: steps, saves, rotation, the final export. See
+    killed_runs.py."""
     script = Path(__file__).with_name("killed_runs.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "4", "0"], capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, script, tmp_path, "4", "0"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -141,11 +169,15 @@ def test_kill_anywhere_and_the_same_command_ends_with_the_same_weights(tmp_path:
     assert len({operation for series in report["series"] for operation in series["hit"]}) > 1
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, before = tiny("run.keep_checkpoints=3"), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted, match=r"stopped after step 3.*the same command goes on") as stopped:
+        with pytest.raises(
+            Interrupted, match=r"stopped after step 3.*the same command goes on"
+        ) as stopped:
             train(recipe, tmp_path / "run", progress=False)
     assert isinstance(stopped.value, KeyboardInterrupt)
     assert signal.getsignal(signal.SIGINT) is before
@@ -162,10 +194,14 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(whole: Path, tmp_path:
 def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny("objectives.nextlat.warmup_steps=5", "gradient_accumulation=2", "run.keep_checkpoints=1")
+    recipe = tiny(
+        "objectives.nextlat.warmup_steps=5", "gradient_accumulation=2", "run.keep_checkpoints=1"
+    )
     uninterrupted = train(recipe, tmp_path / "uninterrupted", progress=False)
     with monkeypatch.context() as patch:
-        before_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))  # the second half of the third batch
+        before_step(
+            patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT)
+        )  # the second half of the third batch
         with pytest.raises(Interrupted, match="stopped after step 3"):
             train(recipe, tmp_path / "run", progress=False)
     train(recipe, tmp_path / "run", progress=False)
@@ -173,7 +209,9 @@ def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
     assert metrics(uninterrupted) == metrics(tmp_path / "run")
     steps = [line for line in metrics(uninterrupted) if "loss" in line]
     for line, share in zip(steps, [0.2, 0.4, 0.6, 0.8, 1, 1], strict=True):
-        assert line["loss"] == pytest.approx(line["next_token"] + share * (line["next_h"] + 0.1 * line["kl"]), rel=1e-5)
+        assert line["loss"] == pytest.approx(
+            line["next_token"] + share * (line["next_h"] + 0.1 * line["kl"]), rel=1e-5
+        )
     (final,) = (line for line in metrics(uninterrupted) if "eval_loss" in line)
     full = final["eval_next_token"] + final["eval_next_h"] + 0.1 * final["eval_kl"]
     assert final["eval_loss"] == pytest.approx(full, rel=1e-5)
@@ -197,8 +235,12 @@ def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when it imports its compiler
-def test_compiled_layers_train_the_same(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of torch's own, when it imports its compiler
+def test_compiled_layers_train_the_same(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = torch.nn.Module.compile
     compiled: list[str] = []
 
@@ -210,7 +252,9 @@ def test_compiled_layers_train_the_same(whole: Path, tmp_path: Path, monkeypatch
     run = train(tiny("run.compile=true"), tmp_path / "run", progress=False)
     assert compiled == ["LlamaModel"]
     assert largest_difference(whole, run) < 1e-6
-    assert load_file(run / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
+    assert (
+        load_file(run / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
+    )
 
 
 # ---- what is logged, and the settings that reach the optimiser ----
@@ -221,10 +265,14 @@ def test_metrics_hold_every_part_at_every_step(whole: Path) -> None:
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
-        assert line["loss"] == pytest.approx(line["next_token"] + line["next_h"] + 0.1 * line["kl"], rel=1e-5)
+        assert line["loss"] == pytest.approx(
+            line["next_token"] + line["next_h"] + 0.1 * line["kl"], rel=1e-5
+        )
         assert line["grad_norm"] > 0
     # Linear warm-up over two steps, then constant, then linearly to zero over the last two.
-    assert [line["learning_rate"] for line in steps] == pytest.approx([0, 1.5e-3, 3e-3, 3e-3, 3e-3, 1.5e-3])
+    assert [line["learning_rate"] for line in steps] == pytest.approx(
+        [0, 1.5e-3, 3e-3, 3e-3, 3e-3, 1.5e-3]
+    )
     rows = tiny().task.build().train_dataset(0)
     assert steps[-1]["tokens"] == sum(int(rows[i]["attention_mask"].sum()) for i in range(6 * 4))
     assert [line["step"] for line in lines if "eval_next_token" in line] == [6]
@@ -232,8 +280,14 @@ def test_metrics_hold_every_part_at_every_step(whole: Path) -> None:
     assert seconds == sorted(seconds)
 
 
-def test_logged_losses_are_means_over_the_steps_since_the_last_line(whole: Path, tmp_path: Path) -> None:
-    train(tiny("run.log_every=3", "run.eval_every=4", "run.save_every=0"), tmp_path / "run", progress=False)
+def test_logged_losses_are_means_over_the_steps_since_the_last_line(
+    whole: Path, tmp_path: Path
+) -> None:
+    train(
+        tiny("run.log_every=3", "run.eval_every=4", "run.save_every=0"),
+        tmp_path / "run",
+        progress=False,
+    )
     every = [line for line in read_metrics(whole) if "loss" in line]
     lines = read_metrics(tmp_path / "run")
     logged = [line for line in lines if "loss" in line]
@@ -247,26 +301,60 @@ def test_logged_losses_are_means_over_the_steps_since_the_last_line(whole: Path,
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
-        (["schedule.name=constant", "schedule.decay_steps=", "schedule.warmup_steps=0"], [1, 1, 1, 1]),
-        (["schedule.name=constant", "schedule.decay_steps=", "schedule.warmup_steps=2"], [0, 0.5, 1, 1]),
-        (["schedule.name=linear", "schedule.decay_steps=", "schedule.warmup_steps=0"], [1, 0.75, 0.5, 0.25]),
-        (["schedule.name=cosine", "schedule.decay_steps=", "schedule.warmup_steps=0"], [1, 0.853553, 0.5, 0.146447]),
+        (
+            ["schedule.name=constant", "schedule.decay_steps=", "schedule.warmup_steps=0"],
+            [1, 1, 1, 1],
+        ),
+        (
+            ["schedule.name=constant", "schedule.decay_steps=", "schedule.warmup_steps=2"],
+            [0, 0.5, 1, 1],
+        ),
+        (
+            ["schedule.name=linear", "schedule.decay_steps=", "schedule.warmup_steps=0"],
+            [1, 0.75, 0.5, 0.25],
+        ),
+        (
+            ["schedule.name=cosine", "schedule.decay_steps=", "schedule.warmup_steps=0"],
+            [1, 0.853553, 0.5, 0.146447],
+        ),
         (["schedule.decay_steps=4", "schedule.warmup_steps=0"], [1, 0.75, 0.5, 0.25]),
     ],
 )
 def test_schedules(tmp_path: Path, schedule: list[str], rates: list[float]) -> None:
-    recipe = tiny("steps=4", "run.save_every=0", "optimizer.learning_rate=1e-5", *schedule, objective="next-token")
+    recipe = tiny(
+        "steps=4",
+        "run.save_every=0",
+        "optimizer.learning_rate=1e-5",
+        *schedule,
+        objective="next-token",
+    )
     train(recipe, tmp_path / "run", progress=False)
-    logged = [line["learning_rate"] / 1e-5 for line in read_metrics(tmp_path / "run") if "loss" in line]
+    logged = [
+        line["learning_rate"] / 1e-5 for line in read_metrics(tmp_path / "run") if "loss" in line
+    ]
     assert logged == pytest.approx(rates, rel=1e-4)
 
 
 def test_gradient_clipping_acts_and_is_off_by_default(tmp_path: Path) -> None:
-    common = ["steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "run.save_every=0", "optimizer.weight_decay=0"]
-    start = {name: value.clone() for name, value in build_model(tiny(), tiny().task.build()).lm.state_dict().items()}
+    common = [
+        "steps=2",
+        "schedule.warmup_steps=0",
+        "schedule.decay_steps=1",
+        "run.save_every=0",
+        "optimizer.weight_decay=0",
+    ]
+    start = {
+        name: value.clone()
+        for name, value in build_model(tiny(), tiny().task.build()).lm.state_dict().items()
+    }
     moved = {}
-    for clip in (0, 1e-12):  # so small that Adam's epsilon dominates: a clipped run all but stands still
-        run = train(tiny(*common, f"optimizer.gradient_clip={clip}"), tmp_path / str(clip), progress=False)
+    for clip in (
+        0,
+        1e-12,
+    ):  # so small that Adam's epsilon dominates: a clipped run all but stands still
+        run = train(
+            tiny(*common, f"optimizer.gradient_clip={clip}"), tmp_path / str(clip), progress=False
+        )
         saved = load_file(run / "model.safetensors")
         moved[clip] = max(float((saved[name] - start[name]).abs().max()) for name in saved)
     assert moved[0] > 1e-3
@@ -289,11 +377,18 @@ def test_rows_are_read_in_order_and_begin_again() -> None:
     assert [int(rows[i]["input_ids"]) for i in range(len(rows))] == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_mixed_precision_keeps_fp32_weights_and_full_precision_can_follow(whole: Path, tmp_path: Path) -> None:
+def test_mixed_precision_keeps_fp32_weights_and_full_precision_can_follow(
+    whole: Path, tmp_path: Path
+) -> None:
     run = train(tiny("run.precision=bf16"), tmp_path / "bf16", progress=False)
     assert all(value.dtype == torch.float32 for value in weights(run).values())
     assert 0 < largest_difference(whole, run) < 0.1
-    assert largest_difference(whole, train(tiny("run.keep_checkpoints=1"), tmp_path / "fp32", progress=False)) == 0
+    assert (
+        largest_difference(
+            whole, train(tiny("run.keep_checkpoints=1"), tmp_path / "fp32", progress=False)
+        )
+        == 0
+    )
 
 
 # ---- the run directory ----
@@ -307,26 +402,39 @@ def test_run_directory_is_a_plain_model_without_this_package(whole: Path, tmp_pa
         "ids = tokenizer('3 7 N E', return_tensors='pt').input_ids\n"
         "torch.save((ids, lm(ids).logits.detach(), lm.config.use_cache, lm.generation_config.eos_token_id), sys.argv[2])\n"
     )
-    subprocess.run([sys.executable, "-c", code, whole, tmp_path / "logits.pt"], check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "-c", code, whole, tmp_path / "logits.pt"], check=True, timeout=600
+    )
     ids, logits, use_cache, eos = torch.load(tmp_path / "logits.pt")
     model = nextlat.load(whole)
     with torch.no_grad():
         assert torch.equal(logits, model(ids).logits)
-    assert torch.equal(logits, AutoModelForCausalLM.from_pretrained(whole / "checkpoint-6")(ids).logits.detach())
+    assert torch.equal(
+        logits, AutoModelForCausalLM.from_pretrained(whole / "checkpoint-6")(ids).logits.detach()
+    )
     assert use_cache is True  # the Trainer switches it off while training
     assert AutoTokenizer.from_pretrained(whole).decode([eos]) == "end"
-    assert len({path.stat().st_mode for path in whole.glob("*") if path.is_file()}) == 1  # all readable by the same people
+    assert (
+        len({path.stat().st_mode for path in whole.glob("*") if path.is_file()}) == 1
+    )  # all readable by the same people
 
 
 def test_record_says_what_was_done(whole: Path) -> None:
     record = read_record(whole)
     assert record is not None
-    assert (record["status"], record["steps"], record["seed"], record["resumed_at"]) == ("finished", 6, 0, [])
+    assert (record["status"], record["steps"], record["seed"], record["resumed_at"]) == (
+        "finished",
+        6,
+        0,
+        [],
+    )
     assert Recipe.from_dict(record["recipe"]) == tiny("run.keep_checkpoints=3")
     assert record["task"] == {"name": "streets", "fingerprint": tiny().task.build().fingerprint()}
     assert record["parameters"] == {
         "lm": sum(value.numel() for value in load_file(whole / "model.safetensors").values()),
-        "objective": sum(value.numel() for value in load_file(whole / "nextlat/objective.safetensors").values()),
+        "objective": sum(
+            value.numel() for value in load_file(whole / "nextlat/objective.safetensors").values()
+        ),
     }
     assert record["tokens"] == read_metrics(whole)[-2]["tokens"]
     assert record["versions"]["torch"] == torch.__version__
@@ -339,15 +447,27 @@ def test_finished_run_is_left_as_it_is(whole: Path, caplog: pytest.LogCaptureFix
         assert train(tiny("run.keep_checkpoints=3"), whole, progress=False) == whole
     assert is_finished(whole)
     assert "is finished" in caplog.text
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.rglob("*")} == before
+    assert {
+        path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.rglob("*")
+    } == before
 
 
-def test_setting_that_came_with_a_later_version_is_no_difference(whole: Path, tmp_path: Path) -> None:
+def test_setting_that_came_with_a_later_version_is_no_difference(
+    whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     record = json.loads((run / "run.json").read_text())
     del record["recipe"]["run"]["workers"]
-    for name in ("next_h_loss", "kl_loss", "stop_gradient_head", "dynamics", "warmup_steps", "separate_norms", "zero_init"):
+    for name in (
+        "next_h_loss",
+        "kl_loss",
+        "stop_gradient_head",
+        "dynamics",
+        "warmup_steps",
+        "separate_norms",
+        "zero_init",
+    ):
         del record["recipe"]["objectives"]["nextlat"][name]
     (run / "run.json").write_text(json.dumps(record))
     assert train(tiny("run.keep_checkpoints=3"), run, progress=False) == run
@@ -355,8 +475,14 @@ def test_setting_that_came_with_a_later_version_is_no_difference(whole: Path, tm
 
 def test_run_of_another_recipe_or_objective_is_refused(whole: Path) -> None:
     with pytest.raises(NextLatError, match=r"differs in steps, optimizer.learning_rate"):
-        train(tiny("run.keep_checkpoints=3", "steps=7", "optimizer.learning_rate=1"), whole, progress=False)
-    with pytest.raises(NextLatError, match="run directory of another objective, nextlat, not next-token"):
+        train(
+            tiny("run.keep_checkpoints=3", "steps=7", "optimizer.learning_rate=1"),
+            whole,
+            progress=False,
+        )
+    with pytest.raises(
+        NextLatError, match="run directory of another objective, nextlat, not next-token"
+    ):
         train(tiny("run.keep_checkpoints=3", objective="next-token"), whole, progress=False)
 
 
@@ -392,12 +518,16 @@ def test_two_writers_in_one_directory_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_task_that_has_changed_under_a_run_is_refused(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_task_that_has_changed_under_a_run_is_refused(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    monkeypatch.setattr(type(TASKS["streets"]().build()), "fingerprint", lambda self: "another city")
+    monkeypatch.setattr(
+        type(TASKS["streets"]().build()), "fingerprint", lambda self: "another city"
+    )
     with pytest.raises(NextLatError, match="the data of task streets"):
         train(tiny("run.keep_checkpoints=3"), run, progress=False)
 
@@ -407,20 +537,26 @@ def test_task_that_has_changed_under_a_run_is_refused(whole: Path, tmp_path: Pat
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "model.safetensors is truncated": lambda c: os.truncate(c / "model.safetensors", 3000),
     "model.safetensors is missing": lambda c: (c / "model.safetensors").unlink(),
-    "objective.safetensors is truncated": lambda c: os.truncate(c / "nextlat/objective.safetensors", 4),
+    "objective.safetensors is truncated": lambda c: os.truncate(
+        c / "nextlat/objective.safetensors", 4
+    ),
     "optimizer.pt is corrupt": lambda c: os.truncate(c / "optimizer.pt", 5000),
     "scheduler.pt is missing": lambda c: (c / "scheduler.pt").unlink(),
     "rng_state.pth is corrupt": lambda c: (c / "rng_state.pth").write_bytes(b""),
     "trainer_state.json is missing": lambda c: (c / "trainer_state.json").unlink(),
     "trainer_state.json is corrupt": lambda c: os.truncate(c / "trainer_state.json", 20),
     "config.json is missing": lambda c: (c / "config.json").unlink(),
-    "trainer_state.json is of another step": lambda c: (c / "trainer_state.json").write_text('{"global_step": 5}'),
+    "trainer_state.json is of another step": lambda c: (c / "trainer_state.json").write_text(
+        '{"global_step": 5}'
+    ),
     "objective.json is missing": lambda c: shutil.rmtree(c / "nextlat"),
 }
 
 
 @pytest.mark.parametrize("fault", DAMAGE)
-def test_damaged_checkpoint_is_named_and_passed_over(whole: Path, tmp_path: Path, fault: str) -> None:
+def test_damaged_checkpoint_is_named_and_passed_over(
+    whole: Path, tmp_path: Path, fault: str
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     assert last_complete_checkpoint(run) == (run / "checkpoint-6", [])
@@ -456,11 +592,16 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert last_complete_checkpoint(run) == (run / "checkpoint-6", [])
 
 
-def test_only_damaged_checkpoints_is_an_error_and_nothing_is_deleted(whole: Path, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_is_an_error_and_nothing_is_deleted(
+    whole: Path, tmp_path: Path
+) -> None:
     run = unfinished(whole, tmp_path / "run")
     for checkpoint in checkpoints(run):
         (checkpoint / "optimizer.pt").unlink()
-    with pytest.raises(NextLatError, match=r"no checkpoint in .* can be used: checkpoint-6 is damaged .*checkpoint-2"):
+    with pytest.raises(
+        NextLatError,
+        match=r"no checkpoint in .* can be used: checkpoint-6 is damaged .*checkpoint-2",
+    ):
         train(tiny("run.keep_checkpoints=3"), run, progress=False)
     assert len(checkpoints(run)) == 3
 
@@ -481,7 +622,11 @@ def test_rotation_keeps_the_newest_and_drops_those_beyond_the_step_reached(tmp_p
     rotate_checkpoints(tmp_path, newest=12, keep=9)
     assert len(checkpoints(tmp_path)) == 4
     rotate_checkpoints(tmp_path, newest=10, keep=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-10", "checkpoint-notes"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-4",
+        "checkpoint-10",
+        "checkpoint-notes",
+    }
     rotate_checkpoints(tmp_path, newest=10, keep=0)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-notes"}
 
@@ -490,14 +635,19 @@ def test_rotation_keeps_the_newest_and_drops_those_beyond_the_step_reached(tmp_p
 def test_full_disk_during_a_save_keeps_the_last_checkpoint(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    sizes = [(whole / "checkpoint-6" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")]
+    sizes = [
+        (whole / "checkpoint-6" / name).stat().st_size
+        for name in ("model.safetensors", "optimizer.pt")
+    ]
     assert sizes[0] < 60_000 < sizes[1]  # or the two cases are not what they are called
     recipe, run = tiny("run.keep_checkpoints=3"), tmp_path / "run"
     with monkeypatch.context() as patch:
         full = largest_file(limit)
         before_step(patch, 4, full.__enter__)
         try:
-            with pytest.raises(NextLatError, match=r"cannot write .*checkpoint-4: .*; free some space"):
+            with pytest.raises(
+                NextLatError, match=r"cannot write .*checkpoint-4: .*; free some space"
+            ):
                 train(recipe, run, progress=False)
         finally:
             full.__exit__(None, None, None)
@@ -507,7 +657,9 @@ def test_full_disk_during_a_save_keeps_the_last_checkpoint(
     assert largest_difference(whole, run) == 0
 
 
-def test_full_disk_during_the_export_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_during_the_export_loses_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, run = tiny("run.keep_checkpoints=3"), unfinished(whole, tmp_path / "run")
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -526,8 +678,14 @@ def test_full_disk_during_the_export_loses_nothing(whole: Path, tmp_path: Path, 
 
 
 def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
-    with pytest.raises(NextLatError, match=r"the loss is nan at step \d: .*lower optimizer.learning_rate"):
-        train(tiny("optimizer.learning_rate=1e30", "schedule.warmup_steps=0"), tmp_path, progress=False)
+    with pytest.raises(
+        NextLatError, match=r"the loss is nan at step \d: .*lower optimizer.learning_rate"
+    ):
+        train(
+            tiny("optimizer.learning_rate=1e30", "schedule.warmup_steps=0"),
+            tmp_path,
+            progress=False,
+        )
     good, faults = last_complete_checkpoint(tmp_path)
     assert faults == []
     assert good is None or all(torch.isfinite(value).all() for value in weights(good).values())
@@ -538,23 +696,40 @@ def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> Non
 
 def test_pretrained_backbone_starts_from_its_weights(whole: Path, tmp_path: Path) -> None:
     sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
-    recipe = tiny(*sizes, f"backbone.pretrained={whole}", "optimizer.learning_rate=1e-12", "optimizer.weight_decay=0")
+    recipe = tiny(
+        *sizes,
+        f"backbone.pretrained={whole}",
+        "optimizer.learning_rate=1e-12",
+        "optimizer.weight_decay=0",
+    )
     run = train(recipe, tmp_path / "run", progress=False)
     before, after = (load_file(path / "model.safetensors") for path in (whole, run))
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
 
 
-def test_a_frozen_model_is_not_touched_while_its_dynamics_learn(whole: Path, tmp_path: Path) -> None:
+def test_a_frozen_model_is_not_touched_while_its_dynamics_learn(
+    whole: Path, tmp_path: Path
+) -> None:
     sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
-    recipe = tiny(*sizes, f"backbone.pretrained={whole}", "backbone.frozen=true", "steps=100", "run.save_every=100")
+    recipe = tiny(
+        *sizes,
+        f"backbone.pretrained={whole}",
+        "backbone.frozen=true",
+        "steps=100",
+        "run.save_every=100",
+    )
     run = train(recipe, tmp_path / "run", progress=False)
     before, after = (load_file(path / "model.safetensors") for path in (whole, run))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     losses = [line["next_h"] for line in read_metrics(run) if "next_h" in line]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_pretrained_backbone_that_does_not_fit_is_named(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pretrained_backbone_that_does_not_fit_is_named(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
     with pytest.raises(NextLatError, match="cannot be loaded"):
         train(tiny(*sizes, f"backbone.pretrained={tmp_path}"), tmp_path / "run", progress=False)
@@ -568,11 +743,15 @@ def test_pretrained_backbone_that_does_not_fit_is_named(whole: Path, tmp_path: P
 
 
 def test_too_few_positions_are_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(NextLatError, match=r"backbone.max_length = 5 gives 5 positions, the task streets needs 23"):
+    with pytest.raises(
+        NextLatError, match=r"backbone.max_length = 5 gives 5 positions, the task streets needs 23"
+    ):
         train(tiny("backbone.max_length=5"), tmp_path / "run", progress=False)
 
 
-def test_reporting_tool_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reporting_tool_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "find_spec", lambda name: None)
     with pytest.raises(NextLatError, match=r"asks for trackio, which is not installed"):
         train(tiny("run.report_to=['trackio']"), tmp_path, progress=False)
@@ -589,7 +768,9 @@ def test_tensorboard_gets_the_named_losses_when_asked(tmp_path: Path) -> None:
     assert {"train/next_token", "train/next_h", "train/kl", "eval/next_token"} <= set(tags)
 
 
-def test_progress_bar_shows_rate_and_loss_parts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_shows_rate_and_loss_parts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train(tiny(), tmp_path / "run", progress=True)
     out, err = capfd.readouterr()
     assert out == ""

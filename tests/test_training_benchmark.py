@@ -1,4 +1,5 @@
-"""The benchmark of training cost: it leaves out no objective, and its memory figures are those of tensors of known size."""
+"""The benchmark of training cost: it leaves out no objective, and its memory figures are those of
+tensors of known size."""
 
 import json
 import sys
@@ -31,11 +32,27 @@ def test_peak_memory_is_the_most_that_is_held_at_once(benchmark: ModuleType) -> 
 
 
 def test_every_objective_is_measured_at_every_horizon(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
-    small = ["--layers=1", "--width=16", "--heads=2", "--vocabulary=40", "--length=12", "--batch=2", "--turns=2", "--steps=1"]
-    monkeypatch.setattr(sys, "argv", ["training.py", *small, "--horizons", "1", "3", f"--out={tmp_path / 'training.json'}"])
+    small = [
+        "--layers=1",
+        "--width=16",
+        "--heads=2",
+        "--vocabulary=40",
+        "--length=12",
+        "--batch=2",
+        "--turns=2",
+        "--steps=1",
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["training.py", *small, "--horizons", "1", "3", f"--out={tmp_path / 'training.json'}"],
+    )
     benchmark.main()
     content = json.loads((tmp_path / "training.json").read_text())
     expected = [
@@ -48,10 +65,18 @@ def test_every_objective_is_measured_at_every_horizon(
     assert ways["next-token", 0]["speed_against_next_token"] == [1, 1]
     by_flops = {key: way["speed_by_flops"] for key, way in ways.items()}
     assert by_flops["next-token", 0] == 1
-    assert all(by_flops[name, 3] < by_flops[name, 1] < 1 for name, horizon in expected if horizon) and by_flops["bst", 0] < 1
-    assert all(len(way["speed_against_next_token"]) == 2 and way["peak_bytes"] > 0 for way in content["ways"])
+    assert (
+        all(by_flops[name, 3] < by_flops[name, 1] < 1 for name, horizon in expected if horizon)
+        and by_flops["bst", 0] < 1
+    )
+    assert all(
+        len(way["speed_against_next_token"]) == 2 and way["peak_bytes"] > 0
+        for way in content["ways"]
+    )
     out, err = capsys.readouterr()
     header, *lines = out.splitlines()
     end = header.index("by FLOPs") + len("by FLOPs")
-    assert [line[end - 8 : end].strip() for line in lines] == [f"{by_flops[key]:.2f}" for key in expected]
+    assert [line[end - 8 : end].strip() for line in lines] == [
+        f"{by_flops[key]:.2f}" for key in expected
+    ]
     assert "x-transformers is not installed" in err

@@ -1,4 +1,5 @@
-"""The study of one change at a time: every variant is a setting that its recipe takes and that changes something."""
+"""The study of one change at a time: every variant is a setting that its recipe takes and that
+changes something."""
 
 import json
 from dataclasses import replace
@@ -34,14 +35,20 @@ def test_initial_scale_reaches_the_transformer() -> None:
         load_recipe("path-star-small", ["task.graphs=50", "task.tests=10", *more])
         for more in ([], ["backbone.initializer_range=0.04"])
     )
-    scales = [build_model(recipe, recipe.task.build()).lm.lm_head.weight.std().item() for recipe in (plain, wide)]
+    scales = [
+        build_model(recipe, recipe.task.build()).lm.lm_head.weight.std().item()
+        for recipe in (plain, wide)
+    ]
     assert scales == pytest.approx([0.02, 0.04], rel=0.05)
 
 
-def test_next_token_prediction_takes_no_settings_of_nextlat(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_next_token_prediction_takes_no_settings_of_nextlat(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
     settings = ("objectives.nextlat.warmup_steps=0", "steps=700")
     plain, nextlat = (
-        benchmark.plan("text-small", name, settings, [3], tmp_path)[0] for name in ("next-token", "as in the recipe")
+        benchmark.plan("text-small", name, settings, [3], tmp_path)[0]
+        for name in ("next-token", "as in the recipe")
     )
     assert (plain.objective, plain.settings, plain.steps) == ("next-token", ("steps=700",), 700)
     assert (nextlat.objective, nextlat.settings) == ("nextlat", settings)
@@ -53,21 +60,40 @@ def test_table_has_every_seed_and_says_what_was_never_found(
     metrics = ("exact_path_accuracy", "found_at")
     runs = read_runs(
         [
-            write_run(tmp_path / f"s{seed}", seed=seed, task="path-star", numbers={"exact_path_accuracy": exact})
+            write_run(
+                tmp_path / f"s{seed}",
+                seed=seed,
+                task="path-star",
+                numbers={"exact_path_accuracy": exact},
+            )
             for seed, exact in ((10, 0.5), (11, 1.0))
         ]
     )
-    rising = [{"step": step, "eval_next_token": loss} for step, loss in ((1000, 0.2), (2000, 0.001))]
+    rising = [
+        {"step": step, "eval_next_token": loss} for step, loss in ((1000, 0.2), (2000, 0.001))
+    ]
     found = {run.seed: replace(run, log=rising if run.seed == 11 else rising[:1]) for run in runs}
     benchmark.print_table([benchmark.row("no KL", ["a=1"], found, metrics)], metrics)
     assert capsys.readouterr().out.splitlines()[-1] == "| no KL | 0.500, 1.000 | -, 2,000 |"
 
 
 def test_from_the_command_to_the_table(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = ["steps=3", "schedule.warmup_steps=1", "schedule.decay_steps=1", "task.tests=5"]
-    command = ["city-tiny", *settings, "--variants", "no KL", "--seeds", "4", "--out", str(tmp_path)]
+    command = [
+        "city-tiny",
+        *settings,
+        "--variants",
+        "no KL",
+        "--seeds",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr("sys.argv", ["variants.py", *command])
     benchmark.main()
     [line] = json.loads((tmp_path / "variants.json").read_text())

@@ -33,12 +33,16 @@ CITY = StreetNetwork.embedded(6, 6, seed=1)
 def line(targets: list[list[int]]) -> StreetNetwork:
     n = len(targets)
     full = np.array([row + [-1] * (8 - len(row)) for row in targets])
-    return StreetNetwork(tuple(str(i) for i in range(n)), np.linspace(40.0, 40.1, n), np.full(n, -74.0), full)
+    return StreetNetwork(
+        tuple(str(i) for i in range(n)), np.linspace(40.0, 40.1, n), np.full(n, -74.0), full
+    )
 
 
 def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
     """The documents of a packed row, cut where positions restart; checks what must hold of any row."""
-    tokens, positions, valid = (row[name].tolist() for name in ("input_ids", "position_ids", "attention_mask"))
+    tokens, positions, valid = (
+        row[name].tolist() for name in ("input_ids", "position_ids", "attention_mask")
+    )
     length = sum(valid)
     assert valid == [1] * length + [0] * (len(valid) - length)
     assert all(token == PAD for token in tokens[length:])
@@ -54,7 +58,8 @@ def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
-    """Checks that a document is a legal walk that ends at its destination; source, destination, moves."""
+    """Checks that a document is a legal walk that ends at its destination; source, destination,
+    moves."""
     source, destination, *moves, end = document
     assert end == END
     node = source - FIRST_NODE
@@ -70,10 +75,19 @@ def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 2**32), min_moves=st.integers(1, 12), extra=st.integers(0, 20), count=st.integers(0, 60))
+@given(
+    seed=st.integers(0, 2**32),
+    min_moves=st.integers(1, 12),
+    extra=st.integers(0, 20),
+    count=st.integers(0, 60),
+)
 def test_walks_are_legal(seed: int, min_moves: int, extra: int, count: int) -> None:
     lengths, nodes, moves = random_walks(
-        CITY, count, min_moves=min_moves, max_moves=min_moves + extra, rng=np.random.default_rng(seed)
+        CITY,
+        count,
+        min_moves=min_moves,
+        max_moves=min_moves + extra,
+        rng=np.random.default_rng(seed),
     )
     assert lengths.shape == (count,)
     assert nodes.shape == (count, min_moves + extra + 1)
@@ -87,7 +101,8 @@ def test_walks_are_legal(seed: int, min_moves: int, extra: int, count: int) -> N
 
 def test_walks_depend_on_the_generator_alone() -> None:
     first, again, other = (
-        random_walks(CITY, 50, min_moves=2, max_moves=9, rng=np.random.default_rng(seed)) for seed in (3, 3, 4)
+        random_walks(CITY, 50, min_moves=2, max_moves=9, rng=np.random.default_rng(seed))
+        for seed in (3, 3, 4)
     )
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -96,12 +111,16 @@ def test_walks_depend_on_the_generator_alone() -> None:
 
 def test_starts_and_moves_are_uniform() -> None:
     count = 40_000
-    _, nodes, moves = random_walks(CITY, count, min_moves=9, max_moves=9, rng=np.random.default_rng(0))
-    # A walk back to its start is drawn again, which favours some starts by a little; hence the wide margin there.
+    _, nodes, moves = random_walks(
+        CITY, count, min_moves=9, max_moves=9, rng=np.random.default_rng(0)
+    )
+    # A walk back to its start is drawn again, which favours some starts by a little; hence the wide
+    # margin there.
     starts = np.bincount(nodes[:, 0], minlength=len(CITY)) / count * len(CITY)
     assert abs(starts - 1).max() < 0.25
     for node in range(len(CITY)):
-        # The moves in the middle of a walk; every legal one equally often, within five standard errors.
+        # The moves in the middle of a walk; every legal one equally often, within five standard
+        # errors.
         taken = np.bincount(moves[:, 4][nodes[:, 4] == node], minlength=8)
         legal = CITY.targets[node] >= 0
         share = 1 / legal.sum()
@@ -111,9 +130,12 @@ def test_starts_and_moves_are_uniform() -> None:
 
 
 def test_lengths_are_uniform_though_walks_are_drawn_again() -> None:
-    # A ring of 5 with a dead end at each corner: half of all moves end a walk, and five moves lead back to the start.
+    # A ring of 5 with a dead end at each corner: half of all moves end a walk, and five moves lead
+    # back to the start.
     ring = line([[(i + 1) % 5, 5 + i] for i in range(5)] + [[]] * 5)
-    lengths, nodes, _ = random_walks(ring, 6000, min_moves=1, max_moves=6, rng=np.random.default_rng(0))
+    lengths, nodes, _ = random_walks(
+        ring, 6000, min_moves=1, max_moves=6, rng=np.random.default_rng(0)
+    )
     shares = np.bincount(lengths, minlength=7)[1:] / 6000
     assert abs(shares - 1 / 6).max() < 5 * np.sqrt(1 / 6 * 5 / 6 / 6000)
     inner = nodes[np.arange(6000), lengths - 1]
@@ -122,7 +144,9 @@ def test_lengths_are_uniform_though_walks_are_drawn_again() -> None:
 
 def test_impossible_walks_are_told() -> None:
     back_and_forth = line([[1], [0]])
-    odd, _, _ = random_walks(back_and_forth, 10, min_moves=3, max_moves=3, rng=np.random.default_rng(0))
+    odd, _, _ = random_walks(
+        back_and_forth, 10, min_moves=3, max_moves=3, rng=np.random.default_rng(0)
+    )
     assert (odd == 3).all()
     with pytest.raises(NextLatError, match=r"no walk of 2 moves.*strongly connected"):
         random_walks(back_and_forth, 10, min_moves=2, max_moves=2, rng=np.random.default_rng(0))
@@ -136,18 +160,27 @@ def test_impossible_walks_are_told() -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_held_out_pairs_are_distinct_near_and_few(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
+def test_held_out_pairs_are_distinct_near_and_few(
+    monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
     if not listed:
         monkeypatch.setattr(walks, "MAX_LISTED_PAIRS", 0)
     pairs = held_out_pairs(CITY, 90, max_hops=4, seed=3)
     hops = CITY.hops_to(np.arange(len(CITY)))
     eligible = int(((hops > 0) & (hops <= 4)).sum())
-    assert len(pairs) == min(90, eligible // 10) if listed else 0.5 * eligible / 10 < len(pairs) <= 90
-    assert len(set(zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True))) == len(pairs)
+    assert (
+        len(pairs) == min(90, eligible // 10) if listed else 0.5 * eligible / 10 < len(pairs) <= 90
+    )
+    assert len(set(zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True))) == len(
+        pairs
+    )
     np.testing.assert_array_equal(pairs.hops, hops[pairs.destination, pairs.source])
     assert pairs.hops.min() >= 1
     assert pairs.hops.max() <= 4
-    again, other = held_out_pairs(CITY, 90, max_hops=4, seed=3), held_out_pairs(CITY, 90, max_hops=4, seed=4)
+    again, other = (
+        held_out_pairs(CITY, 90, max_hops=4, seed=3),
+        held_out_pairs(CITY, 90, max_hops=4, seed=4),
+    )
     np.testing.assert_array_equal(pairs.source, again.source)
     assert pairs.source.tolist() != other.source.tolist()
 
@@ -176,7 +209,9 @@ def test_a_city_too_small_to_hold_out_pairs(monkeypatch: pytest.MonkeyPatch, lis
 def test_training_never_sees_a_held_out_pair() -> None:
     pairs = held_out_pairs(CITY, 10_000, seed=0, max_share=0.3)
     held_out = set(zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True))
-    data = WalkDataset(CITY, rows=700, row_length=96, min_moves=1, max_moves=30, seed=0, exclude=pairs)
+    data = WalkDataset(
+        CITY, rows=700, row_length=96, min_moves=1, max_moves=30, seed=0, exclude=pairs
+    )
     seen = Counter(follow(CITY, document)[:2] for row in data for document in documents(row))
     assert sum(seen.values()) > 3000
     assert not held_out & set(seen)
@@ -191,8 +226,14 @@ def test_training_never_sees_a_held_out_pair() -> None:
 
 
 @settings(deadline=None)
-@given(sizes=st.lists(st.integers(4, 40), max_size=60), capacity=st.integers(40, 64), rows=st.none() | st.integers(1, 12))
-def test_documents_share_rows_without_overlap(sizes: list[int], capacity: int, rows: int | None) -> None:
+@given(
+    sizes=st.lists(st.integers(4, 40), max_size=60),
+    capacity=st.integers(40, 64),
+    rows=st.none() | st.integers(1, 12),
+)
+def test_documents_share_rows_without_overlap(
+    sizes: list[int], capacity: int, rows: int | None
+) -> None:
     row_of, start_of, used = walks._best_fit(sizes, capacity, rows)
     taken = set()
     for row, start, size in zip(row_of, start_of, sizes, strict=False):
@@ -211,12 +252,20 @@ def test_documents_share_rows_without_overlap(sizes: list[int], capacity: int, r
 
 
 def test_packed_rows_hold_the_walks_in_full() -> None:
-    lengths, nodes, moves = random_walks(CITY, 200, min_moves=1, max_moves=20, rng=np.random.default_rng(0))
+    lengths, nodes, moves = random_walks(
+        CITY, 200, min_moves=1, max_moves=20, rng=np.random.default_rng(0)
+    )
     rows = pack(lengths, nodes, moves, 64)
-    found = [document for i in range(len(rows["input_ids"])) for document in documents({k: v[i] for k, v in rows.items()})]
+    found = [
+        document
+        for i in range(len(rows["input_ids"]))
+        for document in documents({k: v[i] for k, v in rows.items()})
+    ]
     expected = [
         [node[0] + 11, node[length] + 11, *(move + 3 for move in moves[:length]), 2]
-        for length, node, moves in zip(lengths.tolist(), nodes.tolist(), moves.tolist(), strict=True)
+        for length, node, moves in zip(
+            lengths.tolist(), nodes.tolist(), moves.tolist(), strict=True
+        )
     ]
     assert sorted(found) == sorted(expected)
     assert all(tensor.dtype == torch.int64 for tensor in rows.values())
@@ -237,7 +286,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_row_depends_on_seed_and_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walks, "TOKENS_PER_CHUNK", 48 * 4)  # many chunks, so that the small cache is emptied
+    monkeypatch.setattr(
+        walks, "TOKENS_PER_CHUNK", 48 * 4
+    )  # many chunks, so that the small cache is emptied
     forward = list(dataset())
     assert len(forward) == len(dataset()) == 40
     data = dataset()
@@ -293,27 +344,49 @@ def test_manhattan_walks(data_dir: Path) -> None:
     assert len(pairs) == 1000
     assert pairs.hops.max() <= 50
     assert pairs.hops.min() >= 1
-    data = WalkDataset(manhattan, rows=20, row_length=256, min_moves=1, max_moves=97, seed=0, exclude=pairs)
+    data = WalkDataset(
+        manhattan, rows=20, row_length=256, min_moves=1, max_moves=97, seed=0, exclude=pairs
+    )
     found = [document for row in data for document in documents(row)]
     assert all(follow(manhattan, document) and len(document) <= 100 for document in found)
-    rows = pack(*conditioned_walks(manhattan, pairs[:20], min_moves=1, max_moves=97, rng=np.random.default_rng(0)), 2000)
-    held_out = [follow(manhattan, document)[:2] for document in documents({name: tensor[0] for name, tensor in rows.items()})]
-    assert held_out == list(zip(pairs.source[:20].tolist(), pairs.destination[:20].tolist(), strict=True))
+    rows = pack(
+        *conditioned_walks(
+            manhattan, pairs[:20], min_moves=1, max_moves=97, rng=np.random.default_rng(0)
+        ),
+        2000,
+    )
+    held_out = [
+        follow(manhattan, document)[:2]
+        for document in documents({name: tensor[0] for name, tensor in rows.items()})
+    ]
+    assert held_out == list(
+        zip(pairs.source[:20].tolist(), pairs.destination[:20].tolist(), strict=True)
+    )
 
 
 # --- held-out sequences ---------------------------------------------------------------------------------------------
 
 
-def all_walks(network: StreetNetwork, source: int, destination: int, longest: int) -> dict[tuple[int, ...], float]:
-    """Every walk of 1..longest moves between two intersections, with its share of the probability (lengths uniform)."""
+def all_walks(
+    network: StreetNetwork, source: int, destination: int, longest: int
+) -> dict[tuple[int, ...], float]:
+    """Every walk of 1..longest moves between two intersections, with its share of the probability
+    (lengths uniform)."""
     found, frontier = {}, {(): (source, 1.0)}
     for _ in range(longest):
         step = {}
         for moves, (node, chance) in frontier.items():
             legal = np.flatnonzero(network.targets[node] >= 0).tolist()
-            step.update({(*moves, move): (int(network.targets[node, move]), chance / len(legal)) for move in legal})
+            step.update(
+                {
+                    (*moves, move): (int(network.targets[node, move]), chance / len(legal))
+                    for move in legal
+                }
+            )
         frontier = step
-        found.update({moves: chance for moves, (node, chance) in frontier.items() if node == destination})
+        found.update(
+            {moves: chance for moves, (node, chance) in frontier.items() if node == destination}
+        )
     total = sum(found.values())
     return {moves: chance / total for moves, chance in found.items()}
 
@@ -325,11 +398,16 @@ def test_conditioned_walks_follow_the_law_of_training() -> None:
     expected = all_walks(city, source, destination, 6)
     assert len(expected) > 20
     pairs = Pairs(np.full(count, source), np.full(count, destination), np.full(count, 0))
-    lengths, nodes, moves = conditioned_walks(city, pairs, min_moves=1, max_moves=6, rng=np.random.default_rng(0))
-    drawn = Counter(tuple(row[:length]) for row, length in zip(moves.tolist(), lengths.tolist(), strict=True))
+    lengths, nodes, moves = conditioned_walks(
+        city, pairs, min_moves=1, max_moves=6, rng=np.random.default_rng(0)
+    )
+    drawn = Counter(
+        tuple(row[:length]) for row, length in zip(moves.tolist(), lengths.tolist(), strict=True)
+    )
     assert_drawn_from(drawn, expected)
-    # And so does the sampler of training, except that a walk back to its start is drawn again with its length kept, so that a
-    # length that often leads back weighs more: by one over its share of walks that do not.
+    # And so does the sampler of training, except that a walk back to its start is drawn again with
+    # its length kept, so that a length that often leads back weighs more: by one over its share of
+    # walks that do not.
     n = len(city)
     step = np.zeros((n, n))
     for a, _, b in city.edges.tolist():
@@ -337,14 +415,20 @@ def test_conditioned_walks_follow_the_law_of_training() -> None:
     kept = [1 - np.trace(np.linalg.matrix_power(step, length)) / n for length in range(7)]
     reweighted = {walk: chance / kept[len(walk)] for walk, chance in expected.items()}
     total = sum(reweighted.values())
-    lengths, nodes, moves = random_walks(city, 300_000, min_moves=1, max_moves=6, rng=np.random.default_rng(0))
+    lengths, nodes, moves = random_walks(
+        city, 300_000, min_moves=1, max_moves=6, rng=np.random.default_rng(0)
+    )
     ours = (nodes[:, 0] == source) & (nodes[np.arange(len(nodes)), lengths] == destination)
-    seen = Counter(tuple(row[:length]) for row, length in zip(moves[ours].tolist(), lengths[ours].tolist(), strict=True))
+    seen = Counter(
+        tuple(row[:length])
+        for row, length in zip(moves[ours].tolist(), lengths[ours].tolist(), strict=True)
+    )
     assert_drawn_from(seen, {walk: weight / total for walk, weight in reweighted.items()})
 
 
 def assert_drawn_from(drawn: Counter, expected: dict[tuple[int, ...], float]) -> None:
-    """Pearson's statistic within five standard deviations, by its exact variance under the expected law."""
+    """Pearson's statistic within five standard deviations, by its exact variance under the expected
+    law."""
     assert set(drawn) <= set(expected)
     count, cells, chance = sum(drawn.values()), len(expected), np.array(list(expected.values()))
     statistic = sum((drawn[walk] - count * p) ** 2 / (count * p) for walk, p in expected.items())
@@ -357,14 +441,18 @@ def test_conditioned_walks_of_many_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(module, "TABLE_BYTES", 8 * len(CITY) * 26 * 7)  # seven pairs at a time
     pairs = held_out_pairs(CITY, 60)
-    lengths, nodes, moves = conditioned_walks(CITY, pairs, min_moves=5, max_moves=25, rng=np.random.default_rng(0))
+    lengths, nodes, moves = conditioned_walks(
+        CITY, pairs, min_moves=5, max_moves=25, rng=np.random.default_rng(0)
+    )
     for i in range(len(pairs)):
         document = [nodes[i, 0] + 11, nodes[i, lengths[i]] + 11, *(moves[i, : lengths[i]] + 3), 2]
         assert follow(CITY, document) == (pairs.source[i], pairs.destination[i], lengths[i])
         assert set(nodes[i, lengths[i] + 1 :]) | set(moves[i, lengths[i] :]) <= {-1}
         assert 5 <= lengths[i] <= 25
     far = Pairs(np.array([0]), np.array([len(CITY) - 1]), np.array([0]))
-    with pytest.raises(NextLatError, match=f"no walk of 1 to 2 moves leads from 0 to {len(CITY) - 1}"):
+    with pytest.raises(
+        NextLatError, match=f"no walk of 1 to 2 moves leads from 0 to {len(CITY) - 1}"
+    ):
         conditioned_walks(CITY, far, min_moves=1, max_moves=2, rng=np.random.default_rng(0))
 
 
@@ -374,7 +462,14 @@ def test_conditioned_walks_of_many_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_one_token_per_word(tmp_path: Path) -> None:
     words = tokenizer(CITY)
     assert len(words) == 11 + len(CITY)
-    assert words.convert_ids_to_tokens(range(13)) == ["<pad>", "<unk>", "end", *DIRECTIONS, "0", "1"]
+    assert words.convert_ids_to_tokens(range(13)) == [
+        "<pad>",
+        "<unk>",
+        "end",
+        *DIRECTIONS,
+        "0",
+        "1",
+    ]
     assert (words.pad_token_id, words.unk_token_id, words.eos_token_id) == (PAD, 1, END)
     ids = words("12 30 N N E end")["input_ids"]
     assert ids == [23, 41, 3, 3, 5, 2]

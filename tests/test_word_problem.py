@@ -10,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.word_problem import BEGIN, END, FIRST_ELEMENT, WordProblem, WordProblemConfig, group
+from nextlat.tasks.word_problem import (
+    BEGIN,
+    END,
+    FIRST_ELEMENT,
+    WordProblem,
+    WordProblemConfig,
+    group,
+)
 from nextlat.training.recipe import load_recipe
 from nextlat.training.train import build_model
 
 SMALL = WordProblemConfig(group="S3", length=4, sequences=500, tests=60)
 
 
-@pytest.mark.parametrize(("name", "order"), [("Z5", 5), ("S3", 6), ("A4", 12), ("A5", 60), ("S5", 120)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("Z5", 5), ("S3", 6), ("A4", 12), ("A5", 60), ("S5", 120)]
+)
 def test_tables_are_groups_of_the_right_order(name: str, order: int) -> None:
     table = group(name).table
     assert table.shape == (order, order) and len(set(group(name).names)) == order
@@ -41,7 +50,11 @@ def test_labels_are_running_products_with_the_accumulator_on_the_left(word: list
         expected.append(permutations.index(accumulator) + FIRST_ELEMENT)
     rows = task.rows(np.array([word]))
     assert rows["input_ids"][0].tolist() == [BEGIN, *(x + FIRST_ELEMENT for x in word), END]
-    assert rows["labels"][0].tolist() == [-100, -100, *expected]  # the label of a_t is what its state is to predict
+    assert rows["labels"][0].tolist() == [
+        -100,
+        -100,
+        *expected,
+    ]  # the label of a_t is what its state is to predict
 
 
 def test_sequences_are_distinct_and_the_splits_disjoint() -> None:
@@ -52,7 +65,11 @@ def test_sequences_are_distinct_and_the_splits_disjoint() -> None:
     ):
         task = WordProblem(config)
         both = np.concatenate([task._train, task._held_out])
-        assert len(np.unique(both, axis=0)) == len(both) == min(config.sequences, len(task.group.names) ** config.length)
+        assert (
+            len(np.unique(both, axis=0))
+            == len(both)
+            == min(config.sequences, len(task.group.names) ** config.length)
+        )
         assert len(task._held_out) == round(0.2 * len(both))
 
 
@@ -65,11 +82,14 @@ def test_training_rows_are_a_function_of_seed_and_index() -> None:
     seen = {tuple(one[i]["input_ids"].tolist()) for i in range(epoch)}
     assert len(seen) == epoch  # an epoch holds every sequence once
     assert any(not torch.equal(one[i]["input_ids"], other[i]["input_ids"]) for i in range(5))
-    assert any(not torch.equal(one[i]["input_ids"], one[i + epoch]["input_ids"]) for i in range(5))  # and is reshuffled
+    assert any(
+        not torch.equal(one[i]["input_ids"], one[i + epoch]["input_ids"]) for i in range(5)
+    )  # and is reshuffled
 
 
 class Tracker:
-    """A perfect model: its state is the accumulator. `forgets_after` breaks its transformer, `slips` its dynamics."""
+    """A perfect model: its state is the accumulator. `forgets_after` breaks its transformer,
+    `slips` its dynamics."""
 
     def __init__(self, task: WordProblem, forgets_after: int = 10**6, slips: bool = False) -> None:
         self.task, self.forgets_after, self.slips = task, forgets_after, slips
@@ -86,12 +106,18 @@ class Tracker:
     def step(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
         words = input_ids[:, 1:].numpy() - FIRST_ELEMENT
         products = self.task.products(words)
-        products[:, self.forgets_after :] = (products[:, self.forgets_after :] + 1) % len(self.task.group.names)
+        products[:, self.forgets_after :] = (products[:, self.forgets_after :] + 1) % len(
+            self.task.group.names
+        )
         identity = np.full((len(words), 1), self.task.group.names.index("012"))
-        return torch.from_numpy(np.concatenate([identity, products], axis=1))[..., None].float(), None
+        return torch.from_numpy(np.concatenate([identity, products], axis=1))[
+            ..., None
+        ].float(), None
 
     def next_token_logits(self, h: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(h[..., 0].long() + FIRST_ELEMENT, len(self.task.tokenizer)).float()
+        return torch.nn.functional.one_hot(
+            h[..., 0].long() + FIRST_ELEMENT, len(self.task.tokenizer)
+        ).float()
 
     def draft(self, state: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         table = torch.from_numpy(self.task.group.table)
@@ -106,7 +132,11 @@ def test_a_perfect_tracker_scores_one_and_broken_ones_lose_where_they_are_broken
     perfect = Tracker(task)
     found = task.accuracies(perfect)
     assert perfect.training  # put back
-    assert all(found[f"{who}_accuracy_{n}"].value == 1 for who in ("transformer", "dynamics") for n in (4, 8, 12))
+    assert all(
+        found[f"{who}_accuracy_{n}"].value == 1
+        for who in ("transformer", "dynamics")
+        for n in (4, 8, 12)
+    )
     forgetful = task.accuracies(Tracker(task, forgets_after=5))
     assert [forgetful[f"transformer_accuracy_{n}"].value for n in (4, 8, 12)] == [1, 0, 0]
     assert forgetful["transformer_accuracy_by_position"] == [1] * 5 + [0] * 7
@@ -127,12 +157,23 @@ def test_bad_sizes_are_one_sentence() -> None:
 
 
 def test_the_papers_recipe() -> None:
-    """Hyperparameters of arXiv 2511.05963, and the dynamics model of 2.62 M parameters that it counts."""
+    """Hyperparameters of arXiv 2511.05963, and the dynamics model of 2.62 M parameters that it
+    counts."""
     recipe = load_recipe("a5")
     backbone, objective, optimizer = recipe.backbone, recipe.objective_config, recipe.optimizer
-    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (400_000, 1024, 2, 8, 512)
+    assert (recipe.steps, recipe.batch_size, backbone.layers, backbone.heads, backbone.width) == (
+        400_000,
+        1024,
+        2,
+        8,
+        512,
+    )
     assert (objective.horizon, objective.lambda_next_h, objective.lambda_kl) == (1, 1, 0)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (1e-4, 0.01, 1)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (
+        1e-4,
+        0.01,
+        1,
+    )
     assert (recipe.task.group, recipe.task.length, recipe.task.sequences) == ("A5", 12, 1_000_000)
     model = build_model(recipe, WordProblem(replace(recipe.task, sequences=1000)))
     assert round(sum(p.numel() for p in model.objective.parameters()) / 1e6, 2) == 2.62

@@ -1,6 +1,7 @@
 """nextlat: next-latent prediction for any Hugging Face causal LM.
 
-The public names are imported on first use, so that `import nextlat` and `nextlat --help` do not wait for torch.
+The public names are imported on first use, so that `import nextlat` and `nextlat --help` do not
+wait for torch.
 """
 
 from importlib import import_module

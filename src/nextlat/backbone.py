@@ -1,7 +1,9 @@
-"""With `last_layer` the only file that knows the insides of `transformers` models: hidden states, embeddings, output head, packing.
+"""With `last_layer` the only file that knows the insides of `transformers` models: hidden states,
+embeddings, output head, packing.
 
-Nothing here goes by the names of modules or config fields. What a model does is found out on a 2 x 5 batch when it is attached, and a
-model that does something we cannot reproduce is refused there, in one sentence, instead of training something subtly else.
+Nothing here goes by the names of modules or config fields. What a model does is found out on a 2 x
+5 batch when it is attached, and a model that does something we cannot reproduce is refused there,
+in one sentence, instead of training something subtly else.
 
 Shapes: B rows, T tokens, D width, V vocabulary, E width of the embeddings (= D almost everywhere).
 """
@@ -20,15 +22,17 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 
-# Relative to the largest logit; a wrong head (a cap, a scale, a missing norm) is off by far more than rounding.
+# Relative to the largest logit; a wrong head (a cap, a scale, a missing norm) is off by far more
+# than rounding.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class Head:
     """The output head as a function of the hidden state: (..., D) -> (..., V), trainable or frozen.
 
-    A plain linear head has `weight` (V, D) and `bias`; any other (soft-capping, scaling by a constant) has None there and is
-    reproduced by running the model's own `forward` with its backbone replaced by the given states.
+    A plain linear head has `weight` (V, D) and `bias`; any other (soft-capping, scaling by a
+    constant) has None there and is reproduced by running the model's own `forward` with its
+    backbone replaced by the given states.
     """
 
     def __init__(self, lm: PreTrainedModel, *, linear: bool, frozen: bool) -> None:
@@ -43,7 +47,8 @@ class Head:
         return self._parameters()[1] if self._linear else None
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the output embeddings, looked up anew: they can be resized, tied or replaced at any time."""
+        """Weight and bias of the output embeddings, looked up anew: they can be resized, tied or
+        replaced at any time."""
         table: Any = self._lm.get_output_embeddings()
         weight, bias = table.weight, getattr(table, "bias", None)
         if self._frozen:
@@ -58,14 +63,19 @@ class Head:
         if self._linear:
             return self._project(h)
         dtype = next(self._lm.parameters()).dtype
-        stub: Any = _BackboneGiven(self._lm, h.reshape(1, -1, h.shape[-1]).to(dtype), self._project if self._frozen else None)
+        stub: Any = _BackboneGiven(
+            self._lm,
+            h.reshape(1, -1, h.shape[-1]).to(dtype),
+            self._project if self._frozen else None,
+        )
         dummy_ids = torch.zeros(1, stub._states.shape[1], dtype=torch.long, device=h.device)
         logits = type(self._lm).forward(stub, input_ids=dummy_ids, use_cache=False).logits
         return logits.reshape(*h.shape[:-1], logits.shape[-1])
 
 
 class _BackboneGiven:
-    """Stands in for a causal LM inside its own `forward`: the backbone returns given states, all else is the real model's."""
+    """Stands in for a causal LM inside its own `forward`: the backbone returns given states, all
+    else is the real model's."""
 
     def __init__(self, lm: PreTrainedModel, states: Tensor, frozen_project: Any) -> None:
         self._lm, self._states, self._frozen_project = lm, states, frozen_project
@@ -80,7 +90,8 @@ class _BackboneGiven:
 
 
 class _BackboneOutput:
-    """What a backbone returns, with nothing in it but the states (mixture-of-experts forwards also read router logits)."""
+    """What a backbone returns, with nothing in it but the states (mixture-of-experts forwards also
+    read router logits)."""
 
     def __init__(self, states: Tensor) -> None:
         self.last_hidden_state = states
@@ -101,21 +112,29 @@ class Backbone:
         lm: the causal LM, never modified.
         head: h -> logits. frozen_head: the same with its parameters detached (never copied).
         width, embedding_width, vocab_size: D, E, V as measured.
-        packs: whether documents packed into one row by `position_ids` give the states of separate documents.
+        packs: whether documents packed into one row by `position_ids` give the states of separate
+            documents.
 
     Raises:
-        NextLatError: not a causal LM of transformers, an encoder-decoder, a nested head, or a head that cannot be reproduced.
+        NextLatError: not a causal LM of transformers, an encoder-decoder, a nested head, or a head
+            that cannot be reproduced.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self.lm = lm
         name = type(lm).__name__
         if not isinstance(lm, PreTrainedModel):
-            raise NextLatError(f"{name} is not a transformers model: load it with AutoModelForCausalLM.from_pretrained.")
+            raise NextLatError(
+                f"{name} is not a transformers model: load it with AutoModelForCausalLM.from_pretrained."
+            )
         if lm.config.is_encoder_decoder:
-            raise NextLatError(f"{name} is an encoder-decoder: next-latent prediction needs a decoder-only causal LM.")
+            raise NextLatError(
+                f"{name} is an encoder-decoder: next-latent prediction needs a decoder-only causal LM."
+            )
         if lm.get_output_embeddings() is None or lm.base_model is lm:
-            raise NextLatError(f"{name} has no output head of its own: load it with AutoModelForCausalLM, not AutoModel.")
+            raise NextLatError(
+                f"{name} has no output head of its own: load it with AutoModelForCausalLM, not AutoModel."
+            )
         with quiet(lm), torch.no_grad():
             self._probe()
 
@@ -124,7 +143,11 @@ class Backbone:
         ids = probe_ids(lm)
         logits = lm(input_ids=ids, use_cache=False).logits
         h = self.states(ids)
-        self.width, self.embedding_width, self.vocab_size = h.shape[-1], self.embed(ids).shape[-1], logits.shape[-1]
+        self.width, self.embedding_width, self.vocab_size = (
+            h.shape[-1],
+            self.embed(ids).shape[-1],
+            logits.shape[-1],
+        )
         self.head, self.frozen_head = self._find_head(h, logits)
         with torch.enable_grad():
             if self.frozen_head(h.detach()).requires_grad:
@@ -134,14 +157,18 @@ class Backbone:
         self.packs = self._packs(ids)
 
     def _find_head(self, h: Tensor, logits: Tensor) -> tuple[Head, Head]:
-        """The model's own forward on given states is the truth; a plain linear map replaces it only where both agree at any scale.
+        """The model's own forward on given states is the truth; a plain linear map replaces it only
+        where both agree at any scale.
 
-        (Freshly initialised models have tiny logits, on which soft-capping is invisible: hence the magnified states.)
+        (Freshly initialised models have tiny logits, on which soft-capping is invisible: hence the
+        magnified states.)
         """
         try:
             own = Head(self.lm, linear=False, frozen=False)
             own_agrees = self.close(own(h), logits)
-        except Exception:  # whatever a foreign forward raises on the stand-in, the linear route is still open
+        except (
+            Exception
+        ):  # whatever a foreign forward raises on the stand-in, the linear route is still open
             own_agrees = False
         try:
             plain = Head(self.lm, linear=True, frozen=False)
@@ -171,21 +198,30 @@ class Backbone:
     @staticmethod
     def close(a: Tensor, b: Tensor) -> bool:
         """Whether two computations of the same thing agree up to the rounding of their dtype."""
-        return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE.get(b.dtype, 1e-4) * b.abs().max().clamp(min=1e-6))
+        return a.shape == b.shape and bool(
+            (a - b).abs().max() <= TOLERANCE.get(b.dtype, 1e-4) * b.abs().max().clamp(min=1e-6)
+        )
 
-    def states(self, input_ids: Tensor, encoder: nn.Module | None = None, **arguments: Any) -> Tensor:
-        """h_BTD of a forward pass without a cache; `encoder` as in `hidden`, further arguments are the model's own."""
-        # use_cache=False is part of the meaning: with a cache, transformers silently attends across packed documents.
+    def states(
+        self, input_ids: Tensor, encoder: nn.Module | None = None, **arguments: Any
+    ) -> Tensor:
+        """h_BTD of a forward pass without a cache; `encoder` as in `hidden`, further arguments are
+        the model's own."""
+        # use_cache=False is part of the meaning: with a cache, transformers silently attends across
+        # packed documents.
         return (encoder or self.lm.base_model)(input_ids=input_ids, use_cache=False, **arguments)[0]
 
     def hidden(self, batch: Batch, encoder: nn.Module | None = None) -> Tensor:
-        """h_BTD, the input of the output head: after the final norm, so that `head(h) == lm(...).logits`.
+        """h_BTD, the input of the output head: after the final norm, so that `head(h) ==
+        lm(...).logits`.
 
         Args:
-            encoder: another transformer of the same architecture to read the batch with, see `twin`; None = that of the LM.
+            encoder: another transformer of the same architecture to read the batch with, see
+                `twin`; None = that of the LM.
 
         Raises:
-            NextLatError: packed rows given to a model, or an attention kernel, that would attend across documents.
+            NextLatError: packed rows given to a model, or an attention kernel, that would attend
+                across documents.
         """
         if batch.position_ids is None:
             return self.states(batch.input_ids, encoder)
@@ -205,17 +241,23 @@ class Backbone:
         )
 
     def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
-        """KV-cached forward of some more tokens (B, T) of every row: (h_BTD, cache). The cache is updated in place.
+        """KV-cached forward of some more tokens (B, T) of every row: (h_BTD, cache). The cache is
+        updated in place.
 
-        With `cache=None` a new one is made. What rows of unequal length need is in `arguments`: see `decoding.cache`.
+        With `cache=None` a new one is made. What rows of unequal length need is in `arguments`: see
+        `decoding.cache`.
 
         Raises:
             NextLatError: the model keeps no such cache (a purely recurrent one).
         """
-        out = self.lm.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments)
+        out = self.lm.base_model(
+            input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments
+        )
         kept = getattr(out, "past_key_values", None)
         if kept is None:
-            raise NextLatError(f"{type(self.lm).__name__} keeps no key-value cache: it can be trained here, but not decoded.")
+            raise NextLatError(
+                f"{type(self.lm).__name__} keeps no key-value cache: it can be trained here, but not decoded."
+            )
         return out[0], kept
 
     @property
@@ -224,7 +266,8 @@ class Backbone:
         return inspect.signature(self.lm.base_model.forward).parameters.keys()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """E(x): (...,) -> (..., E), by the model's own input embedding module (its scaling included, where it has one)."""
+        """E(x): (...,) -> (..., E), by the model's own input embedding module (its scaling
+        included, where it has one)."""
         return self.lm.get_input_embeddings()(input_ids)
 
     @property
@@ -233,13 +276,17 @@ class Backbone:
         return self.lm.config.get_text_config(decoder=True).num_attention_heads
 
     def twin(self) -> nn.Module:
-        """A second transformer of the same architecture, without a head, with weights of its own drawn as those of a new LM."""
+        """A second transformer of the same architecture, without a head, with weights of its own
+        drawn as those of a new LM."""
         config = copy.deepcopy(self.lm.config)
         kernel = self.lm.config._attn_implementation
-        return AutoModel.from_config(config, attn_implementation=kernel, dtype=self.lm.dtype).to(self.lm.device)
+        return AutoModel.from_config(config, attn_implementation=kernel, dtype=self.lm.dtype).to(
+            self.lm.device
+        )
 
     def cache_config(self, extra_layers: int = 0) -> PreTrainedConfig:
-        """What a KV cache is to be built from so that it has room for `extra_layers` more, each like the last one."""
+        """What a KV cache is to be built from so that it has room for `extra_layers` more, each
+        like the last one."""
         if not extra_layers:
             return self.lm.config
         config = copy.deepcopy(self.lm.config.get_text_config(decoder=True))
@@ -257,7 +304,8 @@ def probe_ids(lm: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def quiet(*modules: nn.Module) -> Iterator[None]:
-    """Dropout off while probing; every module's own training flag and the random state are put back."""
+    """Dropout off while probing; every module's own training flag and the random state are put
+    back."""
     flags = {module: module.training for each in modules for module in each.modules()}
     for each in modules:
         each.eval()

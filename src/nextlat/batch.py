@@ -2,9 +2,10 @@
 
 Shapes: B rows, T tokens a row, N = B*T positions in row-major order, d horizon.
 
-Two masks, never one (spec: "Masks" of the method). `labels == -100` removes a token from the token-level losses only; padding and
-document boundaries remove positions from everything. Both are turned here into two boolean vectors over the N positions, and
-every loss of every objective is built from those.
+Two masks, never one (spec: "Masks" of the method). `labels == -100` removes a token from the
+token-level losses only; padding and document boundaries remove positions from everything. Both are
+turned here into two boolean vectors over the N positions, and every loss of every objective is
+built from those.
 """
 
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ IGNORE = -100  # the label that transformers leaves out of the cross-entropy
 
 @dataclass(frozen=True)
 class RolloutStep:
-    """Step i of the rollouts that start at every position: which are still inside their document, and where they stand.
+    """Step i of the rollouts that start at every position: which are still inside their document,
+    and where they stand.
 
-    `kept` indexes the rows of step i - 1 that survive (M,), `state` is the position s = t + i that each survivor has reached (M,),
-    `scored` indexes the survivors whose state s has a next-token loss of its own (K <= M,): only those enter the KL.
+    `kept` indexes the rows of step i - 1 that survive (M,), `state` is the position s = t + i that
+    each survivor has reached (M,), `scored` indexes the survivors whose state s has a next-token
+    loss of its own (K <= M,): only those enter the KL.
     """
 
     kept: Tensor
@@ -37,8 +40,10 @@ class Batch:
 
     Attributes:
         input_ids: (B, T) tokens.
-        labels: (B, T), aligned with `input_ids` and shifted inside the loss as transformers does; -100 = no token-level loss.
-        position_ids: (B, T), counting up by one inside a document, 0 on padding; None when every row is one unpadded document.
+        labels: (B, T), aligned with `input_ids` and shifted inside the loss as transformers does;
+            -100 = no token-level loss.
+        position_ids: (B, T), counting up by one inside a document, 0 on padding; None when every
+            row is one unpadded document.
         valid: (B, T) bool, False on padding; None when there is none.
         packed: whether a row may hold several documents (the caller gave position_ids).
     """
@@ -59,14 +64,19 @@ class Batch:
     ) -> "Batch":
         """Canonical batch from what a data collator gives.
 
-        A document boundary is explicit, never guessed from tokens: it is a place where `position_ids` does not go up by one. Without
-        `position_ids`, every row is one document, counted from its first real token. Every padded token (attention_mask 0)
-        becomes a document of its own, on the left as on the right.
+        A document boundary is explicit, never guessed from tokens: it is a place where
+        `position_ids` does not go up by one. Without `position_ids`, every row is one document,
+        counted from its first real token. Every padded token (attention_mask 0) becomes a document
+        of its own, on the left as on the right.
 
         Raises:
             NextLatError: a shape other than (B, T), or a mask that is not 2-D.
         """
-        for name, x in {"labels": labels, "position_ids": position_ids, "attention_mask": attention_mask}.items():
+        for name, x in {
+            "labels": labels,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+        }.items():
             if x is not None and x.shape != input_ids.shape:
                 raise NextLatError(
                     f"{name} has shape {tuple(x.shape)} but input_ids has {tuple(input_ids.shape)}: give one value per token."
@@ -79,7 +89,8 @@ class Batch:
         return cls(input_ids, labels, position_ids, valid, packed)
 
     def linked(self) -> Tensor:
-        """(N,) bool: position n and the next one are real tokens of one document (never true in the last column)."""
+        """(N,) bool: position n and the next one are real tokens of one document (never true in the
+        last column)."""
         B, T = self.input_ids.shape
         link_BT = torch.zeros(B, T, dtype=torch.bool, device=self.input_ids.device)
         link_BT[:, :-1] = True
@@ -90,7 +101,8 @@ class Batch:
         return link_BT.flatten()
 
     def scored(self) -> Tensor:
-        """(N,) bool: the state at n has a next-token loss, i.e. token n + 1 belongs to its document and is labelled."""
+        """(N,) bool: the state at n has a next-token loss, i.e. token n + 1 belongs to its document
+        and is labelled."""
         return self.linked() & (self.targets() != IGNORE)
 
     def targets(self) -> Tensor:
@@ -100,9 +112,10 @@ class Batch:
     def rollout(self, horizon: int) -> Iterator[RolloutStep]:
         """The d steps of the rollouts that start at *every* position of the batch.
 
-        Validity is cumulative by construction: a rollout that would need a token of another document is dropped, and with it every
-        later step. Worked example: documents of 3 and 2 tokens in one row, positions 0 1 2 0 1. Step 1 reaches states
-        1, 2, 4 (from 0, 1, 3), step 2 reaches state 2 (from 0), step 3 none.
+        Validity is cumulative by construction: a rollout that would need a token of another
+        document is dropped, and with it every later step. Worked example: documents of 3 and 2
+        tokens in one row, positions 0 1 2 0 1. Step 1 reaches states 1, 2, 4 (from 0, 1, 3), step 2
+        reaches state 2 (from 0), step 3 none.
         """
         linked, scored = self.linked(), self.scored()
         state = torch.arange(linked.numel(), device=linked.device)
@@ -112,7 +125,8 @@ class Batch:
             yield RolloutStep(kept, state, scored[state].nonzero().squeeze(1))
 
     def ahead(self, horizon: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For i = 1..d: the positions t (M,) from which x_{t+1+i} is to be predicted, and its labels (M,).
+        """For i = 1..d: the positions t (M,) from which x_{t+1+i} is to be predicted, and its
+        labels (M,).
 
         It is where t..t+1+i lie in one document and the last of them is labelled.
         """
@@ -132,12 +146,15 @@ class Batch:
         return start, ends.nonzero().squeeze(1) - start + 1
 
     def reversed(self) -> "Batch":
-        """Every row read from its end, every document with positions of its own from its last token on."""
+        """Every row read from its end, every document with positions of its own from its last token
+        on."""
         B, T = self.input_ids.shape
         positions = None
         if self.position_ids is not None:
             n = torch.arange(B * T, device=self.input_ids.device)
-            end = torch.where(self.linked(), B * T, n).flip(0).cummin(0).values.flip(0)  # of the document that n lies in
+            end = (
+                torch.where(self.linked(), B * T, n).flip(0).cummin(0).values.flip(0)
+            )  # of the document that n lies in
             positions = (end - n).view(B, T).flip(1)
         valid = None if self.valid is None else self.valid.flip(1)
         return Batch(self.input_ids.flip(1), self.labels.flip(1), positions, valid, self.packed)

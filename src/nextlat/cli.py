@@ -1,8 +1,10 @@
 """The command line: train | evaluate | generate | compare | report | demo.
 
-It alone prints, but for the text that is decoded (`show_drafts.Stream`) and the bars of jobs (`jobs.watch`).
+It alone prints, but for the text that is decoded (`show_drafts.Stream`) and the bars of jobs
+(`jobs.watch`).
 
-Heavy imports stay inside the commands, so that `--help` answers at once. What the user can mend ends as one sentence and exit code 2.
+Heavy imports stay inside the commands, so that `--help` answers at once. What the user can mend
+ends as one sentence and exit code 2.
 """
 
 import sys
@@ -32,7 +34,9 @@ class _Commands(typer.core.TyperGroup):
             _say(str(error) or "stopped.")
             raise typer.Exit(130) from None
         except Exception as error:
-            say = getattr(error, "format_message", None)  # of click's errors of usage, whose classes typer has moved
+            say = getattr(
+                error, "format_message", None
+            )  # of click's errors of usage, whose classes typer has moved
             if say is None:
                 raise
             path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
@@ -52,19 +56,27 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change."),
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="next-token or nextlat; default: the recipe's.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="next-token or nextlat; default: the recipe's.")
+    ] = None,
     horizon: Annotated[int | None, typer.Option(help="d, steps of the rollout.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights and data.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>.")
+        Path | None,
+        typer.Option(help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>."),
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure the model when it is trained.")] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and do not train.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would cost, and do not train.")
+    ] = False,
 ) -> None:
     """Train a recipe; stop it anywhere, and the same command goes on where it was."""
     from nextlat.training.recipe import load_recipe
@@ -98,25 +110,53 @@ def evaluate(
 
 @app.command()
 def generate(
-    run: Annotated[str, typer.Argument(help="Run directory or hub id of a model with an objective.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue; for a city: source and destination, as in '12 57'.")],
+    run: Annotated[
+        str, typer.Argument(help="Run directory or hub id of a model with an objective.")
+    ],
+    prompt: Annotated[
+        str,
+        typer.Argument(help="Text to continue; for a city: source and destination, as in '12 57'."),
+    ],
     draft_length: Annotated[
-        str, typer.Option(help="Tokens drafted per cycle; 0 = plain decoding; auto = as many as are worth their time.")
+        str,
+        typer.Option(
+            help="Tokens drafted per cycle; 0 = plain decoding; auto = as many as are worth their time."
+        ),
     ] = "auto",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default: 256, or as many as the model has positions for.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Default: 256, or as many as the model has positions for.")
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0 = greedy, the default; or 1, if one of the next three is given.")
+        float | None,
+        typer.Option(help="0 = greedy, the default; or 1, if one of the next three is given."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total probability.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among the k most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among the most likely tokens of this total probability."),
+    ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Sample among tokens with at least this share of the greatest probability.")
+        float | None,
+        typer.Option(
+            help="Sample among tokens with at least this share of the greatest probability."
+        ),
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that have occurred become less likely.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(metavar="STRING", help="End behind this text; can be repeated.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that have occurred become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STRING", help="End behind this text; can be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    compile: Annotated[bool, typer.Option(help="One graph for a whole cycle; takes a while at first.")] = False,
-    show_drafts: Annotated[bool, typer.Option("--show-drafts", help="Show what became of every drafted token.")] = False,
+    compile: Annotated[
+        bool, typer.Option(help="One graph for a whole cycle; takes a while at first.")
+    ] = False,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Show what became of every drafted token.")
+    ] = False,
 ) -> None:
     """Continue a prompt as it is decoded, and say what the drafts were worth."""
     import torch
@@ -142,7 +182,10 @@ def generate(
         ) from error
     ids = _prompt(run, tokenizer, prompt)
     if max_new_tokens is None:
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**6
+        positions = (
+            getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            or 10**6
+        )
         max_new_tokens = max(1, min(256, positions - len(ids)))
     try:
         generator = torch.Generator(model.device).manual_seed(seed)
@@ -169,7 +212,11 @@ def generate(
         f"{_count(stats.tokens, 'token')} in {_count(stats.cycles, 'cycle')}: {stats.mean_acceptance_length:.2f} tokens a cycle, "
         f"{stats.acceptance_rate:.0%} of the drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
     )
-    measuring = f"{stats.measure_seconds:.2f} timing the machine for auto, " if stats.measure_seconds >= 0.005 else ""
+    measuring = (
+        f"{stats.measure_seconds:.2f} timing the machine for auto, "
+        if stats.measure_seconds >= 0.005
+        else ""
+    )
     _say(
         f"{stats.seconds:.2f} s: {measuring}{stats.prefill_seconds:.2f} reading the prompt, {stats.draft_seconds:.2f} drafting, "
         f"{stats.verify_seconds:.2f} verifying, {stats.overhead_seconds:.2f} overhead."
@@ -186,13 +233,20 @@ def _draft_length(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise NextLatError(f"--draft-length must be a whole number or auto, got '{text}'.") from None
+        raise NextLatError(
+            f"--draft-length must be a whole number or auto, got '{text}'."
+        ) from None
 
 
-def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None) -> dict[str, Any]:
-    """In the words of `generate`. What is not given is off, whatever a model or transformers has as a default."""
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None
+) -> dict[str, Any]:
+    """In the words of `generate`. What is not given is off, whatever a model or transformers has as
+    a default."""
     truncation = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given = [f"--{name.replace('_', '-')}" for name, value in truncation.items() if value is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in truncation.items() if value is not None
+    ]
     if top_p is not None and not 0 <= top_p <= 1:
         raise NextLatError(f"--top-p must be between 0 and 1, got {top_p}.")
     if temperature is None:
@@ -215,8 +269,9 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
 def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a prompt as the model saw texts in training.
 
-    In our own runs every sequence begins with the beginning-of-sequence token, where there is one, whether or not the tokenizer
-    puts it there (GPT-2's does not); other models get what their tokenizer makes of it.
+    In our own runs every sequence begins with the beginning-of-sequence token, where there is one,
+    whether or not the tokenizer puts it there (GPT-2's does not); other models get what their
+    tokenizer makes of it.
     """
     ids: list[int] = tokenizer(prompt).input_ids
     ours = any((directory / "run.json").is_file() for directory in (Path(run), Path(run).parent))
@@ -225,7 +280,9 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
         if ids[:1] != [tokenizer.bos_token_id]:
             ids = [tokenizer.bos_token_id, *ids]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
+        unknown = [
+            word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids
+        ]
         raise NextLatError(
             f"the prompt contains {', '.join(map(repr, unknown))}, which the model's vocabulary does not know: use words that it does."
         )
@@ -234,19 +291,33 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe (path-star-small, ...) or a .toml file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A built-in recipe (path-star-small, ...) or a .toml file.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings of the recipe to change; objectives.NAME... of that objective alone."
+            metavar="[KEY=VALUE]...",
+            help="Settings of the recipe to change; objectives.NAME... of that objective alone.",
         ),
     ] = None,
-    objectives: Annotated[str, typer.Option(help="all, or some of next-token,nextlat,mtp,jtp,bst.")] = "all",
-    seeds: Annotated[int | None, typer.Option(help="One or several, as in --seeds 0 1 2; default: 0.")] = None,
-    horizon: Annotated[int | None, typer.Option(help="d, of every objective that has one; default: the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where everything goes; default: compare/<recipe>.")] = None,
+    objectives: Annotated[
+        str, typer.Option(help="all, or some of next-token,nextlat,mtp,jtp,bst.")
+    ] = "all",
+    seeds: Annotated[
+        int | None, typer.Option(help="One or several, as in --seeds 0 1 2; default: 0.")
+    ] = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="d, of every objective that has one; default: the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where everything goes; default: compare/<recipe>.")
+    ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Models trained at a time; default: as many as the cores can take.")
+        int | None,
+        typer.Option(
+            min=1, help="Models trained at a time; default: as many as the cores can take."
+        ),
     ] = None,
 ) -> None:
     """Train a recipe by several objectives and seeds, side by side, and compare what they know."""
@@ -254,7 +325,9 @@ def compare(
     from nextlat.training.sweep import plan
 
     given = overrides or []
-    more = [item for item in given if seeds is not None and item.isdecimal()]  # --seeds 0 1 2: all but the first end up here
+    more = [
+        item for item in given if seeds is not None and item.isdecimal()
+    ]  # --seeds 0 1 2: all but the first end up here
     out = out or Path("compare") / Path(recipe).stem
     planned = plan(
         recipe,
@@ -268,7 +341,9 @@ def compare(
         _say(sentence)
     todo = [job for job in planned.jobs if not job.done]
     if len(todo) < len(planned.jobs):
-        _say(f"{len(planned.jobs) - len(todo)} of {len(planned.jobs)} models are trained and measured already.")
+        _say(
+            f"{len(planned.jobs) - len(todo)} of {len(planned.jobs)} models are trained and measured already."
+        )
     failures: dict[Job, str] = {}
     watch(todo, jobs or planned.processes, failures)
     done = [job for job in planned.jobs if job not in failures]
@@ -282,10 +357,15 @@ def compare(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path(
+        "report"
+    ),
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The report as Markdown too, with the pictures in --out by relative links."),
+        typer.Option(
+            metavar="FILE",
+            help="The report as Markdown too, with the pictures in --out by relative links.",
+        ),
     ] = None,
 ) -> None:
     """Tables, curves and maps of runs, as PNG and in one self-contained HTML page."""
@@ -298,7 +378,8 @@ def demo(
     seeds: Annotated[int, typer.Option(help="One or several, as in --seeds 0 1 2.")] = 0,
     more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
-    """Train the same transformer twice, by next-token and by next-latent prediction, and compare what they know."""
+    """Train the same transformer twice, by next-token and by next-latent prediction, and compare
+    what they know."""
     from nextlat.training import demo as show
     from nextlat.training.jobs import collect, watch
 
@@ -312,9 +393,15 @@ def _print_cost(recipe: "Recipe") -> None:
     from nextlat.training.cost import dry_run
 
     cost = dry_run(recipe)
-    place = cost.device + (f" with {cost.threads} thread{'s' if cost.threads > 1 else ''}" if cost.device == "CPU" else "")
+    place = cost.device + (
+        f" with {cost.threads} thread{'s' if cost.threads > 1 else ''}"
+        if cost.device == "CPU"
+        else ""
+    )
     print(f"{recipe.run_name} on this {place} in {recipe.run.precision}; nothing is trained now.")
-    print(f"parameters  {cost.lm_parameters:,} of the transformer, {cost.objective_parameters:,} of the objective")
+    print(
+        f"parameters  {cost.lm_parameters:,} of the transformer, {cost.objective_parameters:,} of the objective"
+    )
     print(f"tokens      {cost.tokens:,} (about) in {cost.steps:,} steps of {cost.rows} rows")
     if cost.flops is None:
         print(f"FLOPs       no formula for the objective {recipe.objective}")
@@ -330,7 +417,9 @@ def _print_cost(recipe: "Recipe") -> None:
     else:
         how = f"{_duration(cost.step_seconds)} a step, from single rows"
     bound = "at least" if not cost.timed and cost.flops is not None else "about"
-    print(f"time        {bound} {_duration(cost.seconds)} ({how}); saving and measuring come on top")
+    print(
+        f"time        {bound} {_duration(cost.seconds)} ({how}); saving and measuring come on top"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -348,9 +437,16 @@ def _evaluate(directory: Path, progress: bool) -> None:
 
     _no_library_bars()
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+    with Progress(
+        console=console, transient=True, disable=not (progress and console.is_terminal)
+    ) as bar:
         task = bar.add_task(f"evaluating {directory}")
-        evaluate(directory, progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total))
+        evaluate(
+            directory,
+            progress=lambda name, done, total: bar.update(
+                task, description=name, completed=done, total=total
+            ),
+        )
 
 
 def _report(directories: list[Path], out: Path | None, markdown: Path | None = None) -> None:

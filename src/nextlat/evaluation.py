@@ -1,7 +1,9 @@
-"""A finished run and its task become results.json: every metric with its error, and what decoding gains.
+"""A finished run and its task become results.json: every metric with its error, and what decoding
+gains.
 
-Next to it, scores.safetensors keeps what each item (pair, walk, sequence) contributed, so that two models can be compared item by
-item without running them again; tables and plots read only these files.
+Next to it, scores.safetensors keeps what each item (pair, walk, sequence) contributed, so that two
+models can be compared item by item without running them again; tables and plots read only these
+files.
 """
 
 import json
@@ -46,7 +48,8 @@ def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
     """Recipe, task and trained model of a run directory.
 
     Raises:
-        NextLatError: not a run, not finished, damaged, or its world is no longer the one it was trained in.
+        NextLatError: not a run, not finished, damaged, or its world is no longer the one it was
+            trained in.
     """
     directory = Path(directory)
     record = read_record(directory)
@@ -55,7 +58,9 @@ def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
             f"{directory} is not a run directory (no run.json): train one with 'nextlat train RECIPE --out {directory}'."
         )
     if record["status"] != "finished":
-        raise NextLatError(f"the run {directory} is not finished: give the command that started it again, and it goes on.")
+        raise NextLatError(
+            f"the run {directory} is not finished: give the command that started it again, and it goes on."
+        )
     recipe = Recipe.from_dict(record["recipe"], record.get("recipe_name", directory.name))
     task = recipe.task.build()
     if task.fingerprint() != record["task"]["fingerprint"]:
@@ -66,7 +71,8 @@ def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
 
 
 def evaluate(directory: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure a finished run, write results.json and scores.safetensors into it, and return the entry of results.json.
+    """Measure a finished run, write results.json and scores.safetensors into it, and return the
+    entry of results.json.
 
     Args:
         directory: of the run. progress: called before every measurement.
@@ -80,12 +86,17 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> dict
         return _evaluate(directory, recipe, task, model, progress)
 
 
-def _evaluate(directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel, progress: Progress | None) -> dict[str, Any]:
+def _evaluate(
+    directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel, progress: Progress | None
+) -> dict[str, Any]:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     scores: dict[str, Score] = {}
     curves: dict[str, list[float]] = {}
     decodes = bool(task.prompts(1)) and model.objective.max_draft_length != 0
-    stages = {"next-token loss": lambda m: {"next_token_loss": next_token_loss(m, task)}, **task.metrics()}
+    stages = {
+        "next-token loss": lambda m: {"next_token_loss": next_token_loss(m, task)},
+        **task.metrics(),
+    }
     total = len(stages) + 1 + decodes
     for done, (name, measure) in enumerate(stages.items()):
         if progress:
@@ -116,13 +127,17 @@ def _evaluate(directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel
         "seed": recipe.seed,
         "steps": recipe.steps,
         "metrics": metrics,
-        "intervals": {name: interval for name, score in scores.items() if (interval := share_interval(score))},
+        "intervals": {
+            name: interval for name, score in scores.items() if (interval := share_interval(score))
+        },
         "curves": curves,
         "decoding": decoding,
     }
     with write_errors(directory):
         temporary = directory / f"{TEMPORARY}{SCORES}"
-        save_file({name: score.per_item.astype(np.float64) for name, score in scores.items()}, temporary)
+        save_file(
+            {name: score.per_item.astype(np.float64) for name, score in scores.items()}, temporary
+        )
         temporary.replace(directory / SCORES)
         for name, content in artifacts.items():
             write_json(directory / name, content)
@@ -138,20 +153,27 @@ def next_token_loss(model: ObjectiveModel, task: Task) -> Score:
         batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in row.items()})
         h_ND = model.hidden(batch).flatten(0, 1)
         scored = batch.scored().nonzero().squeeze(1)
-        sums.append(cross_entropy(model.next_token_logits, h_ND[scored], batch.targets()[scored]).item())
+        sums.append(
+            cross_entropy(model.next_token_logits, h_ND[scored], batch.targets()[scored]).item()
+        )
         counts.append(len(scored))
     return ratio_score(sums, counts)
 
 
 def measure_decoding(model: ObjectiveModel, task: Task) -> dict[str, Any]:
-    """Greedy self-speculation on held-out prompts, interleaved with plain decoding by us and by transformers."""
+    """Greedy self-speculation on held-out prompts, interleaved with plain decoding by us and by
+    transformers."""
     room = task.max_length - max(len(prompt) for prompt in task.prompts(DECODED_PROMPTS))
     most = model.objective.max_draft_length
     length = DRAFT_LENGTH if most is None else min(DRAFT_LENGTH, most)
-    timings = compare_decoding(model, task.prompts(DECODED_PROMPTS), draft_lengths=[0, length], max_new_tokens=room)
+    timings = compare_decoding(
+        model, task.prompts(DECODED_PROMPTS), draft_lengths=[0, length], max_new_tokens=room
+    )
     drafted, plain, theirs = timings[length], timings[0], timings[TRANSFORMERS]
     # transformers decodes the LM alone, which with some objectives is not the model.
-    same = drafted.outputs == plain.outputs and (model.objective.needed_at_inference or plain.outputs == theirs.outputs)
+    same = drafted.outputs == plain.outputs and (
+        model.objective.needed_at_inference or plain.outputs == theirs.outputs
+    )
     return {
         "draft_length": length,
         "prompts": DECODED_PROMPTS,
@@ -162,7 +184,9 @@ def measure_decoding(model: ObjectiveModel, task: Task) -> dict[str, Any]:
         "acceptance_by_position": drafted.total.acceptance_by_position,
         "decoding_speedup": drafted.tokens_per_second / plain.tokens_per_second,
         "decoding_speedup_transformers": drafted.tokens_per_second / theirs.tokens_per_second,
-        "tokens_per_second": {str(way): timing.tokens_per_second for way, timing in timings.items()},
+        "tokens_per_second": {
+            str(way): timing.tokens_per_second for way, timing in timings.items()
+        },
     }
 
 
@@ -176,6 +200,10 @@ def read_results(directory: str | Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise NextLatError(f"{directory} has no {RESULTS}: run 'nextlat evaluate {directory}' first.") from error
+        raise NextLatError(
+            f"{directory} has no {RESULTS}: run 'nextlat evaluate {directory}' first."
+        ) from error
     except (OSError, ValueError) as error:
-        raise NextLatError(f"{path} is corrupt ({error}): run 'nextlat evaluate {directory}' again.") from error
+        raise NextLatError(
+            f"{path} is corrupt ({error}): run 'nextlat evaluate {directory}' again."
+        ) from error

@@ -1,7 +1,8 @@
 """Files and directories that are either wholly there or not there at all.
 
-Everything is written under a temporary name in the directory where it is to lie, flushed to the disk, and renamed: a process
-that is killed at any moment leaves the old state or the new one, and at worst a temporary that the next run removes.
+Everything is written under a temporary name in the directory where it is to lie, flushed to the
+disk, and renamed: a process that is killed at any moment leaves the old state or the new one, and
+at worst a temporary that the next run removes.
 """
 
 import json
@@ -19,11 +20,19 @@ from nextlat.errors import NextLatError
 TEMPORARY = ".nextlat-tmp-"  # prefix of every unfinished file or directory; what bears it may be deleted when nobody writes
 
 # torch.save and safetensors report a failed write in their own ways, and not as OSError.
-_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error", "File cannot be opened", "does not exist")
+_TORCH_WRITE_ERRORS = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+    "File cannot be opened",
+    "does not exist",
+)
 
 
 @contextmanager
-def write_errors(path: Path, way_out: str = "free some space or choose another place") -> Iterator[None]:
+def write_errors(
+    path: Path, way_out: str = "free some space or choose another place"
+) -> Iterator[None]:
     """Turn a failed write (full disk, no permission, no such directory) into one sentence.
 
     Raises:
@@ -40,7 +49,11 @@ def write_errors(path: Path, way_out: str = "free some space or choose another p
         if not any(mark in str(error) for mark in _TORCH_WRITE_ERRORS):
             raise
         free = _free_space(path)
-        reason = "No space left on device" if free is not None and free < 2**20 else "the file could not be written in full"
+        reason = (
+            "No space left on device"
+            if free is not None and free < 2**20
+            else "the file could not be written in full"
+        )
         raise NextLatError(f"cannot write {path}: {reason}; {way_out}.") from error
 
 
@@ -92,7 +105,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_text` of JSON; NaN and infinity are refused, since other readers of JSON do not know them."""
+    """`write_text` of JSON; NaN and infinity are refused, since other readers of JSON do not know
+    them."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -115,7 +129,8 @@ def publish_directory(staging: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty staging directory that becomes `target` when the block ends well, and vanishes when it does not.
+    """Yield an empty staging directory that becomes `target` when the block ends well, and vanishes
+    when it does not.
 
     Raises:
         NextLatError: something in it cannot be written; an older `target` is untouched.
@@ -133,10 +148,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def move_into(staging: Path, directory: Path, last: str) -> None:
-    """Move the files of a staging directory, each atomically, into a directory that holds other things too.
+    """Move the files of a staging directory, each atomically, into a directory that holds other
+    things too.
 
     Args:
-        last: the file without which nobody takes the others for a whole; it is moved when they are safely in place.
+        last: the file without which nobody takes the others for a whole; it is moved when they are
+            safely in place.
 
     Raises:
         OSError: see `write_errors`.
@@ -163,7 +180,8 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what an interrupted write left in a directory. Only for the one process that writes there.
+    """Delete what an interrupted write left in a directory. Only for the one process that writes
+    there.
 
     Raises:
         NextLatError: it cannot be deleted.

@@ -1,4 +1,5 @@
-"""The Hugging Face hub, where it can be reached; where it cannot, what is needed from it is found in the cache or missed at once."""
+"""The Hugging Face hub, where it can be reached; where it cannot, what is needed from it is found
+in the cache or missed at once."""
 
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,18 @@ TIMEOUT = 5.0  # seconds for the hub to answer at all
 
 @contextmanager
 def hub_or_cache(name: str | Path) -> Iterator[None]:
-    """Load `name`, a hub id, inside: the libraries would ask a hub that does not answer for half a minute, file by file, and tell of it.
+    """Load `name`, a hub id, inside: the libraries would ask a hub that does not answer for half a
+    minute, file by file, and tell of it.
 
     Nothing is asked for a local path, or where the libraries are offline already.
     """
     if Path(name).exists() or constants.is_offline_mode() or _answers():
         yield
         return
-    libraries: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]  # each has the setting
+    libraries: list[Any] = [
+        constants,
+        *filter(None, [sys.modules.get("datasets.config")]),
+    ]  # each has the setting
     before = [module.HF_HUB_OFFLINE for module in libraries]
     for module in libraries:
         module.HF_HUB_OFFLINE = True

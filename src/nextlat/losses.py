@@ -1,6 +1,8 @@
-"""Per-position losses, reduced once as sum / count, none of which keeps a (positions x vocabulary) tensor.
+"""Per-position losses, reduced once as sum / count, none of which keeps a (positions x vocabulary)
+tensor.
 
-Shapes: N positions, D width, V vocabulary. A *head* is any callable (M, D) -> (M, V); see `backbone.Head`.
+Shapes: N positions, D width, V vocabulary. A *head* is any callable (M, D) -> (M, V); see
+    `backbone.Head`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 
-# Chunks small enough that their logits stay in cache, and never the whole batch: peak memory must not scale with N * V.
+# Chunks small enough that their logits stay in cache, and never the whole batch: peak memory must
+# not scale with N * V.
 MAX_ROWS, MIN_ROWS, SHARE = 1024, 16, 4
 
 
@@ -25,14 +28,16 @@ def row_chunks(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Term:
-    """One named part of an objective: `weight * mean over steps of sums / counts`, both of shape (steps,)."""
+    """One named part of an objective: `weight * mean over steps of sums / counts`, both of shape
+    (steps,)."""
 
     sums: Tensor
     counts: Tensor
     weight: float = 1.0
 
     def mean(self) -> Tensor:
-        """Each step is averaged over its own count; a step without a valid position contributes 0, not NaN."""
+        """Each step is averaged over its own count; a step without a valid position contributes 0,
+        not NaN."""
         return (self.sums / self.counts.clamp(min=1)).mean()
 
 
@@ -45,7 +50,9 @@ class Losses:
     @property
     def total(self) -> Tensor:
         """The one scalar to call `.backward()` on."""
-        return torch.stack([term.weight * term.mean() for term in self.terms.values() if term.weight]).sum()
+        return torch.stack(
+            [term.weight * term.mean() for term in self.terms.values() if term.weight]
+        ).sum()
 
     def means(self) -> dict[str, Tensor]:
         """The parts before weighting, detached: what is logged."""
@@ -57,27 +64,38 @@ def _fp32(x: Tensor) -> Tensor:
 
 
 def smooth_l1(h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
-    """Sum over positions of Smooth L1 (beta = 1), averaged over the width; fp32 under mixed precision.
+    """Sum over positions of Smooth L1 (beta = 1), averaged over the width; fp32 under mixed
+    precision.
 
     L_next_h of arXiv 2511.05963; `h_ND` must come detached, it is the target sg[h].
     """
-    return F.smooth_l1_loss(_fp32(h_hat_ND), _fp32(h_ND), reduction="sum", beta=1.0) / h_ND.shape[-1]
+    return (
+        F.smooth_l1_loss(_fp32(h_hat_ND), _fp32(h_ND), reduction="sum", beta=1.0) / h_ND.shape[-1]
+    )
 
 
 def mse(h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
-    """Sum over positions of the squared difference, averaged over the width; fp32 under mixed precision (an ablation)."""
+    """Sum over positions of the squared difference, averaged over the width; fp32 under mixed
+    precision (an ablation)."""
     return F.mse_loss(_fp32(h_hat_ND), _fp32(h_ND), reduction="sum") / h_ND.shape[-1]
 
 
 def cross_entropy(head: Head, h_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Sum over positions of the cross-entropy of `head(h)` against the targets, without an (N, V) tensor kept.
+    """Sum over positions of the cross-entropy of `head(h)` against the targets, without an (N, V)
+    tensor kept.
 
-    A plain linear head goes through torch's chunked `linear_cross_entropy` where this torch has it (2.13 and later); other heads
-    (soft-capping, scaling), mixed precision and older versions recompute the logits chunk by chunk in the backward pass.
+    A plain linear head goes through torch's chunked `linear_cross_entropy` where this torch has it
+    (2.13 and later); other heads (soft-capping, scaling), mixed precision and older versions
+    recompute the logits chunk by chunk in the backward pass.
     """
     library: Any = getattr(F, "linear_cross_entropy", None)
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    if library is not None and weight is not None and weight.dtype == h_ND.dtype and not _autocast(h_ND):
+    if (
+        library is not None
+        and weight is not None
+        and weight.dtype == h_ND.dtype
+        and not _autocast(h_ND)
+    ):
         options = torch.nn.LinearCrossEntropyOptions()
         return library(h_ND, weight, targets_N, linear_bias=bias, reduction="sum", options=options)
     total = h_ND.new_zeros((), dtype=torch.promote_types(h_ND.dtype, torch.float32))
@@ -96,11 +114,13 @@ def _autocast(x: Tensor) -> bool:
 
 
 def same_head_kl(frozen_head: Head, h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
-    """Sum over positions of KL( softmax(head(h)) || softmax(head(h_hat)) ), gradient to `h_hat` only.
+    """Sum over positions of KL( softmax(head(h)) || softmax(head(h_hat)) ), gradient to `h_hat`
+    only.
 
-    L_KL of arXiv 2511.05963: teacher = the true state, student = the predicted state, both through the same frozen head. Because the
-    head is frozen, all that the backward pass needs is the gradient with respect to h_hat, which for a linear head is
-    m_q - m_p with m = W^T softmax(W h). It is formed chunk by chunk in the forward pass and is all that is kept.
+    L_KL of arXiv 2511.05963: teacher = the true state, student = the predicted state, both through
+    the same frozen head. Because the head is frozen, all that the backward pass needs is the
+    gradient with respect to h_hat, which for a linear head is m_q - m_p with m = W^T softmax(W h).
+    It is formed chunk by chunk in the forward pass and is all that is kept.
 
     Args:
         frozen_head: (M, D) -> (M, V), differentiable in its input, its parameters detached.
@@ -110,9 +130,11 @@ def same_head_kl(frozen_head: Head, h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
 
 
 def kl_divergence(teacher: Head, student: Head, h_ND: Tensor, h_hat_ND: Tensor) -> Tensor:
-    """Sum over positions of KL( softmax(teacher(h)) || softmax(student(h_hat)) ), gradient to all four that are not detached.
+    """Sum over positions of KL( softmax(teacher(h)) || softmax(student(h_hat)) ), gradient to all
+    four that are not detached.
 
-    For the ablations of the stop-gradients, in which `same_head_kl` would be wrong. The logits of a chunk are recomputed in the
+    For the ablations of the stop-gradients, in which `same_head_kl` would be wrong. The logits of a
+    chunk are recomputed in the
     backward pass, none are kept: as little memory, more time.
     """
     total = h_ND.new_zeros((), dtype=torch.promote_types(h_ND.dtype, torch.float32))
@@ -154,22 +176,30 @@ class _SameHeadKL(torch.autograd.Function):
 
 
 def one_by_one(
-    pieces: Iterable[Callable[..., Tensor]], states: Sequence[Tensor], parameters: Iterable[nn.Parameter]
+    pieces: Iterable[Callable[..., Tensor]],
+    states: Sequence[Tensor],
+    parameters: Iterable[nn.Parameter],
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a loss in many pieces, of which only one is held in memory at a time, behind one `.backward()`.
+    """Sum of a loss in many pieces, of which only one is held in memory at a time, behind one
+    `.backward()`.
 
-    In the forward pass every piece runs forward *and backward* on the detached states, and what it gives is added up; the backward
-    pass only scales that sum. Peak memory is that of the largest piece plus one gradient per state and parameter.
+    In the forward pass every piece runs forward *and backward* on the detached states, and what it
+    gives is added up; the backward pass only scales that sum. Peak memory is that of the largest
+    piece plus one gradient per state and parameter.
 
     Args:
-        pieces: functions of the detached `states` -> (S,) named parts of the loss; all parts of all pieces are added up.
-        states: tensors with a graph behind them. parameters: all others that pieces use and that are to learn.
+        pieces: functions of the detached `states` -> (S,) named parts of the loss; all parts of all
+            pieces are added up.
+        states: tensors with a graph behind them. parameters: all others that pieces use and that
+            are to learn.
 
     Returns:
         The total, and detached (S,) the parts over all pieces; zeros of shape (1,) without a piece.
     """
     learn = torch.is_grad_enabled()
-    return _OneByOne.apply(list(pieces), len(states), learn, *states, *(p for p in parameters if p.requires_grad))
+    return _OneByOne.apply(
+        list(pieces), len(states), learn, *states, *(p for p in parameters if p.requires_grad)
+    )
 
 
 class _OneByOne(torch.autograd.Function):
@@ -180,13 +210,17 @@ class _OneByOne(torch.autograd.Function):
         states = [x.detach().requires_grad_(learn and x.requires_grad) for x in inputs[:count]]
         wanted = [(i, x) for i, x in enumerate([*states, *inputs[count:]]) if x.requires_grad]
         grads = [_fp32(torch.zeros_like(x)) for _, x in wanted] if learn else []
-        parts = torch.zeros(1, dtype=torch.promote_types(inputs[0].dtype, torch.float32), device=inputs[0].device)
+        parts = torch.zeros(
+            1, dtype=torch.promote_types(inputs[0].dtype, torch.float32), device=inputs[0].device
+        )
         for piece in pieces:
             with torch.set_grad_enabled(learn):
                 values = piece(*states)
             parts = parts + values.detach()
             if learn and wanted and values.requires_grad:
-                found = torch.autograd.grad(values, [x for _, x in wanted], torch.ones_like(values), allow_unused=True)
+                found = torch.autograd.grad(
+                    values, [x for _, x in wanted], torch.ones_like(values), allow_unused=True
+                )
                 for total, grad in zip(grads, found, strict=True):
                     if grad is not None:
                         total += grad

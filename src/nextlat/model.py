@@ -1,7 +1,8 @@
-"""ObjectiveModel = an unmodified causal LM + a training objective: attach, load, forward, generate, save.
+"""ObjectiveModel = an unmodified causal LM + a training objective: attach, load, forward, generate,
+save.
 
-On disk it is a plain Hugging Face directory that loads with this package uninstalled; what the objective adds lies in its
-sub-folder `nextlat/`, which everyone else ignores.
+On disk it is a plain Hugging Face directory that loads with this package uninstalled; what the
+objective adds lies in its sub-folder `nextlat/`, which everyone else ignores.
 """
 
 import json
@@ -26,7 +27,12 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 
-SIDECAR, SIDECAR_CONFIG, SIDECAR_WEIGHTS, SIDECAR_FORMAT = "nextlat", "objective.json", "objective.safetensors", 1
+SIDECAR, SIDECAR_CONFIG, SIDECAR_WEIGHTS, SIDECAR_FORMAT = (
+    "nextlat",
+    "objective.json",
+    "objective.safetensors",
+    1,
+)
 
 
 @dataclass
@@ -47,7 +53,8 @@ class ObjectiveModel(nn.Module):
     """A causal LM with a training objective around it. Made by `attach` or `load`.
 
     Attributes:
-        lm: the causal LM itself, unmodified; `model.lm.generate`, `lm.push_to_hub` ... all work as ever.
+        lm: the causal LM itself, unmodified; `model.lm.generate`, `lm.push_to_hub` ... all work as
+            ever.
         objective: what the objective adds, e.g. `objective.dynamics` for NextLat.
         backbone: access to hidden states, embeddings and head of `lm`.
     """
@@ -84,15 +91,21 @@ class ObjectiveModel(nn.Module):
         """Loss of the objective on a batch, or logits when there are no labels.
 
         Args:
-            input_ids: (B, T). labels: (B, T), aligned with them (shifted inside), -100 = no token-level loss.
-            position_ids: (B, T), restarting at 0 with every document of a packed row; None = one document per row.
+            input_ids: (B, T). labels: (B, T), aligned with them (shifted inside), -100 = no
+                token-level loss.
+            position_ids: (B, T), restarting at 0 with every document of a packed row; None = one
+                document per row.
             attention_mask: (B, T), 0 on padding.
-            counts: what to divide by, if not the counts of this batch: those of a whole optimiser step (see `Objective.counts`).
+            counts: what to divide by, if not the counts of this batch: those of a whole optimiser
+                step (see `Objective.counts`).
 
         Raises:
-            NextLatError: packed rows for a model that would attend across documents; shapes that disagree.
+            NextLatError: packed rows for a model that would attend across documents; shapes that
+                disagree.
         """
-        batch = Batch.from_inputs(input_ids, input_ids if labels is None else labels, position_ids, attention_mask)
+        batch = Batch.from_inputs(
+            input_ids, input_ids if labels is None else labels, position_ids, attention_mask
+        )
         if labels is None:
             return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
         losses = self.objective.loss(batch, counts)
@@ -106,14 +119,18 @@ class ObjectiveModel(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """`Objective.counts` of a batch given as in `forward`."""
-        return self.objective.counts(Batch.from_inputs(input_ids, labels, position_ids, attention_mask))
+        return self.objective.counts(
+            Batch.from_inputs(input_ids, labels, position_ids, attention_mask)
+        )
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see `Objective.output_states`."""
+        """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see
+        `Objective.output_states`."""
         return self.objective.output_states(self.backbone.hidden(batch), batch.input_ids)
 
     def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
-        """The same states of some more tokens (B, T) of every row, KV-cached: (states, cache). See `Backbone.step`."""
+        """The same states of some more tokens (B, T) of every row, KV-cached: (states, cache). See
+        `Backbone.step`."""
         h_BTD, cache = self.backbone.step(input_ids, cache, **arguments)
         return self.objective.output_states(h_BTD, input_ids), cache
 
@@ -121,13 +138,17 @@ class ObjectiveModel(nn.Module):
         """(..., D) -> (..., V): of states that `hidden` or `step` gave."""
         return self.objective.next_token_logits(h)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """KV-cached lossless self-speculation, in the words of `transformers`' `generate`, with `draft_length="auto"` unless it is
-        given (0 = plain decoding). See `nextlat.decoding.generate` for everything that it takes and gives."""
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
+        """KV-cached lossless self-speculation, in the words of `transformers`' `generate`, with
+        `draft_length="auto"` unless it is given (0 = plain decoding). See
+        `nextlat.decoding.generate` for everything that it takes and gives."""
         return generate(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by itself: see `training`."""
+        """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by
+        itself: see `training`."""
         directory = Path(directory)
         sidecar = directory / SIDECAR
         sidecar.mkdir(parents=True, exist_ok=True)
@@ -141,8 +162,13 @@ class ObjectiveModel(nn.Module):
             "backbone": self._backbone_description(),
         }
         if self.objective.needed_at_inference:
-            description["note"] = "The transformer beside this is only part of the model: open the directory with nextlat.load."
-        weights = {name: value.detach().contiguous().cpu() for name, value in self.objective.state_dict().items()}
+            description["note"] = (
+                "The transformer beside this is only part of the model: open the directory with nextlat.load."
+            )
+        weights = {
+            name: value.detach().contiguous().cpu()
+            for name, value in self.objective.state_dict().items()
+        }
         save_file(weights, sidecar / SIDECAR_WEIGHTS, metadata={"format": "pt"})
         (sidecar / SIDECAR_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -156,13 +182,17 @@ class ObjectiveModel(nn.Module):
         }
 
     def load_weights(self, directory: str | Path) -> None:
-        """Load both halves in place from a directory that `save_pretrained` wrote (resume of a training run).
+        """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
+        training run).
 
         Raises:
             NextLatError: a part is missing, truncated, or belongs to another objective or model.
         """
         other = load(directory)
-        if other.objective.name != self.objective.name or other.objective.config != self.objective.config:
+        if (
+            other.objective.name != self.objective.name
+            or other.objective.config != self.objective.config
+        ):
             raise NextLatError(
                 f"{directory} was trained with {other.objective.name} {other.objective.config}, "
                 f"not {self.objective.name} {self.objective.config}: choose another run directory."
@@ -170,13 +200,16 @@ class ObjectiveModel(nn.Module):
         try:
             self.lm.load_state_dict(other.lm.state_dict())
         except RuntimeError as error:
-            raise NextLatError(f"{directory} holds a model of another shape: choose another run directory.") from error
+            raise NextLatError(
+                f"{directory} holds a model of another shape: choose another run directory."
+            ) from error
         self.objective.load_state_dict(other.objective.state_dict())
 
 
 @contextmanager
 def _cache_enabled(lm: PreTrainedModel) -> Iterator[None]:
-    """Trainer switches `config.use_cache` off for training; a saved model should not carry that to its users."""
+    """Trainer switches `config.use_cache` off for training; a saved model should not carry that to
+    its users."""
     before = getattr(lm.config, "use_cache", None)
     if before is not None:
         lm.config.use_cache = True
@@ -191,7 +224,8 @@ def attach(lm: PreTrainedModel, config: Any = None) -> ObjectiveModel:
     """Put a training objective around any causal LM of transformers, from scratch or pretrained.
 
     Args:
-        lm: a decoder-only causal LM; it is not modified. Freeze it (`lm.requires_grad_(False)`) to train the objective alone.
+        lm: a decoder-only causal LM; it is not modified. Freeze it (`lm.requires_grad_(False)`) to
+            train the objective alone.
         config: `NextLatConfig(...)`, `NextTokenConfig()`, ...; default next-token prediction.
 
     Raises:
@@ -203,24 +237,36 @@ def attach(lm: PreTrainedModel, config: Any = None) -> ObjectiveModel:
             objective = objective_type(config, Backbone(lm)).to(device=lm.device, dtype=lm.dtype)
             return ObjectiveModel(lm, objective)
     names = ", ".join(config_type.__name__ for config_type, _ in OBJECTIVES.values())
-    raise NextLatError(f"{type(config).__name__} is not an objective's configuration: use one of {names}.")
+    raise NextLatError(
+        f"{type(config).__name__} is not an objective's configuration: use one of {names}."
+    )
 
 
 def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     """Open a directory (or hub repository) that `save_pretrained` wrote.
 
     Args:
-        directory: a local path or a hub id. model_arguments: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...).
+        directory: a local path or a hub id. model_arguments: passed to
+            `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...).
 
     Raises:
-        NextLatError: nothing there, no sidecar, a truncated file, or a sidecar that belongs to another model.
+        NextLatError: nothing there, no sidecar, a truncated file, or a sidecar that belongs to
+            another model.
     """
     if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
-        raise NextLatError(f"cannot open {directory} (it has no config.json): name the directory of a saved model.")
+        raise NextLatError(
+            f"cannot open {directory} (it has no config.json): name the directory of a saved model."
+        )
     with hub_or_cache(directory):
-        lm = _open(directory, lambda: AutoModelForCausalLM.from_pretrained(directory, **model_arguments))
-        sidecar = {name: _sidecar_file(directory, name) for name in (SIDECAR_CONFIG, SIDECAR_WEIGHTS)}
-    description = _open(sidecar[SIDECAR_CONFIG], lambda: json.loads(sidecar[SIDECAR_CONFIG].read_text()))
+        lm = _open(
+            directory, lambda: AutoModelForCausalLM.from_pretrained(directory, **model_arguments)
+        )
+        sidecar = {
+            name: _sidecar_file(directory, name) for name in (SIDECAR_CONFIG, SIDECAR_WEIGHTS)
+        }
+    description = _open(
+        sidecar[SIDECAR_CONFIG], lambda: json.loads(sidecar[SIDECAR_CONFIG].read_text())
+    )
     if not isinstance(description, dict):
         raise NextLatError(f"{sidecar[SIDECAR_CONFIG]} does not describe an objective: restore it.")
     name = description.get("objective")
@@ -233,13 +279,17 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     try:
         model = attach(lm, config_type(**description["config"]))
     except (TypeError, KeyError, AttributeError) as error:
-        raise NextLatError(f"{sidecar[SIDECAR_CONFIG]} does not describe objective '{name}' ({error}): restore it.") from error
+        raise NextLatError(
+            f"{sidecar[SIDECAR_CONFIG]} does not describe objective '{name}' ({error}): restore it."
+        ) from error
     if description.get("backbone") != model._backbone_description():
         raise NextLatError(
             f"the objective in {directory} was trained on {description.get('backbone')}, but the model beside it is "
             f"{model._backbone_description()}: put the files back together."
         )
-    weights = _open(sidecar[SIDECAR_WEIGHTS], lambda: load_file(sidecar[SIDECAR_WEIGHTS], device=str(lm.device)))
+    weights = _open(
+        sidecar[SIDECAR_WEIGHTS], lambda: load_file(sidecar[SIDECAR_WEIGHTS], device=str(lm.device))
+    )
     _open(sidecar[SIDECAR_WEIGHTS], lambda: model.objective.load_state_dict(weights))
     return model
 
@@ -262,9 +312,13 @@ def _open(path: str | Path, read: Any) -> Any:
     try:
         return read()
     except SafetensorError as error:
-        raise NextLatError(f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint.") from error
+        raise NextLatError(
+            f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        missing = "" if Path(path).exists() else "there is no such directory, and as a name of the hub: "
+        missing = (
+            "" if Path(path).exists() else "there is no such directory, and as a name of the hub: "
+        )
         raise NextLatError(
             f"cannot open {path} ({missing}{first_line(error)}): restore it, or name a model that can be reached."
         ) from error
@@ -285,19 +339,24 @@ def llama(
     pad_token_id: int | None = None,
     seed: int | None = None,
 ) -> LlamaForCausalLM:
-    """The paper's backbone from scratch: rotary positions, RMSNorm, SwiGLU, no biases, untied head, weights ~ N(0, initializer_range).
+    """The paper's backbone from scratch: rotary positions, RMSNorm, SwiGLU, no biases, untied head,
+    weights ~ N(0, initializer_range).
 
     Args:
         vocab_size: V. layers, width, heads: of the transformer (D = width). max_length: positions.
-        intermediate_size: of the SwiGLU; None = 8/3 of the width, rounded up to a multiple of 32 (Llama's rule).
+        intermediate_size: of the SwiGLU; None = 8/3 of the width, rounded up to a multiple of 32
+            (Llama's rule).
         initializer_range: standard deviation of the weights; None = 0.02, the paper's.
-        seed: of the initial weights, without touching torch's global random state; None = drawn from that state.
+        seed: of the initial weights, without touching torch's global random state; None = drawn
+            from that state.
 
     Raises:
         NextLatError: a width that the heads do not divide.
     """
     if width % heads or (width // heads) % 2:
-        raise NextLatError(f"width {width} over {heads} heads does not give an even head size: change width or heads.")
+        raise NextLatError(
+            f"width {width} over {heads} heads does not give an even head size: change width or heads."
+        )
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,

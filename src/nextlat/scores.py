@@ -1,6 +1,7 @@
 """Scores with their errors, and the effective rank of a set of latent states.
 
-Pure functions of arrays and tensors: nothing here knows a model or a task. Shapes: n items, N states, D width of a state.
+Pure functions of arrays and tensors: nothing here knows a model or a task. Shapes: n items, N
+states, D width of a state.
 """
 
 import math
@@ -12,7 +13,8 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 from torch import Tensor
 
-# Normalised singular values below this are noise of the arithmetic and are dropped (arXiv 2511.05963, effective latent rank).
+# Normalised singular values below this are noise of the arithmetic and are dropped (arXiv
+# 2511.05963, effective latent rank).
 NEGLIGIBLE_SINGULAR_VALUE = 1e-12
 
 
@@ -20,8 +22,9 @@ NEGLIGIBLE_SINGULAR_VALUE = 1e-12
 class Score:
     """One number, its standard error over items, and what each item contributed.
 
-    Whatever the metric, `per_item` is scaled so that its mean is `value` and its standard deviation over sqrt(n) is `stderr`.
-    Scores of two models on the same items can therefore be subtracted item by item (`paired_difference`).
+    Whatever the metric, `per_item` is scaled so that its mean is `value` and its standard deviation
+    over sqrt(n) is `stderr`. Scores of two models on the same items can therefore be subtracted
+    item by item (`paired_difference`).
 
     Attributes:
         value: the metric.
@@ -42,16 +45,19 @@ def mean_score(per_item: ArrayLike) -> Score:
     """
     items = np.asarray(per_item, dtype=np.float64)
     if items.ndim != 1 or items.size == 0:
-        raise ValueError(f"a mean needs a vector of at least one item, not an array of shape {items.shape}")
+        raise ValueError(
+            f"a mean needs a vector of at least one item, not an array of shape {items.shape}"
+        )
     stderr = float(items.std(ddof=1)) / math.sqrt(items.size) if items.size > 1 else math.nan
     return Score(float(items.mean()), stderr, items)
 
 
 def share_interval(score: Score) -> tuple[float, float] | None:
-    """95 % confidence interval of a share, from items that are each 0 or 1; None where they are not.
+    """95 % confidence interval of a share, from items that are each 0 or 1; None where they are
+    not.
 
-    Wilson's (1927, as recommended by Brown, Cai & DasGupta 2001): unlike value +- 2 standard errors it stays inside [0, 1], and
-    does not shrink to nothing where all items, or none, succeed.
+    Wilson's (1927, as recommended by Brown, Cai & DasGupta 2001): unlike value +- 2 standard errors
+    it stays inside [0, 1], and does not shrink to nothing where all items, or none, succeed.
     """
     items = score.per_item
     if not np.isin(items, (0.0, 1.0)).all():
@@ -63,9 +69,10 @@ def share_interval(score: Score) -> tuple[float, float] | None:
 def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:
     """Pooled share sum(hits) / sum(trials) with the standard error clustered by item.
 
-    The trials of one item (the positions of one sequence) are not independent; items are. The error is that of the ratio
-    estimator (Cochran, Sampling Techniques, 3rd ed., section 2.11): the item values R + (hits - R trials) / mean(trials) have
-    mean R, and their spread is the linearised spread of R.
+    The trials of one item (the positions of one sequence) are not independent; items are. The error
+    is that of the ratio estimator (Cochran, Sampling Techniques, 3rd ed., section 2.11): the item
+    values R + (hits - R trials) / mean(trials) have mean R, and their spread is the linearised
+    spread of R.
 
     Args:
         hits: (n,) successes per item.
@@ -76,16 +83,19 @@ def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:
     """
     hit, trial = np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
     if hit.shape != trial.shape or trial.size == 0 or trial.sum() <= 0:
-        raise ValueError(f"a ratio needs trials: hits {hit.shape}, trials {trial.shape} with sum {trial.sum()}")
+        raise ValueError(
+            f"a ratio needs trials: hits {hit.shape}, trials {trial.shape} with sum {trial.sum()}"
+        )
     ratio = hit.sum() / trial.sum()
     return mean_score(ratio + (hit - ratio * trial) / trial.mean())
 
 
 def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
-    """Score of a statistic that is no mean, from its values with each item left out (Efron & Stein 1981).
+    """Score of a statistic that is no mean, from its values with each item left out (Efron & Stein
+    1981).
 
-    The items are the pseudo-values n value - (n - 1) value_without_i, shifted so that their mean is `value` itself: the
-    statistic is reported as defined, not bias-corrected.
+    The items are the pseudo-values n value - (n - 1) value_without_i, shifted so that their mean is
+    `value` itself: the statistic is reported as defined, not bias-corrected.
     """
     without = np.asarray(leave_one_out, dtype=np.float64)
     score = mean_score(value - (without.size - 1) * (without - without.mean()))
@@ -93,35 +103,42 @@ def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
 
 
 def exp_score(score: Score) -> Score:
-    """exp of a score: perplexity from a mean cross-entropy. The error is that of the delta method, exp(value) * stderr.
+    """exp of a score: perplexity from a mean cross-entropy. The error is that of the delta method,
+    exp(value) * stderr.
 
-    The items are those of the linearisation at the value, exp(value) * (1 + item - value), whose mean is exp(value).
+    The items are those of the linearisation at the value, exp(value) * (1 + item - value), whose
+    mean is exp(value).
     """
     value = math.exp(score.value)
     return Score(value, value * score.stderr, value * (1 + score.per_item - score.value))
 
 
 def paired_difference(first: Score, second: Score) -> Score:
-    """`first` minus `second` on the same items in the same order; the error is that of the paired difference.
+    """`first` minus `second` on the same items in the same order; the error is that of the paired
+    difference.
 
     Raises:
         ValueError: the scores have a different number of items.
     """
     if first.per_item.shape != second.per_item.shape:
-        raise ValueError(f"paired scores need the same items: {first.per_item.shape} and {second.per_item.shape}")
+        raise ValueError(
+            f"paired scores need the same items: {first.per_item.shape} and {second.per_item.shape}"
+        )
     return mean_score(first.per_item - second.per_item)
 
 
 def effective_rank(h_ND: Tensor) -> float:
-    """Effective rank of a matrix of states: exp of the Shannon entropy of its singular values normalised to sum 1.
+    """Effective rank of a matrix of states: exp of the Shannon entropy of its singular values
+    normalised to sum 1.
 
-    Roy & Vetterli, "The effective rank" (EUSIPCO 2007), definition 1; the compactness measure of arXiv 2511.05963. States
-    are not centred. Normalised singular values under 1e-12 are dropped. Between 1 (all states on one line) and min(N, D); 0 for
-    a matrix of zeros or without rows.
+    Roy & Vetterli, "The effective rank" (EUSIPCO 2007), definition 1; the compactness measure of
+    arXiv 2511.05963. States are not centred. Normalised singular values under 1e-12 are dropped.
+    Between 1 (all states on one line) and min(N, D); 0 for a matrix of zeros or without rows.
 
-    The singular values are taken in float64 from the matrix (a tall one is first reduced to its QR factor, an orthogonal step,
-    so nothing is lost) and not from the D x D Gram matrix, whose eigenvalues are their squares: those would drown
-    every normalised value below about 1e-8 in rounding.
+    The singular values are taken in float64 from the matrix (a tall one is first reduced to its QR
+    factor, an orthogonal step, so nothing is lost) and not from the D x D Gram matrix, whose
+    eigenvalues are their squares: those would drown every normalised value below about 1e-8 in
+    rounding.
 
     Args:
         h_ND: (N, D) states, any floating dtype and device.
@@ -133,7 +150,8 @@ def effective_rank(h_ND: Tensor) -> float:
 
 
 def triangular_factor(h_ND: Tensor) -> Tensor:
-    """A matrix of at most D rows with the singular values of `h_ND`, in float64: R of its QR decomposition.
+    """A matrix of at most D rows with the singular values of `h_ND`, in float64: R of its QR
+    decomposition.
 
     Factors of parts can be stacked: cat(R_1, R_2) has the singular values of cat(h_1, h_2).
     """

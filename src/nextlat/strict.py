@@ -1,4 +1,5 @@
-"""Strict tables: a mapping of keys to values becomes a typed dataclass, and whatever is wrong with it becomes one sentence."""
+"""Strict tables: a mapping of keys to values becomes a typed dataclass, and whatever is wrong with
+it becomes one sentence."""
 
 import difflib
 import json
@@ -17,7 +18,11 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"perhaps {close[0]} is meant"
-    return f"there {'is only' if len(valid) == 1 else 'are'} {', '.join(valid)}" if valid else "it takes no settings"
+    return (
+        f"there {'is only' if len(valid) == 1 else 'are'} {', '.join(valid)}"
+        if valid
+        else "it takes no settings"
+    )
 
 
 @cache
@@ -29,7 +34,8 @@ class Reader:
     """Turns tables into dataclasses and everything that is wrong with them into one sentence.
 
     Args:
-        requests: keys that were set on the command line -> their text and how to name them in a sentence.
+        requests: keys that were set on the command line -> their text and how to name them in a
+            sentence.
         where: how to name the place of all other keys, e.g. "recipe city-small.toml".
     """
 
@@ -47,7 +53,8 @@ class Reader:
         """One dataclass from one table.
 
         Args:
-            place: the table's dotted name, "" for the top. extra: names that are valid there besides the fields.
+            place: the table's dotted name, "" for the top. extra: names that are valid there
+                besides the fields.
 
         Raises:
             NextLatError: an unknown key, a missing one, a wrong type or a value out of range.
@@ -71,23 +78,38 @@ class Reader:
 
     @staticmethod
     def _validate(adapter: TypeAdapter[Any], table: dict[str, Any]) -> Any:
-        # Strict as JSON is: 1.0 or true is no int, "1" is no number, but an array may become a tuple and a word a path.
+        # Strict as JSON is: 1.0 or true is no int, "1" is no number, but an array may become a
+        # tuple and a word a path.
         return adapter.validate_json(json.dumps(table, default=str), strict=True)
 
-    def _check_keys(self, kind: type, table: dict[str, Any], place: str, extra: Sequence[str]) -> None:
+    def _check_keys(
+        self, kind: type, table: dict[str, Any], place: str, extra: Sequence[str]
+    ) -> None:
         hints = get_type_hints(kind, include_extras=True)
         valid = [f.name for f in fields(kind) if f.init]
         for key, value in table.items():
             full = f"{place}.{key}".lstrip(".")
             if key not in valid:
                 table_name = f"[{place}]" if place else "a recipe"
-                raise NextLatError(f"{self.source(full)}: {table_name} has no '{key}': {nearest(key, [*valid, *extra])}.")
-            nested = next((t for t in (hints[key], *get_args(hints[key])) if isinstance(t, type) and is_dataclass(t)), None)
+                raise NextLatError(
+                    f"{self.source(full)}: {table_name} has no '{key}': {nearest(key, [*valid, *extra])}."
+                )
+            nested = next(
+                (
+                    t
+                    for t in (hints[key], *get_args(hints[key]))
+                    if isinstance(t, type) and is_dataclass(t)
+                ),
+                None,
+            )
             if nested is not None and isinstance(value, dict):
                 self._check_keys(nested, value, full, ())
 
-    def _as_plain_words(self, error: ValidationError, table: dict[str, Any], place: str) -> dict[str, Any] | None:
-        """The table with overrides that do not fit as numbers taken as plain words: `task.place=10115` is a place too."""
+    def _as_plain_words(
+        self, error: ValidationError, table: dict[str, Any], place: str
+    ) -> dict[str, Any] | None:
+        """The table with overrides that do not fit as numbers taken as plain words:
+        `task.place=10115` is a place too."""
         changed = dict(table)
         for problem in error.errors():
             key = str(problem["loc"][0]) if problem["loc"] else ""
@@ -98,7 +120,8 @@ class Reader:
 
     def _sentence(self, error: ValidationError, table: dict[str, Any], place: str) -> str:
         problems = error.errors()
-        # A union such as `int | None` reports every branch: the branch that was meant is the one that is not None's.
+        # A union such as `int | None` reports every branch: the branch that was meant is the one
+        # that is not None's.
         problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
         key = str(problem["loc"][0]) if problem["loc"] else ""
         full = f"{place}.{key}".strip(".")

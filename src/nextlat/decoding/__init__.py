@@ -1,4 +1,5 @@
-"""Decoding: plain and self-speculative, KV-cached, in batches, with the output of the transformer alone."""
+"""Decoding: plain and self-speculative, KV-cached, in batches, with the output of the transformer
+alone."""
 
 from nextlat.decoding.draft_length import AdaptiveLength, Costs
 from nextlat.decoding.generate import generate
@@ -6,4 +7,13 @@ from nextlat.decoding.loop import decode
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
 from nextlat.decoding.stopping import Stopping
 
-__all__ = ["AdaptiveLength", "Costs", "Cycle", "GenerationStats", "Pass", "Stopping", "decode", "generate"]
+__all__ = [
+    "AdaptiveLength",
+    "Costs",
+    "Cycle",
+    "GenerationStats",
+    "Pass",
+    "Stopping",
+    "decode",
+    "generate",
+]

@@ -1,18 +1,23 @@
 """Key-value caches: one for ragged batches, and the library's own for what any model can do.
 
-The only part of decoding that knows the caches of `transformers`. Both classes do three things: `prefill` reads the prompts,
-`read` reads some more tokens of every row in one forward pass, `keep` says how many of those last tokens stay.
+The only part of decoding that knows the caches of `transformers`. Both classes do three things:
+`prefill` reads the prompts, `read` reads some more tokens of every row in one forward pass, `keep`
+says how many of those last tokens stay.
 
-`RaggedCache`: the key and value of position i of a row always lie in slot i, and a query at position p sees the slots up to p. So
-rows are of any length, taking back a token is forgetting that it is there (the slot is written again before a query can see
-it), shapes are static, and there is no padding inside.
+`RaggedCache`: the key and value of position i of a row always lie in slot i, and a query at
+position p sees the slots up to p. So rows are of any length, taking back a token is forgetting that
+it is there (the slot is written again before a query can see it), shapes are static, and there is
+no padding inside.
 
-`GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows then advance together, padded on the
-left as `transformers` does it. Measured on 5.17 and 5.23: `crop` takes the number of tokens to remove as a NEGATIVE number, and
-layers with a sliding window or a convolution throw their past away unless they were told beforehand to record it; those have to
-be cropped after every forward pass, by zero tokens too, because only `crop` brings them back to size.
+`GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows
+then advance together, padded on the left as `transformers` does it. Measured on 5.17 and 5.23:
+`crop` takes the number of tokens to remove as a NEGATIVE number, and layers with a sliding window
+or a convolution throw their past away unless they were told beforehand to record it; those have to
+be cropped after every forward pass, by zero tokens too, because only `crop` brings them back to
+size.
 
-Shapes: B rows, T prompt tokens, K tokens read at a time, S slots, D width, H heads, E width of a head.
+Shapes: B rows, T prompt tokens, K tokens read at a time, S slots, D width, H heads, E width of a
+    head.
 """
 
 from collections.abc import Sequence
@@ -39,7 +44,8 @@ class GrowingCache:
 
     Args:
         backbone: of the model. config: `Objective.cache_config`, what the cache is built from.
-        forgets: whether tokens will be taken back, possible for one row only; without, the model chooses a cache of its own.
+        forgets: whether tokens will be taken back, possible for one row only; without, the model
+            chooses a cache of its own.
     """
 
     def __init__(self, backbone: Backbone, config: PreTrainedConfig, *, forgets: bool) -> None:
@@ -51,16 +57,23 @@ class GrowingCache:
             self._cache.activate_past_recording()
 
     def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompts (T,) as (B, T), filled up on the left; their states (B, T, D); and where each ends, (B,).
+        """The prompts (T,) as (B, T), filled up on the left; their states (B, T, D); and where each
+        ends, (B,).
 
         Raises:
             CannotForgetError: the model has recurrent layers, but `forgets`.
         """
         lengths = [len(prompt) for prompt in prompts]
-        tokens_BT = torch.stack([F.pad(prompt, (max(lengths) - len(prompt), 0)) for prompt in prompts])
+        tokens_BT = torch.stack(
+            [F.pad(prompt, (max(lengths) - len(prompt), 0)) for prompt in prompts]
+        )
         if min(lengths) < max(lengths):
-            before_B1 = torch.tensor([max(lengths) - length for length in lengths], device=tokens_BT.device)[:, None]
-            self._mask_BT = (torch.arange(max(lengths), device=tokens_BT.device) >= before_B1).long()
+            before_B1 = torch.tensor(
+                [max(lengths) - length for length in lengths], device=tokens_BT.device
+            )[:, None]
+            self._mask_BT = (
+                torch.arange(max(lengths), device=tokens_BT.device) >= before_B1
+            ).long()
         h_BTD = self._step(tokens_BT)
         # Only now: a recurrent layer does not know what it stores before the first pass.
         if self._forgets and self._cache is not None and not self._cache.is_croppable:
@@ -87,7 +100,8 @@ class GrowingCache:
         return h_BKD
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Forget all but the first so many of the tokens read last; to be called once after every `read`."""
+        """Forget all but the first so many of the tokens read last; to be called once after every
+        `read`."""
         if self._forgets and self._cache is not None:
             self._cache.crop(counts[0] - self._last)
 
@@ -96,11 +110,13 @@ class RaggedCache:
     """A batch whose rows have lengths of their own, in static tensors.
 
     Args:
-        backbone: of the model, which must pass `supports_ragged`. config: `Objective.cache_config`, for the number of layers.
+        backbone: of the model, which must pass `supports_ragged`. config: `Objective.cache_config`,
+            for the number of layers.
         length: tokens of the longest row when all is done.
 
     Attributes:
-        slots: S; one more than `length` at least, in which rows that have nothing left to read leave what nobody ever sees.
+        slots: S; one more than `length` at least, in which rows that have nothing left to read
+            leave what nobody ever sees.
         lengths_B: tokens that each row has read, on the device; known after `prefill`.
     """
 
@@ -113,12 +129,15 @@ class RaggedCache:
         self._last_position = (getattr(config, "max_position_embeddings", None) or self.slots) - 1
         self._additive = config._attn_implementation == "eager"
         self._write = _Write()
-        layers: list[Any] = [_RaggedLayer(self.slots, self._write) for _ in range(config.num_hidden_layers)]
+        layers: list[Any] = [
+            _RaggedLayer(self.slots, self._write) for _ in range(config.num_hidden_layers)
+        ]
         self._cache = Cache(layers=layers)
         self._lengths: list[int] = []
 
     def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompts (T,) as (B, T), filled up on the right; their states (B, T, D); where each ends, (B,). `keep` has to follow."""
+        """The prompts (T,) as (B, T), filled up on the right; their states (B, T, D); where each
+        ends, (B,). `keep` has to follow."""
         tokens_BT = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
         self._lengths = [0] * len(prompts)
         self.lengths_B = torch.zeros(len(prompts), dtype=torch.long, device=tokens_BT.device)
@@ -130,26 +149,39 @@ class RaggedCache:
         longest = max(self._lengths)
         span = -(-(longest + tokens_BK.shape[1]) // SPAN) * SPAN
         fits = min(self._lengths) == longest and longest + tokens_BK.shape[1] < self.slots
-        return self.forward(tokens_BK, self.lengths_B, min(span, self.slots), longest if fits else None)
+        return self.forward(
+            tokens_BK, self.lengths_B, min(span, self.slots), longest if fits else None
+        )
 
-    def forward(self, tokens_BK: Tensor, lengths_B: Tensor, span: int, common: int | None = None) -> Tensor:
-        """`read` as a function of tensors, attending over the first `span` slots: what is compiled, with all of them.
+    def forward(
+        self, tokens_BK: Tensor, lengths_B: Tensor, span: int, common: int | None = None
+    ) -> Tensor:
+        """`read` as a function of tensors, attending over the first `span` slots: what is compiled,
+        with all of them.
 
-        `common` is the length of all rows where that is one number: they are then written as one slice.
+        `common` is the length of all rows where that is one number: they are then written as one
+        slice.
         """
-        positions_BK = lengths_B[:, None] + torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
+        positions_BK = lengths_B[:, None] + torch.arange(
+            tokens_BK.shape[1], device=tokens_BK.device
+        )
         self._write.slots_BK, self._write.span = positions_BK.clamp(max=self.slots - 1), span
         self._write.start = common
         visible_B1KS = torch.arange(span, device=tokens_BK.device) <= positions_BK[:, None, :, None]
         mask = _additive(visible_B1KS, self._backbone.lm.dtype) if self._additive else visible_B1KS
         h_BKD, _ = self._backbone.step(
-            tokens_BK, self._cache, attention_mask=mask, position_ids=positions_BK.clamp(max=self._last_position)
+            tokens_BK,
+            self._cache,
+            attention_mask=mask,
+            position_ids=positions_BK.clamp(max=self._last_position),
         )
         return h_BKD
 
     def keep(self, counts: Sequence[int]) -> None:
         """Each row keeps the first so many of the tokens read last."""
-        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        self._lengths = [
+            length + count for length, count in zip(self._lengths, counts, strict=True)
+        ]
         self.lengths_B = torch.tensor(self._lengths, device=self.lengths_B.device)
 
 
@@ -158,8 +190,8 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Write:
-    """Where the layers put what is read now: slots (B, K), their start where it is the same for all rows; and how many slots
-    attention sees."""
+    """Where the layers put what is read now: slots (B, K), their start where it is the same for all
+    rows; and how many slots attention sees."""
 
     slots_BK: Tensor
     start: int | None
@@ -180,11 +212,15 @@ class _RaggedLayer(CacheLayerMixin):
         for name, states in {"keys": key_states, "values": value_states}.items():
             shape = (*states.shape[:2], self._slots, states.shape[-1])
             tensor = torch.zeros(shape, dtype=states.dtype, device=states.device)
-            torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would refuse to write into it
+            torch._dynamo.mark_static_address(
+                tensor
+            )  # or CUDA graphs would refuse to write into it
             setattr(self, name, tensor)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.keys, self.values
@@ -213,10 +249,14 @@ class _RaggedLayer(CacheLayerMixin):
 
 @torch.no_grad()
 def supports_ragged(backbone: Backbone) -> bool:
-    """Whether a `RaggedCache` gives the states of this model: full attention in every layer, tried out on two rows."""
+    """Whether a `RaggedCache` gives the states of this model: full attention in every layer, tried
+    out on two rows."""
     lm = backbone.lm
     config = lm.config.get_text_config(decoder=True)
-    if config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in backbone.step_arguments:
+    if (
+        config._attn_implementation not in ("sdpa", "eager")
+        or "position_ids" not in backbone.step_arguments
+    ):
         return False
     if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=lm.config).layers):
         return False
@@ -229,6 +269,11 @@ def supports_ragged(backbone: Backbone) -> bool:
         cache.keep([1, 2])
         h_BKD = cache.read(torch.stack([ids[[5, 6]], ids[[7, 0]]]))
         rows = [ids[[0, 1, 2, 3, 4, 5, 6]], ids[[3, 4, 5, 2, 7, 0]]]
-        return all(backbone.close(h_BKD[b], backbone.states(row[None])[0, -2:]) for b, row in enumerate(rows))
-    except Exception:  # whatever a foreign model raises on a cache it does not know, the other path is still open
+        return all(
+            backbone.close(h_BKD[b], backbone.states(row[None])[0, -2:])
+            for b, row in enumerate(rows)
+        )
+    except (
+        Exception
+    ):  # whatever a foreign model raises on a cache it does not know, the other path is still open
         return False

@@ -1,4 +1,5 @@
-"""One cycle: draft, verification and acceptance for a whole batch, step by step or as one compiled graph.
+"""One cycle: draft, verification and acceptance for a whole batch, step by step or as one compiled
+graph.
 
 Shapes: B rows, K tokens read, V vocabulary, S width of the state that drafts start from, D width.
 """
@@ -41,7 +42,8 @@ class Clock:
 
 @dataclass
 class Outcome:
-    """Of one cycle. `packed` (4 + k, B): accepted, following token, whether the logits were finite, and the drafter's, drafted tokens."""
+    """Of one cycle. `packed` (4 + k, B): accepted, following token, whether the logits were finite,
+    and the drafter's, drafted tokens."""
 
     packed: Tensor
     state_BS: Tensor
@@ -73,14 +75,19 @@ class Eager:
         more: More | None,
         clock: "Clock",
     ) -> Outcome:
-        """One cycle that drafts `planned` tokens, or fewer when `more` says that it is enough; `most` is each row's own limit."""
+        """One cycle that drafts `planned` tokens, or fewer when `more` says that it is enough;
+        `most` is each row's own limit."""
         rule, device = self.rule, token_B.device
         noise = rule.noise(len(token_B), planned, self.model.backbone.vocab_size, device)
         most_B = torch.tensor(most, device=device)
-        read, drafts, finite_B = draft(self.model, rule, state_BS, token_B, most_B, planned, noise, rows, more)
+        read, drafts, finite_B = draft(
+            self.model, rule, state_BS, token_B, most_B, planned, noise, rows, more
+        )
         drafted_at = clock.mark()
         h_BKD = self.cache.read(torch.stack(read, dim=1))
-        out = accept(self.model, rule, h_BKD, read, drafts, finite_B, most_B, noise, rows, self.drafts)
+        out = accept(
+            self.model, rule, h_BKD, read, drafts, finite_B, most_B, noise, rows, self.drafts
+        )
         return replace(out, drafted_at=drafted_at)
 
 
@@ -95,10 +102,11 @@ def draft(
     rows: Sequence[Tensor],
     more: More | None = None,
 ) -> tuple[list[Tensor], list[Draw], Tensor]:
-    """Up to `planned` tokens, each drawn in the state that the objective predicts after reading the one before.
+    """Up to `planned` tokens, each drawn in the state that the objective predicts after reading the
+    one before.
 
-    Every drawn token is kept: whether to stop may depend on anything known before a draw, never on the probability of the
-    token that was drawn, which would bias the output.
+    Every drawn token is kept: whether to stop may depend on anything known before a draw, never on
+    the probability of the token that was drawn, which would bias the output.
     """
     read: list[Tensor] = [token_B]
     drafts: list[Draw] = []
@@ -130,7 +138,8 @@ def accept(
     rows: Sequence[Tensor],
     goes_on: bool,
 ) -> Outcome:
-    """What the transformer makes of a draft, given its states (B, k + 1, D) at the tokens read; `goes_on` if drafts follow."""
+    """What the transformer makes of a draft, given its states (B, k + 1, D) at the tokens read;
+    `goes_on` if drafts follow."""
     objective, read_BK = model.objective, torch.stack(list(read), dim=1)
     logits_BKV = model.next_token_logits(objective.output_states(h_BKD, read_BK))
     past = Past(rows, read_BK) if rule.scores.need_past else None
@@ -139,7 +148,9 @@ def accept(
     sound_BK = logits_BKV.amax(dim=-1).isfinite()
     if drafts:
         sound_BK = sound_BK | (torch.arange(len(read), device=h_BKD.device) > accepted_B[:, None])
-    packed = torch.stack([accepted_B, following_B, sound_BK.all(dim=-1).long(), finite_B.long(), *read[1:]])
+    packed = torch.stack(
+        [accepted_B, following_B, sound_BK.all(dim=-1).long(), finite_B.long(), *read[1:]]
+    )
     # The state that `following` was chosen in starts the next draft.
     states_BKS = objective.drafting_states(h_BKD, read_BK) if goes_on else h_BKD
     state_BS = at(states_BKS, accepted_B) if drafts else states_BKS[:, 0]
@@ -165,7 +176,9 @@ def _whole_cycle(
     goes_on: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A cycle of static shapes as one function of tensors."""
-    noise = Noise(uniform, lambda i: times[:, i]) if uniform is not None and times is not None else None
+    noise = (
+        Noise(uniform, lambda i: times[:, i]) if uniform is not None and times is not None else None
+    )
     read, drafts, finite_B = draft(model, rule, state_BS, token_B, most_B, planned, noise, ())
     h_BKD = cache.forward(torch.stack(read, dim=1), lengths_B, cache.slots)
     out = accept(model, rule, h_BKD, read, drafts, finite_B, most_B, noise, (), goes_on)
@@ -173,7 +186,8 @@ def _whole_cycle(
 
 
 class Compiled(Eager):
-    """The same as one graph for each draft length: a CUDA graph where there is a GPU. Randomness comes in from outside."""
+    """The same as one graph for each draft length: a CUDA graph where there is a GPU. Randomness
+    comes in from outside."""
 
     def __init__(self, model: Decodable, rule: Rule, cache: Any, *, drafts: bool) -> None:
         # The graph is bound to what the rule does, not to its generator.
@@ -183,7 +197,8 @@ class Compiled(Eager):
         self._call = torch.compile(_whole_cycle, fullgraph=True, dynamic=False, mode=graphs)
 
     def longest(self, room: int) -> int:
-        """No shorter drafts near the end, which would be graphs of their own: what is too much is ignored, row by row."""
+        """No shorter drafts near the end, which would be graphs of their own: what is too much is
+        ignored, row by row."""
         return LONGEST
 
     def run(
@@ -206,5 +221,7 @@ class Compiled(Eager):
         if device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the last cycle returned has been read or is copied here
         tensors = (state_BS.clone(), token_B.clone(), self.cache.lengths_B, most_B, uniform, times)
-        packed, state_BS, scores, logits = self._call(self.model, self._pure, self.cache, *tensors, planned, self.drafts)
+        packed, state_BS, scores, logits = self._call(
+            self.model, self._pure, self.cache, *tensors, planned, self.drafts
+        )
         return Outcome(packed, state_BS, scores, logits, drafted_at)

@@ -1,7 +1,8 @@
 """The words of `transformers`' `generate`, for self-speculative decoding.
 
-`transformers` itself merges the generation config, makes the logits processors and stopping criteria, and calls our loop in
-place of its own (`custom_generate`): so every word has the meaning that it has there, or is refused by name.
+`transformers` itself merges the generation config, makes the logits processors and stopping
+criteria, and calls our loop in place of its own (`custom_generate`): so every word has the meaning
+that it has there, or is refused by name.
 """
 
 import time
@@ -44,21 +45,30 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (None, "dynamic"),
     "low_memory": (None, False),
 }
-LOAD_BEARING = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+LOAD_BEARING = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}
 
 
-def speculative(model: Decodable, *, streamer: Any = None, on_pass: Callable[[Pass], None] | None = None) -> Callable[..., Any]:
+def speculative(
+    model: Decodable, *, streamer: Any = None, on_pass: Callable[[Pass], None] | None = None
+) -> Callable[..., Any]:
     """Self-speculative decoding as a `custom_generate` of `transformers`:
 
         lm.generate(**inputs, custom_generate=nextlat.speculative(model), draft_length=6)
 
     Args:
-        model: the `ObjectiveModel` around that very `lm`. streamer: as of `generate`, which (up to 5.23 at least) does not hand
-            its own on. on_pass: as of `generate` below.
+        model: the `ObjectiveModel` around that very `lm`. streamer: as of `generate`, which (up to
+            5.23 at least) does not hand its own on. on_pass: as of `generate` below.
 
     Returns:
-        A function that takes, besides what `generate` prepares, `draft_length`, `generator`, `compile` and `return_stats`, with
-        the meanings they have in `generate` below.
+        A function that takes, besides what `generate` prepares, `draft_length`, `generator`,
+        `compile` and `return_stats`, with the meanings they have in `generate` below.
     """
 
     def decode_speculatively(
@@ -74,7 +84,9 @@ def speculative(model: Decodable, *, streamer: Any = None, on_pass: Callable[[Pa
         **model_kwargs: Any,
     ) -> Any:
         if lm is not model.lm:
-            raise NextLatError("nextlat.speculative(model) decodes model.lm only: call model.lm.generate with it")
+            raise NextLatError(
+                "nextlat.speculative(model) decodes model.lm only: call model.lm.generate with it"
+            )
         assert generation_config is not None
         _refuse(generation_config, model_kwargs)
         return _generate(
@@ -109,53 +121,80 @@ def generate(
     tokenizer: Any = None,
     **generation: Any,
 ) -> Any:
-    """Continue each prompt; whatever the draft length, with the output (greedy) or output distribution (sampling) of the LM.
+    """Continue each prompt; whatever the draft length, with the output (greedy) or output
+    distribution (sampling) of the LM.
 
     Args:
         model: an `ObjectiveModel`.
         input_ids: (B, T) prompts, shorter ones padded on the left.
         attention_mask: (B, T), 0 on padding; None: as `transformers` infers it.
-        draft_length: tokens drafted per cycle by the objective; 0 decodes plainly; "auto" (default) drafts as long as it pays,
-            by costs measured on this machine at the first call for a batch size and by the acceptance so far. Lengths then
-            depend on timing, so that a sample drawn with a seed is only repeatable with a fixed length.
-        generator: source of all randomness, on the model's device; None is torch's global generator there.
-        compile: one graph for a whole cycle (a CUDA graph on a GPU), compiled at the first call for a batch size and length.
+        draft_length: tokens drafted per cycle by the objective; 0 decodes plainly; "auto" (default)
+            drafts as long as it pays, by costs measured on this machine at the first call for a
+            batch size and by the acceptance so far. Lengths then depend on timing, so that a sample
+            drawn with a seed is only repeatable with a fixed length.
+        generator: source of all randomness, on the model's device; None is torch's global generator
+            there.
+        compile: one graph for a whole cycle (a CUDA graph on a GPU), compiled at the first call for
+            a batch size and length.
         return_stats: also return the `GenerationStats`.
-        streamer: is given the tokens of the one prompt as they come. tokenizer: needed for `stop_strings`.
-        on_pass: is called with every `Pass` when it is done, the prefill first: what was drafted, and what became of it. Its cycles
-            are those of all B rows, None for rows that took no part in it. Its time counts as overhead.
-        generation: `generation_config` or its fields, `logits_processor`, `stopping_criteria`, ... as of `transformers`'
-            `generate`, with the same defaults (those of the model's own generation_config first).
+        streamer: is given the tokens of the one prompt as they come. tokenizer: needed for
+            `stop_strings`.
+        on_pass: is called with every `Pass` when it is done, the prefill first: what was drafted,
+            and what became of it. Its cycles are those of all B rows, None for rows that took no
+            part in it. Its time counts as overhead.
+        generation: `generation_config` or its fields, `logits_processor`, `stopping_criteria`, ...
+            as of `transformers`' `generate`, with the same defaults (those of the model's own
+            generation_config first).
 
     Returns:
-        What `transformers` would: ids (B, T + new), the prompts as given and then the new tokens, rows that ended early filled up
-        with the padding token; or a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`, whose scores and logits are zero
-        behind the end of a row. With `return_stats` a pair of that and the stats. One difference: in a batch of a model without
-        end-of-sequence token, `transformers` lets rows that a stopping criterion has ended run on with the others; here they end.
+        What `transformers` would: ids (B, T + new), the prompts as given and then the new tokens,
+        rows that ended early filled up with the padding token; or a `GenerateDecoderOnlyOutput`
+        with `return_dict_in_generate`, whose scores and logits are zero behind the end of a row.
+        With `return_stats` a pair of that and the stats. One difference: in a batch of a model
+        without end-of-sequence token, `transformers` lets rows that a stopping criterion has ended
+        run on with the others; here they end.
 
     Raises:
-        NextLatError: an option that is not supported (by name), a value outside its range, an empty prompt, ids outside the
-            vocabulary, more tokens than the model has positions, an objective that cannot draft (so far), a cache that cannot
-            forget, logits that are not finite, or too large a batch for the memory.
+        NextLatError: an option that is not supported (by name), a value outside its range, an empty
+            prompt, ids outside the vocabulary, more tokens than the model has positions, an
+            objective that cannot draft (so far), a cache that cannot forget, logits that are not
+            finite, or too large a batch for the memory.
     """
     _check_prompts(model, input_ids, attention_mask)
     lm = model.lm
     generation = dict(generation)
-    strings = generation.pop("stop_strings", None) or getattr(generation.get("generation_config"), "stop_strings", None)
+    strings = generation.pop("stop_strings", None) or getattr(
+        generation.get("generation_config"), "stop_strings", None
+    )
     if strings:
         if tokenizer is None:
             raise NextLatError("stop_strings needs the tokenizer: pass tokenizer=...")
-        criteria = [*(generation.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
+        criteria = [
+            *(generation.get("stopping_criteria") or ()),
+            StopStringCriteria(tokenizer, strings),
+        ]
         generation["stopping_criteria"] = StoppingCriteriaList(criteria)
         if generation.get("generation_config") is not None:
             generation["generation_config"] = GenerationConfig.from_dict(
                 {**generation["generation_config"].to_dict(), "stop_strings": None}
             )
-    for name in ("assistant_model", "negative_prompt_ids", "inputs_embeds", "past_key_values", "synced_gpus"):
+    for name in (
+        "assistant_model",
+        "negative_prompt_ids",
+        "inputs_embeds",
+        "past_key_values",
+        "synced_gpus",
+    ):
         if generation.get(name) is not None:
-            raise NextLatError(f"{name} is not supported by self-speculative decoding: leave it out, or use model.lm.generate")
+            raise NextLatError(
+                f"{name} is not supported by self-speculative decoding: leave it out, or use model.lm.generate"
+            )
     call = speculative(model, streamer=streamer, on_pass=on_pass)
-    extra: dict[str, Any] = {"draft_length": draft_length, "compile": compile, "return_stats": return_stats}
+    extra: dict[str, Any] = {
+        "draft_length": draft_length,
+        "compile": compile,
+        "return_stats": return_stats,
+    }
     try:
         return lm.generate(
             input_ids.to(lm.device),
@@ -189,7 +228,9 @@ def _generate(
     stopping = Stopping.from_criteria(criteria, T)
     _check_request(model, input_ids, prompts, stopping.new_tokens, draft_length, generator)
     if streamer is not None and B > 1:
-        raise NextLatError(f"a streamer shows one sequence, not {B}: give one prompt, or leave streamer out")
+        raise NextLatError(
+            f"a streamer shows one sequence, not {B}: give one prompt, or leave streamer out"
+        )
     compile = compile and _can_compile(model, Scores(processors))
     if model.objective.max_draft_length == 0 and draft_length == AUTO:
         draft_length = 0
@@ -208,7 +249,9 @@ def _generate(
         scores = Scores(processors, B, group[0])
         rule: Rule = Sampling(scores, generator) if config.do_sample else Greedy(scores)
         some, seen = [prompts[b] for b in group], [input_ids[b] for b in group]
-        return decode(model, some, rule, stopping, length, seen=seen, compile=compile, keep_scores=keep)
+        return decode(
+            model, some, rule, stopping, length, seen=seen, compile=compile, keep_scores=keep
+        )
 
     def tell(done: Pass, group: range) -> None:
         if streamer is not None:
@@ -228,7 +271,8 @@ def _generate(
                 if draft_length != AUTO:
                     raise
                 tell_once(
-                    model, f"{type(model.lm).__name__} has recurrent layers, which cannot forget a draft: decoding plainly"
+                    model,
+                    f"{type(model.lm).__name__} has recurrent layers, which cannot forget a draft: decoding plainly",
                 )
                 draft_length = 0
                 rows += _gather(passes(group, draft_length), group, stats, tell)
@@ -240,7 +284,10 @@ def _generate(
 
 
 def _gather(
-    passes: Iterator[Pass], group: range, stats: GenerationStats, tell: Callable[[Pass, range], None]
+    passes: Iterator[Pass],
+    group: range,
+    stats: GenerationStats,
+    tell: Callable[[Pass, range], None],
 ) -> list[list[Cycle]]:
     """The cycles of each row of the group."""
     cycles: list[list[Cycle]] = [[] for _ in group]
@@ -258,7 +305,9 @@ def _output(model: Decodable, input_ids: Tensor, rows: list[list[Cycle]], config
     tokens = [[token for cycle in row for token in cycle.tokens] for row in rows]
     longest, pad = max(map(len, tokens)), _padding_token(config)
     padded = [row + [pad] * (longest - len(row)) for row in tokens]
-    ids = torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    ids = torch.cat(
+        [input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1
+    )
     if not config.return_dict_in_generate:
         return ids
 
@@ -321,13 +370,22 @@ def _refuse(config: Any, model_kwargs: dict[str, Any]) -> None:
             raise NextLatError(
                 f"{name}={value!r} is not supported by self-speculative decoding: leave it out, or use model.lm.generate"
             )
-    if unknown := sorted(name for name in model_kwargs.keys() - LOAD_BEARING if model_kwargs[name] is not None):
-        raise NextLatError(f"{', '.join(unknown)}: not supported by self-speculative decoding, leave it out")
+    if unknown := sorted(
+        name for name in model_kwargs.keys() - LOAD_BEARING if model_kwargs[name] is not None
+    ):
+        raise NextLatError(
+            f"{', '.join(unknown)}: not supported by self-speculative decoding, leave it out"
+        )
 
 
 def _check_prompts(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """What must hold before `transformers` looks at it."""
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+    if (
+        input_ids.dim() != 2
+        or input_ids.is_floating_point()
+        or input_ids.is_complex()
+        or input_ids.dtype == torch.bool
+    ):
         raise NextLatError(
             f"input_ids must be integers of shape (rows, tokens), got {input_ids.dtype} of shape {tuple(input_ids.shape)}"
         )
@@ -346,9 +404,13 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     lengths = attention_mask.bool().sum(dim=1).tolist()
     for row, length in enumerate(lengths):
         if length == 0:
-            raise NextLatError(f"the prompt in row {row} is empty, all of it is padding: give at least one token to continue")
+            raise NextLatError(
+                f"the prompt in row {row} is empty, all of it is padding: give at least one token to continue"
+            )
         if not attention_mask[row, -length:].all():
-            raise NextLatError(f"the padding of row {row} is not all on its left: use tokenizer.padding_side='left'")
+            raise NextLatError(
+                f"the padding of row {row} is not all on its left: use tokenizer.padding_side='left'"
+            )
     return [row[-length:] for row, length in zip(input_ids, lengths, strict=True)]
 
 
@@ -364,14 +426,20 @@ def _check_request(
         raise NextLatError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if draft_length != AUTO:
         if not isinstance(draft_length, int):
-            raise NextLatError(f"draft_length must be a whole number or 'auto', got {draft_length!r}")
+            raise NextLatError(
+                f"draft_length must be a whole number or 'auto', got {draft_length!r}"
+            )
         if draft_length < 0:
-            raise NextLatError(f"draft_length must not be below zero, got {draft_length}: use 0 to decode without drafts")
+            raise NextLatError(
+                f"draft_length must not be below zero, got {draft_length}: use 0 to decode without drafts"
+            )
         most = model.objective.max_draft_length
         if most is not None and draft_length > most:
             name = model.objective.name
             cause = f"drafts at most {most} tokens" if most else "cannot draft"
-            raise NextLatError(f"the objective '{name}' {cause}: use draft_length={most}{' or less' if most else ''}")
+            raise NextLatError(
+                f"the objective '{name}' {cause}: use draft_length={most}{' or less' if most else ''}"
+            )
     vocabulary = len(model.lm.get_input_embeddings().weight)
     low, high = input_ids.aminmax()
     if low < 0 or high >= vocabulary:
@@ -380,7 +448,9 @@ def _check_request(
             f"token {wrong} is outside the model's {vocabulary} tokens: check that the tokenizer is the model's own"
         )
     longest = max(map(len, prompts))
-    positions = getattr(model.lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = getattr(
+        model.lm.config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
     if positions is not None and longest + max_new_tokens > positions:
         raise NextLatError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions: "

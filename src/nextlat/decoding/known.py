@@ -1,4 +1,5 @@
-"""What decoding needs of a model, and what it has found out about one: tried, measured or compiled once, forgotten with it."""
+"""What decoding needs of a model, and what it has found out about one: tried, measured or compiled
+once, forgotten with it."""
 
 import logging
 from collections.abc import Iterator
@@ -34,8 +35,9 @@ class Decodable(Protocol):
 
 @dataclass
 class Known:
-    """What decoding has found out about one model, so that it is measured or compiled once: whether ragged batches work (by
-    attention kernel and device), the adaptive draft lengths (by setting), and caches that compiled graphs are bound to."""
+    """What decoding has found out about one model, so that it is measured or compiled once: whether
+    ragged batches work (by attention kernel and device), the adaptive draft lengths (by setting),
+    and caches that compiled graphs are bound to."""
 
     ragged: dict[Any, bool] = field(default_factory=dict)
     lengths: dict[Any, AdaptiveLength] = field(default_factory=dict)
@@ -60,7 +62,8 @@ def costs_of(model: Decodable, rows: int, *, sampled: bool) -> Costs | None:
 
 
 def batches(model: Decodable) -> bool:
-    """Whether the rows of a batch can share a pass; otherwise they are decoded one after another, with the same output."""
+    """Whether the rows of a batch can share a pass; otherwise they are decoded one after another,
+    with the same output."""
     lm = model.lm
     key = (lm.config._attn_implementation, str(lm.device), lm.dtype)
     found = known(model).ragged

@@ -1,4 +1,5 @@
-"""Lossless self-speculative decoding: the objective drafts, the transformer verifies, one forward pass per cycle.
+"""Lossless self-speculative decoding: the objective drafts, the transformer verifies, one forward
+pass per cycle.
 
     prefill     h_t = transformer(prompt)                      x_{t+1} ~ head(h_t)
     draft       h_hat_{t+1} = draft(h_t, x_{t+1})              d_1 ~ head(h_hat_{t+1})      ... up to d_k
@@ -6,12 +7,14 @@
     accept      the first n drafted tokens, then one token of the transformer's own         (sampling.py)
     roll back   the k - n rejected tokens leave the cache; h_{t+1+n} starts the next draft  (cache.py)
 
-Teoh et al., arXiv 2511.05963, on self-speculative decoding; Leviathan et al., arXiv 2211.17192. Unlike the published NextLat
-decoder everything is KV-cached, and the verification already yields the state that the next draft starts from, so that a
-generation costs 1 + cycles forward passes of the transformer. Rows of a batch share every pass, accept different numbers of tokens
-and end at different times. With a draft length of 0 a cycle is a step of plain decoding.
+Teoh et al., arXiv 2511.05963, on self-speculative decoding; Leviathan et al., arXiv 2211.17192.
+Unlike the published NextLat decoder everything is KV-cached, and the verification already yields
+the state that the next draft starts from, so that a generation costs 1 + cycles forward passes of
+the transformer. Rows of a batch share every pass, accept different numbers of tokens and end at
+different times. With a draft length of 0 a cycle is a step of plain decoding.
 
-Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens, S width of the state that drafts start from (D for NextLat).
+Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens, S width of the state that drafts
+    start from (D for NextLat).
 """
 
 import time
@@ -45,15 +48,23 @@ def decode(
     compile: bool = False,
     keep_scores: bool = False,
 ) -> Iterator[Pass]:
-    """The loop itself, one `Pass` per forward pass of the transformer as it happens; the first is the prefill, with one token a row.
+    """The loop itself, one `Pass` per forward pass of the transformer as it happens; the first is
+    the prefill, with one token a row.
 
     Args are those of `generate`, already checked; the caller holds `no_grad` and eval mode.
-        prompts: (T,) each, without padding. More than one only without drafts, or where `batches(model)`.
-        seen: the prompts as logits processors and stopping criteria shall see them, left padding included.
+        prompts: (T,) each, without padding. More than one only without drafts, or where
+            `batches(model)`.
+        seen: the prompts as logits processors and stopping criteria shall see them, left padding
+            included.
         keep_scores: leave scores and logits of every new token in the cycles.
     """
     seen = list(prompts if seen is None else seen)
-    backbone, objective, device, rows = model.backbone, model.objective, model.lm.device, range(len(prompts))
+    backbone, objective, device, rows = (
+        model.backbone,
+        model.objective,
+        model.lm.device,
+        range(len(prompts)),
+    )
     most_new = stopping.new_tokens
     cache: RaggedCache | GrowingCache
     if compile:
@@ -67,8 +78,11 @@ def decode(
     start = clock.mark()
     tokens_BT, h_BTD, last_B = cache.prefill(prompts)
     logits_BV = model.next_token_logits(at(objective.output_states(h_BTD, tokens_BT), last_B))
-    # The second is asked for before anything is forgotten, and only by those who draft (it may have work to do).
-    state_BS = at(objective.drafting_states(h_BTD, tokens_BT) if draft_length != 0 else h_BTD, last_B)
+    # The second is asked for before anything is forgotten, and only by those who draft (it may have
+    # work to do).
+    state_BS = at(
+        objective.drafting_states(h_BTD, tokens_BT) if draft_length != 0 else h_BTD, last_B
+    )
     cache.keep([len(prompt) for prompt in prompts])
     past = Past([ids[:-1] for ids in seen], torch.stack([ids[-1:] for ids in seen]))
     scores_BV = rule.scores(logits_BV[:, None], past)[:, 0]
@@ -80,10 +94,16 @@ def decode(
     if stopping.criteria:
         text = [[*ids.tolist(), token] for ids, token in zip(seen, values[0], strict=True)]
     produced = [1] * len(prompts)
-    ended = [stopping.cut([token], text[b][:-1], device)[1] or most_new == 1 for b, token in enumerate(values[0])]
+    ended = [
+        stopping.cut([token], text[b][:-1], device)[1] or most_new == 1
+        for b, token in enumerate(values[0])
+    ]
     keep = [(scores_BV[b, None], logits_BV[b, None]) if keep_scores else (None, None) for b in rows]
     prefill = clock.seconds(start, clock.mark())
-    yield Pass(tuple(Cycle((), 0, (token,), *keep[b]) for b, token in enumerate(values[0])), prefill=prefill)
+    yield Pass(
+        tuple(Cycle((), 0, (token,), *keep[b]) for b, token in enumerate(values[0])),
+        prefill=prefill,
+    )
     if all(ended):
         return
     if rule.scores.need_past:
@@ -110,7 +130,9 @@ def decode(
         length.observe([lengths[b] for b in active], [accepted[b] for b in active])
 
         cycles: list[Cycle | None] = [None] * len(prompts)
-        counts = [0] * len(prompts)  # tokens read that stay in the cache: the one before the draft, and what was accepted
+        counts = [0] * len(
+            prompts
+        )  # tokens read that stay in the cache: the one before the draft, and what was accepted
         for b in active:
             counts[b] = accepted[b] + 1
             row = tuple(drafted[j][b] for j in range(lengths[b]))
@@ -129,7 +151,10 @@ def decode(
                 seen[b] = torch.cat([seen[b], torch.tensor(tokens, device=device)])
         cache.keep(counts)
         state_BS, token_B = out.state_BS, out.packed[1]
-        seconds = {"draft": clock.seconds(start, out.drafted_at), "verify": clock.seconds(out.drafted_at, end)}
+        seconds = {
+            "draft": clock.seconds(start, out.drafted_at),
+            "verify": clock.seconds(out.drafted_at, end),
+        }
         yield Pass(tuple(cycles), measure=measuring, **seconds)
         measuring = 0.0
 
@@ -148,7 +173,8 @@ def _kept_cache(model: Decodable, rows: int, length: int) -> RaggedCache:
 def _draft_length(
     model: Decodable, cycle: Eager, draft_length: int | str, state_BS: Tensor, token_B: Tensor
 ) -> FixedLength | AdaptiveLength:
-    """Of a number, itself; of "auto", the adaptive one for this setting, whose costs are measured here when it is new."""
+    """Of a number, itself; of "auto", the adaptive one for this setting, whose costs are measured
+    here when it is new."""
     if not isinstance(draft_length, str):
         return FixedLength(draft_length)
     limit = model.objective.max_draft_length
@@ -164,11 +190,16 @@ def _draft_length(
     return lengths[setting]
 
 
-def _measured(model: Decodable, cycle: Eager, state_BS: Tensor, token_B: Tensor, longest: int) -> AdaptiveLength:
-    """Time a draft step and passes of several widths where the text stands now; nothing of it is kept."""
+def _measured(
+    model: Decodable, cycle: Eager, state_BS: Tensor, token_B: Tensor, longest: int
+) -> AdaptiveLength:
+    """Time a draft step and passes of several widths where the text stands now; nothing of it is
+    kept."""
     device, B = model.lm.device, len(token_B)
     if isinstance(cycle.rule, Sampling):  # not with the caller's random numbers
-        cycle = type(cycle)(model, replace(cycle.rule, generator=torch.Generator(device)), cycle.cache, drafts=True)
+        cycle = type(cycle)(
+            model, replace(cycle.rule, generator=torch.Generator(device)), cycle.cache, drafts=True
+        )
 
     def finish(out: Tensor) -> None:
         out.sum().item()  # wait for the device
@@ -185,7 +216,13 @@ def _measured(model: Decodable, cycle: Eager, state_BS: Tensor, token_B: Tensor,
                 timed.append(time.perf_counter() - start)
             seconds.append(min(timed[1:]))  # the first compiles
         every = torch.tensor(seconds).cummax(0).values.tolist()
-        costs = Costs(0.0, tuple(every[next(i for i, k in enumerate(lengths) if k >= j)] for j in range(lengths[-1] + 1)))
+        costs = Costs(
+            0.0,
+            tuple(
+                every[next(i for i, k in enumerate(lengths) if k >= j)]
+                for j in range(lengths[-1] + 1)
+            ),
+        )
         return AdaptiveLength(costs, lengths[-1], stepwise=False, lengths=lengths)
 
     def passes(width: int) -> None:

@@ -1,8 +1,10 @@
-"""From logits to tokens: the scores that the processors make of them, draws, and the acceptance test of speculative sampling.
+"""From logits to tokens: the scores that the processors make of them, draws, and the acceptance
+test of speculative sampling.
 
-Temperature, truncation, penalties and the like are `transformers`' own logits processors. Everything here is vectorised over rows
-and reads nothing back to the host. A *rule* (`Greedy` or `Sampling`) is how one call of `generate` chooses tokens; the drafter
-and the verification use the same rule, so the q of the acceptance test is always what the draft was really drawn from.
+Temperature, truncation, penalties and the like are `transformers`' own logits processors.
+Everything here is vectorised over rows and reads nothing back to the host. A *rule* (`Greedy` or
+`Sampling`) is how one call of `generate` chooses tokens; the drafter and the verification use the
+same rule, so the q of the acceptance test is always what the draft was really drawn from.
 
 Shapes: B rows, K drafted tokens, V vocabulary. p is the target's distribution, q the drafter's.
 """
@@ -30,7 +32,8 @@ STATELESS = tuple(
 
 @dataclass(frozen=True)
 class Past:
-    """What the rows have read when they choose: `rows[b]` (T_b,), then `read_BK[b, : k + 1]` at position k."""
+    """What the rows have read when they choose: `rows[b]` (T_b,), then `read_BK[b, : k + 1]` at
+    position k."""
 
     rows: Sequence[Tensor]
     read_BK: Tensor
@@ -47,7 +50,8 @@ class Scores:
         batch, first: rows that they were prepared for, and which of those the first row here is.
 
     Attributes:
-        need_past: whether any of them looks at the tokens before; those are run row by row and position by position.
+        need_past: whether any of them looks at the tokens before; those are run row by row and
+            position by position.
     """
 
     def __init__(self, processors: Sequence[Any] = (), batch: int = 1, first: int = 0) -> None:
@@ -62,19 +66,26 @@ class Scores:
             return scores
         B, K, V = scores.shape
         if not self.need_past:
-            return self._processors(scores.new_empty(B * K, 0, dtype=torch.long), scores.flatten(0, 1)).view(B, K, V)
+            return self._processors(
+                scores.new_empty(B * K, 0, dtype=torch.long), scores.flatten(0, 1)
+            ).view(B, K, V)
         assert past is not None
         first = past.read_BK.shape[1] - K
         out = torch.empty_like(scores)
         for b in range(B):
             for k in range(K):
-                # Whole batches of the same prefix, of which one row counts: processors may go by the row's number.
+                # Whole batches of the same prefix, of which one row counts: processors may go by
+                # the row's number.
                 ids = past.upto(b, first + k).expand(self._batch, -1)
-                out[b, k] = self._processors(ids, scores[b, k].repeat(self._batch, 1))[self._first + b]
+                out[b, k] = self._processors(ids, scores[b, k].repeat(self._batch, 1))[
+                    self._first + b
+                ]
         return out
 
 
-def race(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def race(
+    shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
     """Exponential random numbers of that shape, fp32, for `draw`."""
     # Exactly zero would turn a token of weight zero into 0 / 0.
     times = torch.empty(*shape, device=device).exponential_(generator=generator)
@@ -82,10 +93,12 @@ def race(shape: Sequence[int], device: torch.device, generator: torch.Generator 
 
 
 def draw(weights: Tensor, times: Tensor) -> Tensor:
-    """One token per row from non-negative `weights` (..., V), which need not sum to one; int64 of shape (...).
+    """One token per row from non-negative `weights` (..., V), which need not sum to one; int64 of
+    shape (...).
 
-    A race: argmax of w_v / e_v with e_v ~ Exp(1) (`race`) picks v with probability w_v / sum(w). Unlike `torch.multinomial` it takes
-    any number of leading dimensions, never waits for the device, and can be part of a CUDA graph.
+    A race: argmax of w_v / e_v with e_v ~ Exp(1) (`race`) picks v with probability w_v / sum(w).
+    Unlike `torch.multinomial` it takes any number of leading dimensions, never waits for the
+    device, and can be part of a CUDA graph.
     """
     return (weights / times).argmax(dim=-1)
 
@@ -93,8 +106,8 @@ def draw(weights: Tensor, times: Tensor) -> Tensor:
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """Normalised positive part of p - q, over the last dimension.
 
-    Where p and q agree to rounding nothing is left of the difference; a rejection there is itself a rounding accident, and p
-    is the right distribution to draw from.
+    Where p and q agree to rounding nothing is left of the difference; a rejection there is itself a
+    rounding accident, and p is the right distribution to draw from.
     """
     rest = (p - q).clamp_min(0)
     mass = rest.sum(dim=-1, keepdim=True)
@@ -102,21 +115,28 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def verify(
-    p: Tensor, q: Tensor, drafted: Tensor, uniform: Tensor, times: Tensor, most: Tensor | None = None
+    p: Tensor,
+    q: Tensor,
+    drafted: Tensor,
+    uniform: Tensor,
+    times: Tensor,
+    most: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): the output follows p exactly, whatever q is.
+    """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): the output follows p
+    exactly, whatever q is.
 
     Args:
         p: (B, K + 1, V) target distributions at the K drafted positions and at the one behind them.
         q: (B, K, V) distributions that the drafted tokens were drawn from.
         drafted: (B, K) drafted tokens.
         uniform: (B, K) numbers in [0, 1). times: (B, V), see `race`.
-        most: (B,) how many of a row's drafted tokens are looked at, decided before they were drawn; None = all.
+        most: (B,) how many of a row's drafted tokens are looked at, decided before they were drawn;
+            None = all.
 
     Returns:
-        accepted (B,): how many leading drafted tokens are kept; each is kept with probability min(1, p / q).
-        following (B,): the token behind them: from the residual distribution at the first rejected position, or from p at the
-        last position when all were accepted.
+        accepted (B,): how many leading drafted tokens are kept; each is kept with probability
+        min(1, p / q). following (B,): the token behind them: from the residual distribution at the
+        first rejected position, or from p at the last position when all were accepted.
     """
     B, K = drafted.shape
     index = drafted.unsqueeze(-1)
@@ -133,8 +153,11 @@ def verify(
     return accepted, draw(residual(p[row, accepted], q_BKV[row, accepted]), times)
 
 
-def verify_greedy(choices: Tensor, drafted: Tensor, most: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Greedy counterpart of `verify`: keep drafted tokens (B, K) while they equal the target's choices (B, K + 1)."""
+def verify_greedy(
+    choices: Tensor, drafted: Tensor, most: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy counterpart of `verify`: keep drafted tokens (B, K) while they equal the target's
+    choices (B, K + 1)."""
     kept = choices[:, :-1] == drafted
     if most is not None:
         kept = kept & (torch.arange(drafted.shape[1], device=drafted.device) < most[:, None])
@@ -144,7 +167,8 @@ def verify_greedy(choices: Tensor, drafted: Tensor, most: Tensor | None = None) 
 
 @dataclass(frozen=True)
 class Noise:
-    """The randomness of one cycle: `uniform` (B, K) for the acceptance test, `times(i)` (B, V) for the i-th draw."""
+    """The randomness of one cycle: `uniform` (B, K) for the acceptance test, `times(i)` (B, V) for
+    the i-th draw."""
 
     uniform: Tensor
     times: Callable[[int], Tensor]
@@ -152,7 +176,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class Draw:
-    """One token per row, as a rule drew it: `tokens` (B,), and `q` (B, V), what it was drawn from, None when greedy."""
+    """One token per row, as a rule drew it: `tokens` (B,), and `q` (B, V), what it was drawn from,
+    None when greedy."""
 
     tokens: Tensor
     q: Tensor | None
@@ -171,8 +196,11 @@ class Greedy:
         """The token at the `place`-th draw of the cycle."""
         return Draw(scores_BV.argmax(dim=-1), None)
 
-    def verify(self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor) -> tuple[Tensor, Tensor]:
-        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most` as in `verify`."""
+    def verify(
+        self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most`
+        as in `verify`."""
         choices = scores_BKV.argmax(dim=-1)
         if not drafts:
             return torch.zeros_like(choices[:, 0]), choices[:, 0]
@@ -201,12 +229,17 @@ class Sampling:
         q_BV = scores_BV.softmax(dim=-1)
         return Draw(draw(q_BV, noise.times(place)), q_BV)
 
-    def verify(self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor) -> tuple[Tensor, Tensor]:
-        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most` as in `verify`."""
+    def verify(
+        self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most`
+        as in `verify`."""
         assert noise is not None
         p_BKV, times_BV = scores_BKV.softmax(dim=-1), noise.times(len(drafts))
         if not drafts:
-            return torch.zeros(len(p_BKV), dtype=torch.long, device=p_BKV.device), draw(p_BKV[:, 0], times_BV)
+            return torch.zeros(len(p_BKV), dtype=torch.long, device=p_BKV.device), draw(
+                p_BKV[:, 0], times_BV
+            )
         q_BKV = torch.stack([draft.q for draft in drafts if draft.q is not None], dim=1)
         drafted_BK = torch.stack([draft.tokens for draft in drafts], dim=1)
         return verify(p_BKV, q_BKV, drafted_BK, noise.uniform[:, : len(drafts)], times_BV, most)

@@ -1,6 +1,8 @@
-"""How much faster, measured against what one would otherwise run: plain KV-cached decoding, in the same minutes on the same machine.
+"""How much faster, measured against what one would otherwise run: plain KV-cached decoding, in the
+same minutes on the same machine.
 
-Timings are only ever compared as ratios of interleaved repetitions, so that whatever else the machine is doing hits all alike.
+Timings are only ever compared as ratios of interleaved repetitions, so that whatever else the
+machine is doing hits all alike.
 """
 
 import statistics
@@ -25,11 +27,13 @@ Way = int | str  # a draft length (0 = plain, "auto"), or one of the two above
 
 @dataclass
 class Timing:
-    """One way to decode. Every list but `seconds` is of one repetition, the others being alike or as random.
+    """One way to decode. Every list but `seconds` is of one repetition, the others being alike or
+    as random.
 
     Attributes:
         seconds: by repetition, of every batch of prompts.
-        tokens: new tokens of every batch. stats: what its drafts did, for every batch. outputs: new tokens of every prompt.
+        tokens: new tokens of every batch. stats: what its drafts did, for every batch. outputs: new
+            tokens of every prompt.
     """
 
     seconds: list[list[float]] = field(default_factory=list)
@@ -44,7 +48,10 @@ class Timing:
     def rates(self, batches: Sequence[int] | None = None) -> list[float]:
         """Tokens per second of every repetition, over all or some of the batches."""
         chosen = range(len(self.tokens)) if batches is None else batches
-        return [sum(self.tokens[i] for i in chosen) / sum(seconds[i] for i in chosen) for seconds in self.seconds]
+        return [
+            sum(self.tokens[i] for i in chosen) / sum(seconds[i] for i in chosen)
+            for seconds in self.seconds
+        ]
 
     @property
     def tokens_per_second(self) -> float:
@@ -69,13 +76,17 @@ def compare_decoding(
     static_baseline: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> dict[Way, Timing]:
-    """Decode the same prompts in every way in turn, `repetitions` times over after one untimed round.
+    """Decode the same prompts in every way in turn, `repetitions` times over after one untimed
+    round.
 
     Args:
-        prompts: token ids (T,) each. draft_lengths: of our own decoding; 0 is plain. max_new_tokens: per prompt.
+        prompts: token ids (T,) each. draft_lengths: of our own decoding; 0 is plain.
+            max_new_tokens: per prompt.
         batch: prompts decoded at a time, padded on the left.
-        temperature: 0 = greedy; else sampling from the whole distribution, every way from a generator with the same seed.
-        compile: our own ways as one graph per cycle. static_baseline: also `transformers` with its static cache.
+        temperature: 0 = greedy; else sampling from the whole distribution, every way from a
+            generator with the same seed.
+        compile: our own ways as one graph per cycle. static_baseline: also `transformers` with its
+            static cache.
         progress: called after every way of every round.
 
     Returns:
@@ -136,10 +147,14 @@ def _cut(row: list[int], ends: set[int]) -> list[int]:
 Decode = Callable[[Tensor, Tensor], tuple[Tensor, GenerationStats | None]]
 
 
-def _way(model: Decodable, way: Way, max_new_tokens: int, temperature: float, seed: int, compile: bool) -> Decode:
+def _way(
+    model: Decodable, way: Way, max_new_tokens: int, temperature: float, seed: int, compile: bool
+) -> Decode:
     # top_k=0: the whole distribution, not the 50 tokens that are transformers' default.
     sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
     )
     sampling |= {"max_new_tokens": max_new_tokens}
     if model.lm.generation_config.pad_token_id is None:
@@ -157,6 +172,15 @@ def _way(model: Decodable, way: Way, max_new_tokens: int, temperature: float, se
     generator = torch.Generator(model.lm.device).manual_seed(seed) if temperature else None
 
     def ours(ids: Tensor, mask: Tensor) -> tuple[Tensor, GenerationStats | None]:
-        return generate(model, ids, mask, draft_length=way, generator=generator, compile=compile, return_stats=True, **sampling)
+        return generate(
+            model,
+            ids,
+            mask,
+            draft_length=way,
+            generator=generator,
+            compile=compile,
+            return_stats=True,
+            **sampling,
+        )
 
     return ours

@@ -1,4 +1,5 @@
-"""What decoding did: cycles, drafted and accepted tokens, acceptance by position, and where the time went."""
+"""What decoding did: cycles, drafted and accepted tokens, acceptance by position, and where the
+time went."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -8,10 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cycle:
-    """What one forward pass of the transformer brought to one row: `tokens` = the `accepted` leading `drafted` ones and,
-    unless the output ends before it, one of the transformer's own.
+    """What one forward pass of the transformer brought to one row: `tokens` = the `accepted`
+    leading `drafted` ones and, unless the output ends before it, one of the transformer's own.
 
-    `scores` and `logits`, (tokens, V), are there when they were asked for: processed, and as the model gave them.
+    `scores` and `logits`, (tokens, V), are there when they were asked for: processed, and as the
+    model gave them.
     """
 
     drafted: tuple[int, ...]
@@ -23,7 +25,8 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass over the whole batch: a `Cycle` for each row, None for rows that had ended before; and its seconds."""
+    """One forward pass over the whole batch: a `Cycle` for each row, None for rows that had ended
+    before; and its seconds."""
 
     cycles: tuple[Cycle | None, ...]
     prefill: float = 0.0
@@ -39,17 +42,22 @@ class GenerationStats:
     Attributes:
         sequences: rows decoded.
         tokens: new tokens returned; an end-of-sequence token counts, padding does not.
-        passes: forward passes of the transformer after the prefill, each over all rows that were decoded together.
+        passes: forward passes of the transformer after the prefill, each over all rows that were
+            decoded together.
         cycles: the same counted for every row: one that has ended takes part in a pass no more.
         drafted: drafted tokens that were verified.
         accepted: drafted tokens that are in the output.
-        drafted_by_position: cycles that drafted an i-th token (index i - 1); drafts get shorter near the end.
-        accepted_by_position: cycles whose i-th drafted token is in the output, so all before it too.
+        drafted_by_position: cycles that drafted an i-th token (index i - 1); drafts get shorter
+            near the end.
+        accepted_by_position: cycles whose i-th drafted token is in the output, so all before it
+            too.
         tried_by_position: cycles that drafted an i-th token and kept all before it.
         seconds: wall-clock time of everything.
-        prefill_seconds, draft_seconds, verify_seconds: of reading the prompts, drafting, and the passes with the acceptance
-            tests; a compiled cycle is one piece, counted as verification.
-        measure_seconds: of timing the machine for draft_length="auto", once for a setting. The rest is `overhead_seconds`.
+        prefill_seconds, draft_seconds, verify_seconds: of reading the prompts, drafting, and the
+            passes with the acceptance tests; a compiled cycle is one piece, counted as
+            verification.
+        measure_seconds: of timing the machine for draft_length="auto", once for a setting. The rest
+            is `overhead_seconds`.
     """
 
     sequences: int = 0
@@ -69,16 +77,19 @@ class GenerationStats:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens per cycle, the bonus or residual token included (1 for plain decoding; 0 without a cycle).
+        """Tokens per cycle, the bonus or residual token included (1 for plain decoding; 0 without a
+        cycle).
 
-        The "accepted tokens" that the NextLat paper reports leave out the transformer's own: see `accepted_per_cycle`. They are
-        this minus one, except that a cycle which a drafted end-of-sequence token closes has no token of the transformer's own.
+        The "accepted tokens" that the NextLat paper reports leave out the transformer's own: see
+        `accepted_per_cycle`. They are this minus one, except that a cycle which a drafted
+        end-of-sequence token closes has no token of the transformer's own.
         """
         return (self.tokens - self.sequences) / self.cycles if self.cycles else 0.0
 
     @property
     def accepted_per_cycle(self) -> float:
-        """Accepted drafted tokens per cycle, the transformer's own token not counted (0 without a cycle)."""
+        """Accepted drafted tokens per cycle, the transformer's own token not counted (0 without a
+        cycle)."""
         return self.accepted / self.cycles if self.cycles else 0.0
 
     @property
@@ -92,14 +103,21 @@ class GenerationStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of the i-th drafted tokens that were accepted; not conditional on those before, hence never rising by much
-        where the length is fixed. With an adaptive length, later places are only drafted where they are likely."""
-        return [kept / made for kept, made in zip(self.accepted_by_position, self.drafted_by_position, strict=True)]
+        """Share of the i-th drafted tokens that were accepted; not conditional on those before,
+        hence never rising by much where the length is fixed. With an adaptive length, later places
+        are only drafted where they are likely."""
+        return [
+            kept / made
+            for kept, made in zip(self.accepted_by_position, self.drafted_by_position, strict=True)
+        ]
 
     @property
     def conditional_acceptance(self) -> list[float]:
         """Share of the i-th drafted tokens that were accepted, among those whose predecessors were."""
-        return [kept / max(n, 1) for kept, n in zip(self.accepted_by_position, self.tried_by_position, strict=True)]
+        return [
+            kept / max(n, 1)
+            for kept, n in zip(self.accepted_by_position, self.tried_by_position, strict=True)
+        ]
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,7 +125,9 @@ class GenerationStats:
 
     @property
     def overhead_seconds(self) -> float:
-        known = self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.measure_seconds
+        known = (
+            self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.measure_seconds
+        )
         return max(0.0, self.seconds - known)
 
     def count(self, done: Pass) -> None:
@@ -124,8 +144,12 @@ class GenerationStats:
             self.drafted_by_position = _add(self.drafted_by_position, [1] * len(cycle.drafted))
             self.accepted_by_position = _add(self.accepted_by_position, [1] * cycle.accepted)
             tried = min(len(cycle.drafted), cycle.accepted + 1)
-            self.tried_by_position = _add(self.tried_by_position, [1] * tried + [0] * (len(cycle.drafted) - tried))
-        self.accepted_by_position += [0] * (len(self.drafted_by_position) - len(self.accepted_by_position))
+            self.tried_by_position = _add(
+                self.tried_by_position, [1] * tried + [0] * (len(cycle.drafted) - tried)
+            )
+        self.accepted_by_position += [0] * (
+            len(self.drafted_by_position) - len(self.accepted_by_position)
+        )
 
     def count_prefill(self, done: Pass) -> None:
         """Add the pass that read the prompts, which gives every row its first token."""
@@ -143,4 +167,7 @@ class GenerationStats:
 
 def _add(a: Sequence[int], b: Sequence[int]) -> list[int]:
     length = max(len(a), len(b))
-    return [x + y for x, y in zip([*a, *[0] * (length - len(a))], [*b, *[0] * (length - len(b))], strict=True)]
+    return [
+        x + y
+        for x, y in zip([*a, *[0] * (length - len(a))], [*b, *[0] * (length - len(b))], strict=True)
+    ]

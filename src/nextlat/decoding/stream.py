@@ -1,7 +1,8 @@
-"""What became of the drafts, drawn into the text that they led to, and how that text is printed as it comes.
+"""What became of the drafts, drawn into the text that they led to, and how that text is printed as
+it comes.
 
-A cycle is drawn in the order in which it happened: the drafted tokens that were accepted, those that were not, and the token of the
-transformer's own.
+A cycle is drawn in the order in which it happened: the drafted tokens that were accepted, those
+that were not, and the token of the transformer's own.
 """
 
 import signal
@@ -31,18 +32,22 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first by
 
 
 class TokenText:
-    """The text that tokens add to those before them, so that all that `add` and `rest` gave is `decode` of all tokens.
+    """The text that tokens add to those before them, so that all that `add` and `rest` gave is
+    `decode` of all tokens.
 
-    A token that ends within a character adds nothing; the one that completes the character adds all of it.
+    A token that ends within a character adds nothing; the one that completes the character adds all
+    of it.
 
     Args:
-        decode: tokens -> text, as `tokenizer.decode`; the text of more tokens begins with that of fewer.
+        decode: tokens -> text, as `tokenizer.decode`; the text of more tokens begins with that of
+            fewer.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        # Decoding all of them anew for each would take ever longer: the latest with any text are enough, as all that the text
-        # of a token depends on is whether one stands before it, and whether that left a character open.
+        # Decoding all of them anew for each would take ever longer: the latest with any text are
+        # enough, as all that the text of a token depends on is whether one stands before it, and
+        # whether that left a character open.
         self._known: list[int] = []
         self._open: list[int] = []
 
@@ -62,11 +67,16 @@ class TokenText:
         return text
 
     def _new(self) -> str:
-        return self._decode(self._known + self._open)[len(self._decode(self._known)) :] if self._open else ""
+        return (
+            self._decode(self._known + self._open)[len(self._decode(self._known)) :]
+            if self._open
+            else ""
+        )
 
 
 def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
-    """The pieces of one cycle, at most one of each kind. But for the rejected ones, they are the text of its tokens.
+    """The pieces of one cycle, at most one of each kind. But for the rejected ones, they are the
+    text of its tokens.
 
     Args:
         text: of everything before the cycle; the tokens of the cycle are added to it.
@@ -89,12 +99,17 @@ def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
 
 def coloured(pieces: Sequence[Piece]) -> str:
     """For a terminal; every piece resets its colour itself."""
-    return "".join(STYLES[kind].render(text, color_system=ColorSystem.STANDARD) for text, kind in pieces)
+    return "".join(
+        STYLES[kind].render(text, color_system=ColorSystem.STANDARD) for text, kind in pieces
+    )
 
 
 def marked(pieces: Sequence[Piece]) -> str:
     """Without colours: [+accepted] and [-rejected], and the transformer's own tokens as they are."""
-    return "".join({"accepted": f"[+{text}]", "rejected": f"[-{text}]"}.get(kind, text) for text, kind in pieces)
+    return "".join(
+        {"accepted": f"[+{text}]", "rejected": f"[-{text}]"}.get(kind, text)
+        for text, kind in pieces
+    )
 
 
 def legend(*, colours: bool, styled: bool = False) -> str:
@@ -111,16 +126,21 @@ def legend(*, colours: bool, styled: bool = False) -> str:
 
 
 class Stream:
-    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left clean however it ends.
+    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left
+    clean however it ends.
 
-    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown by marks.
+    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown
+    by marks.
     """
 
     def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
         self._text, self._ids, self._drafts = TokenText(tokenizer.decode), ids, drafts
         out, err = Console(), Console(stderr=True)
         self._colours, self._coloured_legend = (
-            drafts and console.is_terminal and console.color_system is not None and not console.no_color
+            drafts
+            and console.is_terminal
+            and console.color_system is not None
+            and not console.no_color
             for console in (out, err)
         )
         self._begun = self._stopped = False
@@ -146,7 +166,8 @@ class Stream:
         self._before = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, *_: Any) -> None:
-        """The pass under way is finished first: an exception at any moment can be lost in a destructor. A second one takes effect at once."""
+        """The pass under way is finished first: an exception at any moment can be lost in a
+        destructor. A second one takes effect at once."""
         self._stopped = True
         signal.signal(signal.SIGINT, self._before)
 

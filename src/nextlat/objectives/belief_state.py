@@ -1,6 +1,8 @@
-"""BST: the belief state transformer (Hu et al., arXiv 2410.23506; in our words: spec METHOD section 5).
+"""BST: the belief state transformer (Hu et al., arXiv 2410.23506; in our words: spec METHOD section
+5).
 
-Shapes: B rows, T tokens, N = B*T positions, D width, V vocabulary, G documents, P pairs, M of them in one chunk.
+Shapes: B rows, T tokens, N = B*T positions, D width, V vocabulary, G documents, P pairs, M of them
+    in one chunk.
 """
 
 from collections.abc import Callable
@@ -27,8 +29,9 @@ class BSTConfig:
     """Settings of the belief state transformer.
 
     Attributes:
-        pair_share: share of the (prefix, suffix) pairs that is trained on, above 0 and at most 1 (0.1 for the training speed
-            in arXiv 2511.05963). Whether a pair is among them is a hash of its document's tokens and of where it cuts
+        pair_share: share of the (prefix, suffix) pairs that is trained on, above 0 and at most 1
+            (0.1 for the training speed in arXiv 2511.05963). Whether a pair is among them is a hash
+            of its document's tokens and of where it cuts
             the document: the same in every epoch, packing, micro-batch and resumed run.
 
     Raises:
@@ -39,11 +42,14 @@ class BSTConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.pair_share <= 1:
-            raise NextLatError(f"BSTConfig.pair_share is {self.pair_share}: it must be above 0 and at most 1.")
+            raise NextLatError(
+                f"BSTConfig.pair_share is {self.pair_share}: it must be above 0 and at most 1."
+            )
 
 
 class TextHead(nn.Module):
-    """[F_t ; B_{t+k}] -> a state for the next token and one for the previous; the output head W of the LM reads both.
+    """[F_t ; B_{t+k}] -> a state for the next token and one for the previous; the output head W of
+    the LM reads both.
 
     Two linear layers of width 2 D with GELU between, no biases, like the paper's backbone.
     """
@@ -66,8 +72,9 @@ class TextHead(nn.Module):
 class Pairs:
     """P pairs of a prefix x_1..x_t and a suffix x_{t+k}..x_T of one document, k >= 1.
 
-    `prefix` and `suffix` are the positions that F and B have read last, N for the empty prefix and the empty suffix.
-    `targets` (P, 2) are the labels of x_{t+1} and x_{t+k-1}; -100 where the document has no such token or it has no label.
+    `prefix` and `suffix` are the positions that F and B have read last, N for the empty prefix and
+    the empty suffix. `targets` (P, 2) are the labels of x_{t+1} and x_{t+k-1}; -100 where the
+    document has no such token or it has no label.
     """
 
     prefix: Tensor
@@ -79,7 +86,8 @@ class Pairs:
         """All pairs of a batch, or a share of them, that have anything to predict."""
         start, length = batch.documents()
         N, device = batch.input_ids.numel(), batch.input_ids.device
-        # The n + 1 places at which a document of n tokens can be cut, those of all documents in one vector: i tokens before it.
+        # The n + 1 places at which a document of n tokens can be cut, those of all documents in one
+        # vector: i tokens before it.
         document = torch.arange(len(start), device=device).repeat_interleave(length + 1)
         i = torch.arange(len(document), device=device) - _before(length + 1)[document]
         # A pair is a place for the prefix to end, and one from there on for the suffix to begin.
@@ -105,15 +113,20 @@ class Pairs:
 
 
 class BST(Objective):
-    """L = mean over pairs of CE(next token x_{t+1}) + mean over pairs of CE(previous token x_{t+k-1})
+    """L = mean over pairs of CE(next token x_{t+1}) + mean over pairs of CE(previous token
+    x_{t+k-1})
 
-    F is the LM's own transformer, B a second one that reads documents from their end. Every pair (t, t + k) of a document with
-    k >= 1 is trained on, with the empty prefix and the empty suffix, whose states are learned vectors. Each mean is over the pairs
-    whose document has such a token, with a label: prompt tokens are read from both sides and predicted from neither.
+    F is the LM's own transformer, B a second one that reads documents from their end. Every pair
+    (t, t + k) of a document with k >= 1 is trained on, with the empty prefix and the empty suffix,
+    whose states are learned vectors. Each mean is over the pairs
+    whose document has such a token, with a label: prompt tokens are read from both sides and
+    predicted from neither.
     """
 
     name: ClassVar[str] = "bst"
-    needed_at_inference: ClassVar[bool] = True  # the next token is predicted by the text head, from F and the empty suffix
+    needed_at_inference: ClassVar[bool] = (
+        True  # the next token is predicted by the text head, from F and the empty suffix
+    )
 
     def __init__(self, config: BSTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -125,20 +138,27 @@ class BST(Objective):
 
     def counts(self, batch: Batch) -> Tensor:
         """(3,): pairs with a next token to predict, pairs with a previous one, scored positions."""
-        return torch.cat([Pairs.of(batch, self.config.pair_share).counts(), batch.scored().sum().view(1)]).float()
+        return torch.cat(
+            [Pairs.of(batch, self.config.pair_share).counts(), batch.scored().sum().view(1)]
+        ).float()
 
     def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
         pairs = Pairs.of(batch, self.config.pair_share)
         counts = self.counts(batch) if counts is None else counts
-        # F and B run once; then the pairs, chunk by chunk, on their detached states; then one backward through each.
+        # F and B run once; then the pairs, chunk by chunk, on their detached states; then one
+        # backward through each.
         f_ND = self.backbone.hidden(batch).flatten(0, 1)
         b_ND = self.backbone.hidden(batch.reversed(), self.backward_encoder).flip(1).flatten(0, 1)
         states = [_with(f_ND, self.empty_prefix), _with(b_ND, self.empty_suffix)]
         divisors = counts[:2].clamp(min=1)
-        chunks = zip(*(x.split(CHUNK) for x in (pairs.prefix, pairs.suffix, pairs.targets)), strict=True)
+        chunks = zip(
+            *(x.split(CHUNK) for x in (pairs.prefix, pairs.suffix, pairs.targets)), strict=True
+        )
         pieces = [self._piece(Pairs(*chunk), divisors) for chunk in chunks if len(chunk[0])]
         output_head = self.backbone.lm.get_output_embeddings()
-        total, parts = one_by_one(pieces, states, [*self.text_head.parameters(), *output_head.parameters()])
+        total, parts = one_by_one(
+            pieces, states, [*self.text_head.parameters(), *output_head.parameters()]
+        )
         parts = parts.expand(2)
         one = torch.ones_like(counts[:1])
         return Losses(
@@ -163,13 +183,17 @@ class BST(Objective):
         """The share of some pairs in both means, as a function of the states of F and B."""
 
         def piece(f_XD: Tensor, b_XD: Tensor) -> Tensor:
-            states_M2D = self.text_head(f_XD.index_select(0, pairs.prefix), b_XD.index_select(0, pairs.suffix))
+            states_M2D = self.text_head(
+                f_XD.index_select(0, pairs.prefix), b_XD.index_select(0, pairs.suffix)
+            )
             sums = []
             for which in (NEXT, PREVIOUS):
                 scored = (pairs.targets[:, which] != IGNORE).nonzero().squeeze(1)
                 states = states_M2D[:, which].index_select(0, scored)
                 sums.append(
-                    cross_entropy(self.backbone.head, states, pairs.targets[scored, which]) if len(scored) else states.sum()
+                    cross_entropy(self.backbone.head, states, pairs.targets[scored, which])
+                    if len(scored)
+                    else states.sum()
                 )
             return torch.stack(sums) / divisors
 
@@ -177,7 +201,8 @@ class BST(Objective):
 
     @torch.no_grad()
     def _next_token(self, f_ND: Tensor, batch: Batch) -> Tensor:
-        """(1,) sum of the cross-entropies of plain next-token prediction, as other objectives report them."""
+        """(1,) sum of the cross-entropies of plain next-token prediction, as other objectives
+        report them."""
         scored = batch.scored().nonzero().squeeze(1)
         return cross_entropy(self.next_token_logits, f_ND[scored], batch.targets()[scored]).view(1)
 
@@ -185,10 +210,14 @@ class BST(Objective):
         return self.backbone.head(self.text_head(h, self.empty_suffix.to(h.dtype))[..., NEXT, :])
 
     @torch.no_grad()
-    def generate_towards(self, prefix_ids: Tensor, suffix_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy tokens behind a prefix, each chosen in view of a suffix that is to follow sooner or later (a goal).
+    def generate_towards(
+        self, prefix_ids: Tensor, suffix_ids: Tensor, max_new_tokens: int
+    ) -> Tensor:
+        """Greedy tokens behind a prefix, each chosen in view of a suffix that is to follow sooner
+        or later (a goal).
 
-        The number of tokens between the two is not part of what the text head is given: look for the suffix in what comes back.
+        The number of tokens between the two is not part of what the text head is given: look for
+        the suffix in what comes back.
 
         Args:
             prefix_ids: (B, T), T >= 0. suffix_ids: (B, S), S >= 0. max_new_tokens: per row.

@@ -1,11 +1,14 @@
 """How many floating-point operations a training step asks for, predicted from shapes alone.
 
-Counted as everywhere: a product of (M, K) and (K, N) matrices is 2 M K N operations, only matrix products count, the half of the
-attention that the causal mask hides counts too, and what is recomputed to save memory does not (it is no part of the method).
-Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for both factors). A frozen transformer
-has none; what drafts from it then costs is counted for NextLat alone.
+Counted as everywhere: a product of (M, K) and (K, N) matrices is 2 M K N operations, only matrix
+products count, the half of the attention that the causal mask hides counts too, and what is
+recomputed to save memory does not (it is no part of the method).
+Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for
+both factors). A frozen transformer has none; what drafts from it then costs is counted for NextLat
+alone.
 
-What an objective adds to the transformer it says itself: `Objective.flops`. Here is what all of them are made of.
+What an objective adds to the transformer it says itself: `Objective.flops`. Here is what all of
+them are made of.
 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
@@ -21,7 +24,10 @@ from nextlat.batch import Batch
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
 
-FORWARD, TRAINING = 2.0, 6.0  # operations of a product per weight and vector: forward alone, and with backward
+FORWARD, TRAINING = (
+    2.0,
+    6.0,
+)  # operations of a product per weight and vector: forward alone, and with backward
 
 
 def per_weight(backbone: Backbone) -> float:
@@ -30,7 +36,8 @@ def per_weight(backbone: Backbone) -> float:
 
 
 def weights(module: nn.Module) -> int:
-    """Weights in the matrix products of a module: of all experts where there are several, without tables of embeddings."""
+    """Weights in the matrix products of a module: of all experts where there are several, without
+    tables of embeddings."""
     tables = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}
     return sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in tables)
 
@@ -41,7 +48,8 @@ def head_weights(backbone: Backbone) -> int:
 
 
 def attention_flops(backbone: Backbone, layers: int, batch: Batch) -> float:
-    """Of so many layers on a whole batch, padding included, without their projections: q k^T and its product with v."""
+    """Of so many layers on a whole batch, padding included, without their projections: q k^T and
+    its product with v."""
     (B, T), config = batch.input_ids.shape, backbone.lm.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return per_weight(backbone) * 2 * B * T * T * layers * config.num_attention_heads * size
@@ -61,7 +69,8 @@ def step_flops(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> dict[str, float] | None:
-    """Operations of the forward and backward pass of one batch, given as to the model: {"backbone", ...} by part.
+    """Operations of the forward and backward pass of one batch, given as to the model: {"backbone",
+    ...} by part.
 
     Returns:
         None for an objective that has no formula.
@@ -72,7 +81,8 @@ def step_flops(
 
 
 def training_flops(model: "ObjectiveModel", length: int) -> dict[str, float] | None:
-    """Operations per token of `step_flops`, where every row is one document of `length` labelled tokens."""
+    """Operations per token of `step_flops`, where every row is one document of `length` labelled
+    tokens."""
     row = torch.zeros(1, length, dtype=torch.long)
     parts = step_flops(model, row, row)
     return parts and {name: value / length for name, value in parts.items()}

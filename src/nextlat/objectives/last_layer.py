@@ -1,4 +1,5 @@
-"""The last decoder layer of any causal LM and the norm behind it, to be copied and run again: what multi-token prediction is made of.
+"""The last decoder layer of any causal LM and the norm behind it, to be copied and run again: what
+multi-token prediction is made of.
 
 As in `backbone`, nothing goes by the names of modules: all is found out by watching a forward pass.
 
@@ -21,23 +22,27 @@ from nextlat.errors import NextLatError
 
 @dataclass(frozen=True)
 class LastCall:
-    """What the last decoder layer was given in one forward pass: trunk_BTD, and the masks, positions and cache beside it."""
+    """What the last decoder layer was given in one forward pass: trunk_BTD, and the masks,
+    positions and cache beside it."""
 
     trunk: Tensor
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
     def run(self, layer: nn.Module, norm: nn.Module, trunk_BTD: Tensor | None = None) -> Tensor:
-        """(B, T, D) states of another layer and norm in the place of the last ones, on the same trunk or the one given."""
+        """(B, T, D) states of another layer and norm in the place of the last ones, on the same
+        trunk or the one given."""
         trunk_BTD = self.trunk if trunk_BTD is None else trunk_BTD
         return norm(_first(layer(trunk_BTD, *self.arguments, **self.keywords)))
 
 
 class LastLayer:
-    """The last decoder layer and the norm behind it, found out by watching one forward pass; and what the layer is called with.
+    """The last decoder layer and the norm behind it, found out by watching one forward pass; and
+    what the layer is called with.
 
-    It goes on watching: the last layer's call of the newest forward pass is kept until the next one, or until it is taken. The trunk
-    comes without its graph, unless the pass ran inside `with_graph`.
+    It goes on watching: the last layer's call of the newest forward pass is kept until the next
+    one, or until it is taken. The trunk comes without its graph, unless the pass ran inside
+    `with_graph`.
 
     Attributes:
         layer, norm: the two modules of the LM.
@@ -61,8 +66,14 @@ class LastLayer:
 
     def _find(self, backbone: Backbone) -> tuple[nn.Module, nn.Module] | None:
         base, ids = backbone.lm.base_model, probe_ids(backbone.lm)
-        lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-        outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        lists = {
+            name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+        }
+        outer = [
+            m
+            for name, m in lists.items()
+            if not any(name.startswith(f"{other}.") for other in lists)
+        ]
         if not outer:
             return None
         layer = max(outer, key=len)[-1]
@@ -76,7 +87,9 @@ class LastLayer:
             elif outputs and arguments and arguments[0] is outputs[-1]:
                 readers.append(module)
 
-        handles = [m.register_forward_hook(after) for m in base.modules() if m is layer or m not in inside]
+        handles = [
+            m.register_forward_hook(after) for m in base.modules() if m is layer or m not in inside
+        ]
         handles.append(layer.register_forward_pre_hook(self._watch, with_kwargs=True))
         try:
             h_BTD = backbone.states(ids)
@@ -88,14 +101,17 @@ class LastLayer:
             return None
         return layer, norm
 
-    def _watch(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def _watch(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
         keywords = dict(keywords)
         trunk, *rest = arguments if arguments else (keywords.pop("hidden_states"),)
         self._call = LastCall(trunk if self._keep_graph else trunk.detach(), tuple(rest), keywords)
 
     @contextmanager
     def with_graph(self) -> Iterator[None]:
-        """Forward passes inside keep the graph of their trunk, so that gradients can go back through it."""
+        """Forward passes inside keep the graph of their trunk, so that gradients can go back
+        through it."""
         self._keep_graph = True
         try:
             yield
@@ -108,7 +124,8 @@ class LastLayer:
         return call
 
     def copies(self, backbone: Backbone, count: int) -> list[tuple[nn.Module, nn.Module]]:
-        """Trainable copies of layer and norm; copy i (from 1) keeps its keys and values i places behind the last layer's.
+        """Trainable copies of layer and norm; copy i (from 1) keeps its keys and values i places
+        behind the last layer's.
 
         Raises:
             NextLatError: a copy does not do what the last layer does.
@@ -154,7 +171,9 @@ class LastLayer:
                     backbone.step(piece, cache)
                     pieces.append(states())
                 return backbone.close(torch.cat(pieces, dim=1), whole)
-            except Exception:  # whatever a foreign layer or cache raises: it trains, and does not draft
+            except (
+                Exception
+            ):  # whatever a foreign layer or cache raises: it trains, and does not draft
                 return False
 
 

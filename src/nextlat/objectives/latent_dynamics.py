@@ -1,6 +1,8 @@
-"""Latent dynamics models p_psi: the state after reading one more token, from the state before it and the token's embedding.
+"""Latent dynamics models p_psi: the state after reading one more token, from the state before it
+and the token's embedding.
 
-No attention, no cache: everything about the past is in the state. Shapes: D width of the state, E width of the embedding.
+No attention, no cache: everything about the past is in the state. Shapes: D width of the state, E
+width of the embedding.
 """
 
 from itertools import pairwise
@@ -15,12 +17,14 @@ INIT_STD = 0.02  # as the backbone: weights ~ N(0, 0.02)
 class LatentDynamics(nn.Module):
     """p_psi:  h_hat_{t+1} = h_t + f( LayerNorm( [ E(x_{t+1}) ; h_t ] ) )
 
-    f is `num_layers` linear layers with GELU between; no biases, like the paper's backbone (its count of 2.62 M
-    parameters on A5 is met without them). The residual adds the un-normalised state.
+    f is `num_layers` linear layers with GELU between; no biases, like the paper's backbone (its
+    count of 2.62 M parameters on A5 is met without them). The residual adds the un-normalised
+    state.
 
     Args:
         width, embedding_width: D, E. hidden_size: of f; None = E + D. num_layers: of f.
-        separate_norms: [ LayerNorm(E(x_{t+1})) ; LayerNorm(h_t) ] instead, so that neither drowns the other.
+        separate_norms: [ LayerNorm(E(x_{t+1})) ; LayerNorm(h_t) ] instead, so that neither drowns
+            the other.
         zero_init: the last layer of f starts at zero, so that p_psi starts as the identity on h_t.
     """
 
@@ -53,7 +57,8 @@ class LatentDynamics(nn.Module):
             nn.init.zeros_(self.f[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """(..., D) states and (..., E) embeddings of the tokens read in them -> (..., D) predicted next states."""
+        """(..., D) states and (..., E) embeddings of the tokens read in them -> (..., D) predicted
+        next states."""
         if self.separate_norms:
             dtype = self.norm_h.weight.dtype
             x = torch.cat([self.norm_e(e.to(dtype)), self.norm_h(h.to(dtype))], dim=-1)
@@ -64,13 +69,14 @@ class LatentDynamics(nn.Module):
 
 
 class GRUDynamics(nn.Module):
-    """p_psi as one GRU cell of width D that reads E(x_{t+1}); there is no residual but the cell's own update gate z.
+    """p_psi as one GRU cell of width D that reads E(x_{t+1}); there is no residual but the cell's
+    own update gate z.
 
         r, z = sigmoid( W_r e + U_r h + b ),  sigmoid( W_z e + U_z h + b )
         n = tanh( W_n e + b + r * (U_n h + b') )          h_hat = (1 - z) * n + z * h
 
-    The equations, names and order of the gates are those of `torch.nn.GRUCell`, whose weights fit; written out, because that cell
-    would round the running state to half precision under autocast.
+    The equations, names and order of the gates are those of `torch.nn.GRUCell`, whose weights fit;
+    written out, because that cell would round the running state to half precision under autocast.
     """
 
     def __init__(self, width: int, embedding_width: int) -> None:
@@ -80,9 +86,14 @@ class GRUDynamics(nn.Module):
         self.bias_ih, self.bias_hh = (nn.Parameter(torch.zeros(3 * width)) for _ in range(2))
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """(..., D) states and (..., E) embeddings of the tokens read in them -> (..., D) predicted next states."""
+        """(..., D) states and (..., E) embeddings of the tokens read in them -> (..., D) predicted
+        next states."""
         dtype = self.weight_hh.dtype
-        read_r, read_z, read_n = F.linear(e.to(dtype), self.weight_ih, self.bias_ih).to(h.dtype).chunk(3, dim=-1)
-        kept_r, kept_z, kept_n = F.linear(h.to(dtype), self.weight_hh, self.bias_hh).to(h.dtype).chunk(3, dim=-1)
+        read_r, read_z, read_n = (
+            F.linear(e.to(dtype), self.weight_ih, self.bias_ih).to(h.dtype).chunk(3, dim=-1)
+        )
+        kept_r, kept_z, kept_n = (
+            F.linear(h.to(dtype), self.weight_hh, self.bias_hh).to(h.dtype).chunk(3, dim=-1)
+        )
         r, z = torch.sigmoid(read_r + kept_r), torch.sigmoid(read_z + kept_z)
         return torch.lerp(torch.tanh(read_n + r * kept_n), h, z)

@@ -1,4 +1,5 @@
-"""MTP: multi-token prediction with one head per offset (Gloeckle et al., arXiv 2404.19737; in our words: spec METHOD section 3).
+"""MTP: multi-token prediction with one head per offset (Gloeckle et al., arXiv 2404.19737; in our
+words: spec METHOD section 3).
 
 Shapes: B rows, T tokens, N = B*T positions, D width, V vocabulary, d horizon.
 """
@@ -24,8 +25,10 @@ class MTPConfig(TokensAheadConfig):
     """Settings of multi-token prediction.
 
     Attributes:
-        horizon: d, extra heads; head i predicts x_{t+1+i} (compared in arXiv 2511.05963: 1, 2, 4 and 8).
-        lambda_mtp: weight of the extra heads' mean loss, above 0 (there swept over 0.1..1.0 on small tasks, 1 on FineWeb-Edu).
+        horizon: d, extra heads; head i predicts x_{t+1+i} (compared in arXiv 2511.05963: 1, 2, 4
+            and 8).
+        lambda_mtp: weight of the extra heads' mean loss, above 0 (there swept over 0.1..1.0 on
+            small tasks, 1 on FineWeb-Edu).
 
     Raises:
         NextLatError: a value outside its range.
@@ -33,7 +36,8 @@ class MTPConfig(TokensAheadConfig):
 
 
 class ExtraHead(nn.Module):
-    """Head i = one decoder layer + final norm; the output head W is shared by all of them and belongs to the LM."""
+    """Head i = one decoder layer + final norm; the output head W is shared by all of them and
+    belongs to the LM."""
 
     def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
         super().__init__()
@@ -47,8 +51,9 @@ class ExtraHead(nn.Module):
 class MTP(TokensAhead):
     """L = L_0 + lambda_MTP * mean(L_1..L_d),   L_i = mean_t CE(W head_i(trunk_t), x_{t+1+i})
 
-    The trunk is the LM without its last layer; head 0 is that layer and the final norm, so that the LM stays an ordinary model
-    and the extra heads can be thrown away. They begin as copies of head 0, trained (a pretrained LM) or drawn (one from scratch).
+    The trunk is the LM without its last layer; head 0 is that layer and the final norm, so that the
+    LM stays an ordinary model and the extra heads can be thrown away. They begin as copies of head
+    0, trained (a pretrained LM) or drawn (one from scratch).
     """
 
     name: ClassVar[str] = "mtp"
@@ -67,25 +72,36 @@ class MTP(TokensAhead):
             h_ND = self.backbone.hidden(batch).flatten(0, 1)
         call = self._last_call()
 
-        # One head at a time, forward and backward, on the detached trunk; then one backward through the trunk for all of them.
+        # One head at a time, forward and backward, on the detached trunk; then one backward through
+        # the trunk for all of them.
         pieces = [
             self._piece(head, call, at, targets, counts[i].clamp(min=1) * self.horizon)
-            for i, (head, (at, targets)) in enumerate(zip(self.heads, batch.ahead(self.horizon), strict=True), start=1)
+            for i, (head, (at, targets)) in enumerate(
+                zip(self.heads, batch.ahead(self.horizon), strict=True), start=1
+            )
             if len(at)
         ]
         output_head = self.backbone.lm.get_output_embeddings()
-        extra, _ = one_by_one(pieces, [call.trunk], [*self.heads.parameters(), *output_head.parameters()])
+        extra, _ = one_by_one(
+            pieces, [call.trunk], [*self.heads.parameters(), *output_head.parameters()]
+        )
         return Losses(
             {
                 "next_token": self.next_token_term(h_ND, batch, counts[:1]),
-                "multi_token": Term(extra.view(1), torch.ones_like(counts[:1]), self.config.lambda_mtp),
+                "multi_token": Term(
+                    extra.view(1), torch.ones_like(counts[:1]), self.config.lambda_mtp
+                ),
             }
         )
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        run = int((self.counts(batch)[1:] > 0).sum())  # a head whose token lies beyond every document is not
+        run = int(
+            (self.counts(batch)[1:] > 0).sum()
+        )  # a head whose token lies beyond every document is not
         products = TRAINING * run * weights(self.heads[0]) * batch.input_ids.numel()
-        return super().flops(batch) | {"extra heads": products + attention_flops(self.backbone, run, batch)}
+        return super().flops(batch) | {
+            "extra heads": products + attention_flops(self.backbone, run, batch)
+        }
 
     def _piece(
         self, head: nn.Module, call: LastCall, at: Tensor, targets: Tensor, divisor: Tensor
@@ -94,7 +110,12 @@ class MTP(TokensAhead):
 
         def piece(trunk_BTD: Tensor) -> Tensor:
             states_ND = head(call, trunk_BTD).flatten(0, 1)
-            return cross_entropy(self.backbone.head, torch.index_select(states_ND, 0, at), targets).view(1) / divisor
+            return (
+                cross_entropy(
+                    self.backbone.head, torch.index_select(states_ND, 0, at), targets
+                ).view(1)
+                / divisor
+            )
 
         return piece
 
@@ -107,14 +128,18 @@ class MTP(TokensAhead):
 
     @property
     def cache_config(self) -> PreTrainedConfig:
-        """The heads attend over the whole prefix: their keys and values lie behind those of the LM's layers, in the same cache."""
+        """The heads attend over the whole prefix: their keys and values lie behind those of the
+        LM's layers, in the same cache."""
         return self.backbone.cache_config(extra_layers=self.horizon)
 
     def drafting_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
-        """(B, T, d * D): what heads 1..d give side by side on the trunk of the forward pass that gave h."""
+        """(B, T, d * D): what heads 1..d give side by side on the trunk of the forward pass that
+        gave h."""
         call = self._last_call()
         return torch.cat([head(call) for head in self.heads], dim=-1)
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """The next head's logits; which token was drafted before it does not matter."""
-        return state.roll(-self.backbone.width, dims=-1), self.backbone.head(state[..., : self.backbone.width])
+        return state.roll(-self.backbone.width, dims=-1), self.backbone.head(
+            state[..., : self.backbone.width]
+        )

@@ -1,4 +1,5 @@
-"""NextLat: next-latent prediction (Teoh et al., arXiv 2511.05963; in our words: spec METHOD section 1).
+"""NextLat: next-latent prediction (Teoh et al., arXiv 2511.05963; in our words: spec METHOD section
+1).
 
 Shapes: B rows, T tokens, N = B*T positions, D width, E embedding width, V vocabulary, d horizon.
 """
@@ -23,38 +24,57 @@ CHOICES = {
     "kl_loss": ("kl", "cross_entropy"),
     "dynamics": ("mlp", "gru"),
     **dict.fromkeys(
-        ["stop_gradient_target", "stop_gradient_teacher", "stop_gradient_head", "separate_norms", "zero_init"], (True, False)
+        [
+            "stop_gradient_target",
+            "stop_gradient_teacher",
+            "stop_gradient_head",
+            "separate_norms",
+            "zero_init",
+        ],
+        (True, False),
     ),
 }
 
 
 @dataclass(frozen=True)
 class NextLatConfig:
-    """Settings of next-latent prediction, in the paper's terms. The defaults are the paper's method.
+    """Settings of next-latent prediction, in the paper's terms. The defaults are the paper's
+    method.
 
     Attributes:
-        horizon: d, steps of the rollout (paper: 1, 2, 4 or 8; arm length - 2 on Path-Star). The theorem needs no more than 1.
-        lambda_next_h: weight of the Smooth L1 between predicted and true state (paper: 1; 2 on Countdown).
-        lambda_kl: weight of the KL between the token distributions at both (paper: 1; 0.1 on Manhattan, 0 on A5).
-        hidden_size: hidden width of the latent dynamics model; None = the width of its input, E + D (A5 in the paper's table).
+        horizon: d, steps of the rollout (paper: 1, 2, 4 or 8; arm length - 2 on Path-Star). The
+            theorem needs no more than 1.
+        lambda_next_h: weight of the Smooth L1 between predicted and true state (paper: 1; 2 on
+            Countdown).
+        lambda_kl: weight of the KL between the token distributions at both (paper: 1; 0.1 on
+            Manhattan, 0 on A5).
+        hidden_size: hidden width of the latent dynamics model; None = the width of its input, E + D
+            (A5 in the paper's table).
         num_layers: linear layers of the latent dynamics model (paper: 3).
 
     Ablations, each taking one choice of the paper back:
-        next_h_loss: between the states; "mse" is the plain squared difference, without Smooth L1's factor of one half.
-        kl_loss: between the tokens; "cross_entropy" asks of the predicted state the true next token, not the model's distribution.
+        next_h_loss: between the states; "mse" is the plain squared difference, without Smooth L1's
+            factor of one half.
+        kl_loss: between the tokens; "cross_entropy" asks of the predicted state the true next
+            token, not the model's distribution.
         stop_gradient_target: sg[h_{t+i}], the true state that the predicted one is compared with.
-        stop_gradient_teacher: sg[W h_{t+i}], the distribution at the true state in the KL, both its W and its h.
+        stop_gradient_teacher: sg[W h_{t+i}], the distribution at the true state in the KL, both its
+            W and its h.
         stop_gradient_head: sg[W], the head through which the predicted state is read.
         dynamics: "gru" is one GRU cell of width D on E(x), see `latent_dynamics`.
 
     Variants of ours, off by default:
-        warmup_steps: both lambdas grow linearly to their values over so many optimiser steps; 0 = from the start, as published.
-            Recommended for language, over a third or more of the steps: it halves what NextLat costs the next token, and drafts are
-            accepted as often. Not for planning: on Path-Star the shortcut is learned while the lambdas are small (docs/log.md).
-        separate_norms, zero_init: of the latent dynamics model, see `latent_dynamics.LatentDynamics`.
+        warmup_steps: both lambdas grow linearly to their values over so many optimiser steps; 0 =
+            from the start, as published. Recommended for language, over a third or more of the
+            steps: it halves what NextLat costs the next token, and drafts are accepted as often.
+            Not for planning: on Path-Star the shortcut is learned while the lambdas are small
+            (docs/log.md).
+        separate_norms, zero_init: of the latent dynamics model, see
+            `latent_dynamics.LatentDynamics`.
 
     Raises:
-        NextLatError: a value outside its range, or settings of which one leaves the other without meaning.
+        NextLatError: a value outside its range, or settings of which one leaves the other without
+            meaning.
     """
 
     horizon: int = 1
@@ -73,7 +93,14 @@ class NextLatConfig:
     zero_init: bool = False
 
     def __post_init__(self) -> None:
-        least = {"horizon": 1, "lambda_next_h": 0, "lambda_kl": 0, "hidden_size": 1, "num_layers": 1, "warmup_steps": 0}
+        least = {
+            "horizon": 1,
+            "lambda_next_h": 0,
+            "lambda_kl": 0,
+            "hidden_size": 1,
+            "num_layers": 1,
+            "warmup_steps": 0,
+        }
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not value >= bound:
@@ -81,7 +108,9 @@ class NextLatConfig:
         for name, valid in CHOICES.items():
             value = getattr(self, name)
             if value not in valid:
-                raise NextLatError(f"NextLatConfig.{name} is {value!r}: it must be one of {', '.join(map(repr, valid))}.")
+                raise NextLatError(
+                    f"NextLatConfig.{name} is {value!r}: it must be one of {', '.join(map(repr, valid))}."
+                )
         if self.kl_loss != "kl" and not self.stop_gradient_teacher:
             raise NextLatError(
                 f"NextLatConfig.stop_gradient_teacher is False, but kl_loss '{self.kl_loss}' has no teacher: leave it out."
@@ -98,7 +127,9 @@ class NextLat(NextToken):
     """L = L_next_token + lambda_next_h * L_next_h + lambda_KL * L_KL"""
 
     name: ClassVar[str] = "nextlat"
-    max_draft_length = None  # p_psi is recurrent: it drafts any number of tokens, whatever d it was trained with
+    max_draft_length = (
+        None  # p_psi is recurrent: it drafts any number of tokens, whatever d it was trained with
+    )
 
     def __init__(self, config: NextLatConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -117,7 +148,8 @@ class NextLat(NextToken):
         )
 
     def counts(self, batch: Batch) -> Tensor:
-        """(1 + 2 d,): scored positions; states reached at each step; of those, the ones with a next-token loss of their own."""
+        """(1 + 2 d,): scored positions; states reached at each step; of those, the ones with a
+        next-token loss of their own."""
         steps = list(batch.rollout(self.horizon))
         sizes = [len(step.state) for step in steps] + [len(step.scored) for step in steps]
         rest = torch.tensor(sizes, dtype=torch.float32, device=batch.input_ids.device)
@@ -131,16 +163,28 @@ class NextLat(NextToken):
         # sg[h]: the states are pulled towards nothing, only what predicts them moves
         target_ND = h_ND.detach() if config.stop_gradient_target else h_ND
 
-        # The rollout: h_hat_t = h_t (not detached), then h_hat_{t+i} = p_psi(h_hat_{t+i-1}, x_{t+i}) on its own predictions.
-        # The running state is kept in fp32 under mixed precision: rounding would be of the size of the error being learned.
+        # The rollout: h_hat_t = h_t (not detached), then h_hat_{t+i} = p_psi(h_hat_{t+i-1},
+        # x_{t+i}) on its own predictions. The running state is kept in fp32 under mixed precision:
+        # rounding would be of the size of the error being learned.
         h_hat = h_ND.to(torch.promote_types(h_ND.dtype, torch.float32))
         next_h, kl = [], []
         for step in batch.rollout(d):
             h_hat = torch.index_select(h_hat, 0, step.kept)
             h_hat = self.dynamics(h_hat, torch.index_select(e_NE, 0, step.state))
-            next_h.append(NEXT_H_LOSSES[config.next_h_loss](h_hat, torch.index_select(target_ND, 0, step.state)))
+            next_h.append(
+                NEXT_H_LOSSES[config.next_h_loss](
+                    h_hat, torch.index_select(target_ND, 0, step.state)
+                )
+            )
             if config.lambda_kl > 0:
-                kl.append(self.token_loss(torch.index_select(h_hat, 0, step.scored), h_ND, step.state[step.scored], batch))
+                kl.append(
+                    self.token_loss(
+                        torch.index_select(h_hat, 0, step.scored),
+                        h_ND,
+                        step.state[step.scored],
+                        batch,
+                    )
+                )
 
         ramp = self.ramp()
         terms = {
@@ -152,7 +196,8 @@ class NextLat(NextToken):
         return Losses(terms)
 
     def token_loss(self, h_hat: Tensor, h_ND: Tensor, state: Tensor, batch: Batch) -> Tensor:
-        """Sum over the predicted states h_hat (K, D) of positions `state` (K,) of what their next tokens miss: L_KL, or an ablation."""
+        """Sum over the predicted states h_hat (K, D) of positions `state` (K,) of what their next
+        tokens miss: L_KL, or an ablation."""
         config, backbone = self.config, self.backbone
         student = backbone.frozen_head if config.stop_gradient_head else backbone.head
         if config.kl_loss == "cross_entropy":
@@ -166,9 +211,14 @@ class NextLat(NextToken):
 
     def flops(self, batch: Batch) -> dict[str, float]:
         d, config, counts = self.horizon, self.config, self.counts(batch).tolist()
-        # Products with W that the token-level loss of one predicted state needs: 3 in the paper's form.
-        student = 2 if config.stop_gradient_head else 3  # forward, gradient to h_hat, and to W where W moves
-        teacher = 0 if config.kl_loss == "cross_entropy" else 1 if config.stop_gradient_teacher else 3
+        # Products with W that the token-level loss of one predicted state needs: 3 in the paper's
+        # form.
+        student = (
+            2 if config.stop_gradient_head else 3
+        )  # forward, gradient to h_hat, and to W where W moves
+        teacher = (
+            0 if config.kl_loss == "cross_entropy" else 1 if config.stop_gradient_teacher else 3
+        )
         products = student + teacher if config.lambda_kl else 0
         return super().flops(batch) | {
             "dynamics": TRAINING * weights(self.dynamics) * sum(counts[1 : 1 + d]),
@@ -176,7 +226,8 @@ class NextLat(NextToken):
         }
 
     def ramp(self) -> float:
-        """What both lambdas are multiplied by at the optimiser step under way: step n of the warm-up has n / warmup_steps of them."""
+        """What both lambdas are multiplied by at the optimiser step under way: step n of the
+        warm-up has n / warmup_steps of them."""
         if not (self.training and self.step and self.config.warmup_steps):
             return 1.0
         return min(1.0, self.step / self.config.warmup_steps)

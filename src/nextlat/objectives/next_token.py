@@ -31,7 +31,11 @@ class NextToken(Objective):
         return Losses({"next_token": self.next_token_term(h_ND, batch, counts[:1])})
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        return {"head": per_weight(self.backbone) * head_weights(self.backbone) * int(batch.scored().sum())}
+        return {
+            "head": per_weight(self.backbone)
+            * head_weights(self.backbone)
+            * int(batch.scored().sum())
+        }
 
     def next_token_term(self, h_ND: Tensor, batch: Batch, counts: Tensor) -> Term:
         """The cross-entropy that every objective shares; `counts` has shape (1,)."""
@@ -39,4 +43,7 @@ class NextToken(Objective):
         if len(scored) == 0:
             return Term(h_ND.sum().view(1) * 0, counts)
         targets = batch.targets()[scored]
-        return Term(cross_entropy(self.backbone.head, torch.index_select(h_ND, 0, scored), targets).view(1), counts)
+        return Term(
+            cross_entropy(self.backbone.head, torch.index_select(h_ND, 0, scored), targets).view(1),
+            counts,
+        )

@@ -1,4 +1,5 @@
-"""What MTP and JTP share: d tokens beyond the next are predicted from every position, with one weight for their mean loss."""
+"""What MTP and JTP share: d tokens beyond the next are predicted from every position, with one
+weight for their mean loss."""
 
 from dataclasses import dataclass
 
@@ -27,9 +28,13 @@ class TokensAheadConfig:
 
     def __post_init__(self) -> None:
         if not self.horizon >= 1:
-            raise NextLatError(f"{type(self).__name__}.horizon is {self.horizon}: it must be at least 1.")
+            raise NextLatError(
+                f"{type(self).__name__}.horizon is {self.horizon}: it must be at least 1."
+            )
         if not self.lambda_mtp > 0:
-            raise NextLatError(f"{type(self).__name__}.lambda_mtp is {self.lambda_mtp}: it must be above 0.")
+            raise NextLatError(
+                f"{type(self).__name__}.lambda_mtp is {self.lambda_mtp}: it must be above 0."
+            )
 
 
 class TokensAhead(NextToken):

@@ -1,4 +1,5 @@
-"""What the figures share: sizes, colours, axes, legends. matplotlib's Figure objects only, without global state.
+"""What the figures share: sizes, colours, axes, legends. matplotlib's Figure objects only, without
+global state.
 
 Colours: Okabe & Ito, safe for the colour-blind.
 """
@@ -21,11 +22,22 @@ from nextlat.report.runs import Run
 
 DPI = 200
 WIDTH = 6.2  # inches of every figure: narrow, so that its words can be read on a phone
-PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # the baseline's first
+PALETTE = (
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # the baseline's first
 INK, QUIET, FAINT = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 TITLE, LABEL, TICK = 9.5, 8.5, 8.0  # points
 PANEL_LINE = 22  # characters of a small panel's title
-LEGEND_LINE, LEGEND_GAP = 94, 9  # characters that fit beside one another in a legend, and those that a line and its space take
+LEGEND_LINE, LEGEND_GAP = (
+    94,
+    9,
+)  # characters that fit beside one another in a legend, and those that a line and its space take
 
 LineStyle = Literal["-"] | tuple[float, Sequence[float]]
 
@@ -81,10 +93,21 @@ def finish(ax: Axes, title: str) -> None:
     ax.set_axisbelow(True)
 
 
-def dotted(ax: Axes, values: Sequence[float] | np.ndarray, color: str, style: LineStyle = "-") -> None:
+def dotted(
+    ax: Axes, values: Sequence[float] | np.ndarray, color: str, style: LineStyle = "-"
+) -> None:
     """Values at places 1, 2, ..."""
     places = np.arange(1, len(values) + 1)
-    ax.plot(places, values, color=color, linestyle=style, linewidth=1.1, marker="o", markersize=3.5, markeredgewidth=0)
+    ax.plot(
+        places,
+        values,
+        color=color,
+        linestyle=style,
+        linewidth=1.1,
+        marker="o",
+        markersize=3.5,
+        markeredgewidth=0,
+    )
 
 
 def shares_by_place(ax: Axes, place: str) -> None:

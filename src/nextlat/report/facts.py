@@ -1,4 +1,5 @@
-"""What to know of the runs in a report besides their results: titles, scale, commands, and what was measured."""
+"""What to know of the runs in a report besides their results: titles, scale, commands, and what was
+measured."""
 
 import shlex
 from collections.abc import Iterable
@@ -41,11 +42,15 @@ LEFT_OUT = ("--out", "--progress", "--no-progress")  # of commands
 
 def headline(comparison: Comparison) -> str:
     """Which objectives are compared with which."""
-    runs = [run for task in comparison.tasks for group in task.models.values() for run in group.values()]
+    runs = [
+        run for task in comparison.tasks for group in task.models.values() for run in group.values()
+    ]
     objectives = list(dict.fromkeys(TITLES.get(run.objective, run.objective) for run in runs))
     base = next((task.baseline for task in comparison.tasks if task.baseline is not None), None)
     others = [name for name in objectives if name != base]
-    return ", ".join(others or objectives) + (f" against {base}" if base is not None and others else "")
+    return ", ".join(others or objectives) + (
+        f" against {base}" if base is not None and others else ""
+    )
 
 
 def title(task: TaskComparison) -> str:
@@ -71,7 +76,9 @@ def facts(runs: Iterable[Run]) -> dict[str, str]:
         "Training tokens": each(_count(run.record.get("tokens")) for run in runs),
         "Parameters, transformer": _count(parameters.get("lm")),
         "Parameters, objective's own": _count(parameters.get("objective")),
-        "Seconds of training": each(f"{run.record['seconds']:,.0f}" if "seconds" in run.record else NONE for run in runs),
+        "Seconds of training": each(
+            f"{run.record['seconds']:,.0f}" if "seconds" in run.record else NONE for run in runs
+        ),
         "Device": each(str(run.record.get("device", NONE)) for run in runs),
         "Threads": each(str(run.record.get("threads", NONE)) for run in runs),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or NONE,
@@ -88,7 +95,10 @@ def scale(task: TaskComparison) -> str:
         owners: dict[str, list[str]] = {}
         for label, known in found.items():
             owners.setdefault(known[name], []).append(label)
-        values = [value + (f" ({', '.join(labels)})" if len(owners) > 1 else "") for value, labels in owners.items()]
+        values = [
+            value + (f" ({', '.join(labels)})" if len(owners) > 1 else "")
+            for value, labels in owners.items()
+        ]
         parts.append(f"{name[0].lower()}{name[1:]}: {'; '.join(values)}")
     return " \N{MIDDLE DOT} ".join(parts)
 
@@ -104,11 +114,14 @@ def _count(number: object) -> str:
 
 def commands(task: TaskComparison) -> str:
     """Those that trained the runs, a line each."""
-    return "\n".join(dict.fromkeys(_command(run) for group in task.models.values() for run in group.values()))
+    return "\n".join(
+        dict.fromkeys(_command(run) for group in task.models.values() for run in group.values())
+    )
 
 
 def _command(run: Run) -> str:
-    """Without where the run went and how it was watched, which changes nothing and says where somebody keeps files."""
+    """Without where the run went and how it was watched, which changes nothing and says where
+    somebody keeps files."""
     words = [str(word) for word in run.record.get("command", [])][1:]
     kept = [
         word

@@ -1,7 +1,8 @@
-"""What every metric means: its title, unit, definition and source, and the published figures beside it.
+"""What every metric means: its title, unit, definition and source, and the published figures beside
+it.
 
-The report and the tables say about a metric what stands here and nothing else. A metric without an entry is shown, but nothing is
-claimed about it.
+The report and the tables say about a metric what stands here and nothing else. A metric without an
+entry is shown, but nothing is claimed about it.
 """
 
 import re
@@ -33,8 +34,10 @@ class Term:
         definition: one line. source: where it comes from.
         unit: share (shown in per cent), nats, factor (times something) or number.
         items: what its error is taken over.
-        counterpart: the baseline's metric to compare with, where it is not the one of the same name.
-        reference: a fixed value to compare with instead of the baseline's, and reference_name: what that is.
+        counterpart: the baseline's metric to compare with, where it is not the one of the same
+            name.
+        reference: a fixed value to compare with instead of the baseline's, and reference_name: what
+            that is.
         headline: whether it gets a sentence of its own (another metric may say the same).
     """
 
@@ -326,10 +329,13 @@ def _equation(place: str, split: str) -> Term:
 
 def _benchmark(name: str, metric: str) -> Term:
     accuracy = metric.startswith("acc")
-    words = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}.get(metric, metric.replace("_", " "))
+    words = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}.get(
+        metric, metric.replace("_", " ")
+    )
     return Term(
         f"{name}, {words}",
-        f"{words.partition(',')[0]} on {name}" + (", normalised by length" if metric == "acc_norm" else ""),
+        f"{words.partition(',')[0]} on {name}"
+        + (", normalised by length" if metric == "acc_norm" else ""),
         f"{words[0].upper()}{words[1:]} on {name}, as the harness defines it.",
         "LM Evaluation Harness, Gao et al., EleutherAI",
         unit="share" if accuracy else "number",
@@ -338,15 +344,31 @@ def _benchmark(name: str, metric: str) -> Term:
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """The direction of a metric as its task or the evaluation states it; None for one that is not known."""
-    known = {**HIGHER_IS_BETTER, **Streets.higher_is_better, **Text.higher_is_better, **HMM.higher_is_better, **_ANSWERS}
+    """The direction of a metric as its task or the evaluation states it; None for one that is not
+    known."""
+    known = {
+        **HIGHER_IS_BETTER,
+        **Streets.higher_is_better,
+        **Text.higher_is_better,
+        **HMM.higher_is_better,
+        **_ANSWERS,
+    }
     if match := _BENCHMARK.fullmatch(metric):
         return METRICS[match[2]]
-    return True if any(pattern.fullmatch(metric) for pattern in (_WORD_PROBLEM, _PATH, _EQUATION)) else known.get(metric)
+    return (
+        True
+        if any(pattern.fullmatch(metric) for pattern in (_WORD_PROBLEM, _PATH, _EQUATION))
+        else known.get(metric)
+    )
 
 
 _ANSWERS = dict.fromkeys(
-    [name + way for name in ("exact_path_accuracy", "solved_seen", "solved_held_out") for way in ("", SAMPLED)], True
+    [
+        name + way
+        for name in ("exact_path_accuracy", "solved_seen", "solved_held_out")
+        for way in ("", SAMPLED)
+    ],
+    True,
 )
 
 

@@ -1,4 +1,5 @@
-"""Pictures of reconstructed street maps: true streets that rides used in black, unused ones in grey, invented ones in red.
+"""Pictures of reconstructed street maps: true streets that rides used in black, unused ones in
+grey, invented ones in red.
 
 Shapes: N intersections, E streets, S points of a curve.
 """
@@ -32,7 +33,8 @@ DOTTED = 1000  # intersections up to which they are marked
 
 
 def positions(network: StreetNetwork) -> np.ndarray:
-    """(N, 2) miles east and north of the middle of the city: longitudes shrunk by the cosine of its latitude."""
+    """(N, 2) miles east and north of the middle of the city: longitudes shrunk by the cosine of its
+    latitude."""
     latitude = (network.latitude.min() + network.latitude.max()) / 2
     longitude = (network.longitude.min() + network.longitude.max()) / 2
     east = (network.longitude - longitude) * math.cos(math.radians(latitude))
@@ -42,8 +44,9 @@ def positions(network: StreetNetwork) -> np.ndarray:
 def draw_map(ax: Axes, network: StreetNetwork, reconstructed: ReconstructedMap) -> None:
     """One map on given axes, to scale, without frame.
 
-    An invented street leaves its intersection in the direction that the model gave it, and bends to where it has to lead: one
-    that is bent much cannot exist. (True streets are straight here, as the network knows only their ends.)
+    An invented street leaves its intersection in the direction that the model gave it, and bends to
+    where it has to lead: one that is bent much cannot exist. (True streets are straight here, as
+    the network knows only their ends.)
     """
     xy_N2 = positions(network)
     wide = float(np.ptp(xy_N2, axis=0).max()) or 1.0
@@ -53,27 +56,45 @@ def draw_map(ax: Axes, network: StreetNetwork, reconstructed: ReconstructedMap) 
     if len(network) <= DOTTED:
         touched = np.isin(np.arange(len(network)), reconstructed.used[:, [0, 2]])
         for nodes, color, above in ((~touched, UNUSED, 1), (touched, USED, 6)):
-            ax.scatter(xy_N2[nodes, 0], xy_N2[nodes, 1], s=(2.3 * width) ** 2, color=color, linewidths=0, zorder=above)
+            ax.scatter(
+                xy_N2[nodes, 0],
+                xy_N2[nodes, 1],
+                s=(2.3 * width) ** 2,
+                color=color,
+                linewidths=0,
+                zorder=above,
+            )
     invented = [_curve(xy_N2[a], direction, xy_N2[b]) for a, direction, b in reconstructed.invented]
     red = max(0.9 * width, 0.9)
     for lines, color, thick, layer in (
         (list(xy_N2[unused[:, [0, 2]]]), UNUSED, width, 1.5),
         (list(xy_N2[reconstructed.used[:, [0, 2]]]), USED, width, 2),
-        (invented, PAPER, 2.2 * red, 4),  # a white rim, so that a red line stands out where it crosses black ones
+        (
+            invented,
+            PAPER,
+            2.2 * red,
+            4,
+        ),  # a white rim, so that a red line stands out where it crosses black ones
         (invented, INVENTED, red, 5),
     ):
         collection = LineCollection(lines, colors=color, linewidths=thick, zorder=layer)
         collection.set_capstyle("butt" if color == PAPER else "round")
         ax.add_collection(collection)
-    for low, high, limit in ((*_extent(xy_N2[:, 0]), ax.set_xlim), (*_extent(xy_N2[:, 1]), ax.set_ylim)):
+    for low, high, limit in (
+        (*_extent(xy_N2[:, 0]), ax.set_xlim),
+        (*_extent(xy_N2[:, 1]), ax.set_ylim),
+    ):
         limit(low - MARGIN * wide, high + MARGIN * wide)
     ax.set_aspect("equal")
     ax.set_axis_off()
     _scale_bar(ax, xy_N2, wide)
 
 
-def draw_maps(path: str | Path, maps: Mapping[str, tuple[StreetNetwork, ReconstructedMap]], *, dpi: int = 160) -> Path:
-    """The maps side by side (from four on in rows) under their titles, with their counts and one legend, as a PNG.
+def draw_maps(
+    path: str | Path, maps: Mapping[str, tuple[StreetNetwork, ReconstructedMap]], *, dpi: int = 160
+) -> Path:
+    """The maps side by side (from four on in rows) under their titles, with their counts and one
+    legend, as a PNG.
 
     Args:
         path: file to write; its directory must exist.
@@ -97,7 +118,16 @@ def draw_maps(path: str | Path, maps: Mapping[str, tuple[StreetNetwork, Reconstr
         ax = figure.add_axes((left, (top - caption - height) / total, share, height / total))
         draw_map(ax, network, reconstructed)
         middle = left + share / 2
-        figure.text(middle, (top - 0.30) / total, title, ha="center", va="center", size=15, weight="bold", color=INK)
+        figure.text(
+            middle,
+            (top - 0.30) / total,
+            title,
+            ha="center",
+            va="center",
+            size=15,
+            weight="bold",
+            color=INK,
+        )
         for line, (text, color) in enumerate(_caption(reconstructed)):
             y = (top - 0.60 - 0.21 * line) / total
             figure.text(middle, y, text, ha="center", va="center", size=10.5, color=color)
@@ -117,12 +147,18 @@ def draw_maps(path: str | Path, maps: Mapping[str, tuple[StreetNetwork, Reconstr
     )
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
-    with Image.open(drawn) as picture:  # a palette does for so few colours, and takes a third of the space
-        picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(buffer, format="png", optimize=True)
+    with Image.open(
+        drawn
+    ) as picture:  # a palette does for so few colours, and takes a third of the space
+        picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(
+            buffer, format="png", optimize=True
+        )
     try:
         Path(path).write_bytes(buffer.getvalue())
     except OSError as error:
-        raise NextLatError(f"cannot write the picture {path} ({error.strerror}): choose another output directory.") from error
+        raise NextLatError(
+            f"cannot write the picture {path} ({error.strerror}): choose another output directory."
+        ) from error
     return Path(path)
 
 
@@ -131,7 +167,10 @@ def _caption(reconstructed: ReconstructedMap) -> list[tuple[str, str]]:
     invented = len(reconstructed.invented)
     unexplained = reconstructed.rides - reconstructed.explained
     return [
-        (f"{invented:,} invented street{'' if invented == 1 else 's'}", INVENTED if invented else QUIET),
+        (
+            f"{invented:,} invented street{'' if invented == 1 else 's'}",
+            INVENTED if invented else QUIET,
+        ),
         (f"{used:,} of {total:,} true streets used", QUIET),
         (f"{unexplained:,} of {reconstructed.rides:,} rides unexplained", QUIET),
     ]
@@ -157,9 +196,11 @@ def _is_among(streets: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _curve(start: np.ndarray, direction: int, end: np.ndarray) -> np.ndarray:
-    """(S, 2) cubic Bezier curve that leaves `start` in a compass direction (0 = north, clockwise) and reaches `end`.
+    """(S, 2) cubic Bezier curve that leaves `start` in a compass direction (0 = north, clockwise)
+    and reaches `end`.
 
-    It arrives from the side to which it left, so that one that has to turn back is seen as a loop and not as a spike.
+    It arrives from the side to which it left, so that one that has to turn back is seen as a loop
+    and not as a spike.
     """
     angle = math.radians(45 * direction)
     heading, chord = np.array([math.sin(angle), math.cos(angle)]), end - start
@@ -169,7 +210,12 @@ def _curve(start: np.ndarray, direction: int, end: np.ndarray) -> np.ndarray:
     away = start + 0.45 * length * heading
     toward = end - 0.2 * chord + 0.35 * length * side
     t = np.linspace(0, 1, CURVE_POINTS)[:, None]
-    return (1 - t) ** 3 * start + 3 * t * (1 - t) ** 2 * away + 3 * t**2 * (1 - t) * toward + t**3 * end
+    return (
+        (1 - t) ** 3 * start
+        + 3 * t * (1 - t) ** 2 * away
+        + 3 * t**2 * (1 - t) * toward
+        + t**3 * end
+    )
 
 
 def _scale_bar(ax: Axes, xy_N2: np.ndarray, wide: float) -> None:
@@ -178,5 +224,20 @@ def _scale_bar(ax: Axes, xy_N2: np.ndarray, wide: float) -> None:
     power = 10.0 ** math.floor(math.log10(about))
     miles = max(step * power for step in (1, 2, 5) if step * power <= about)
     left, bottom = float(xy_N2[:, 0].min()), float(xy_N2[:, 1].min()) - 0.6 * MARGIN * wide
-    ax.plot([left, left + miles], [bottom, bottom], color=QUIET, linewidth=1.2, solid_capstyle="butt", zorder=5)
-    ax.text(left + miles + 0.012 * wide, bottom, f"{miles:g} mi", size=8, color=QUIET, ha="left", va="center")
+    ax.plot(
+        [left, left + miles],
+        [bottom, bottom],
+        color=QUIET,
+        linewidth=1.2,
+        solid_capstyle="butt",
+        zorder=5,
+    )
+    ax.text(
+        left + miles + 0.012 * wide,
+        bottom,
+        f"{miles:g} mi",
+        size=8,
+        color=QUIET,
+        ha="left",
+        va="center",
+    )

@@ -32,13 +32,19 @@ ORIGIN = (
 
 
 def markdown(comparison: Comparison, pictures: Sequence[Pictures], folder: str) -> str:
-    """The whole document; `pictures` go with `comparison.tasks` and lie in `folder`, a path from where the document is to lie."""
+    """The whole document; `pictures` go with `comparison.tasks` and lie in `folder`, a path from
+    where the document is to lie."""
     parts = [f"# {_text(headline(comparison))}", _text(INTRODUCTION), ORIGIN, _contents(comparison)]
     for task, shown in zip(comparison.tasks, pictures, strict=True):
         parts += _task(task, shown, folder)
     parts.append("## What was measured")
     parts.append(
-        _list([f"**{_text(term.title)}**: {_text(f'{term.definition} ({term.source})')}" for term in definitions(comparison)])
+        _list(
+            [
+                f"**{_text(term.title)}**: {_text(f'{term.definition} ({term.source})')}"
+                for term in definitions(comparison)
+            ]
+        )
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -56,7 +62,11 @@ def _contents(comparison: Comparison) -> str:
 
 def _task(task: TaskComparison, pictures: Pictures, folder: str) -> list[str]:
     every_seed, solving = tables.every_seed(task), tables.seeds_that_solve(task)
-    parts = [f"## {_text(title(task))}", f"Scale: {_text(scale(task))}.", _table(tables.measurements(task))]
+    parts = [
+        f"## {_text(title(task))}",
+        f"Scale: {_text(scale(task))}.",
+        _table(tables.measurements(task)),
+    ]
     parts.append(_list(map(_text, footnotes(task))))
     if every_seed is not None:
         parts.append(_details("Every seed by itself", f"{BY_ITEMS}\n\n{_table(every_seed)}"))
@@ -65,7 +75,9 @@ def _task(task: TaskComparison, pictures: Pictures, folder: str) -> list[str]:
         parts += ["### Which seeds solve it", _table(solving), _text(definition())]
     parts += _pictures(pictures, folder)
     parts += _paper(task)
-    parts.append(_details("How it was made", f"{_table(tables.making(task))}\n\n```\n{commands(task)}\n```"))
+    parts.append(
+        _details("How it was made", f"{_table(tables.making(task))}\n\n```\n{commands(task)}\n```")
+    )
     return parts
 
 
@@ -75,12 +87,19 @@ def _findings(task: TaskComparison) -> list[str]:
     said = [claim for claim in found if claim.verdict in ("better", "worse")]
     unclear = [claim for claim in found if claim not in said]
     lines, rest = (
-        _list([f"{MARKS[claim.verdict]}: **{_text(claim.lead)}**: {_numbers(_text(claim.numbers))}." for claim in some])
+        _list(
+            [
+                f"{MARKS[claim.verdict]}: **{_text(claim.lead)}**: {_numbers(_text(claim.numbers))}."
+                for claim in some
+            ]
+        )
         for some in (said, unclear)
     )
     if not found:
         return []
-    folded = _details(f"{len(unclear)} differences from which nothing follows", rest) if unclear else ""
+    folded = (
+        _details(f"{len(unclear)} differences from which nothing follows", rest) if unclear else ""
+    )
     return ["### Findings", _text(summary(task)), lines, folded]
 
 
@@ -88,7 +107,11 @@ def _pictures(pictures: Pictures, folder: str) -> list[str]:
     parts = []
     if pictures.together:
         (first, shown), *others = pictures.together.items()
-        parts += [f"### {MAPS_TITLE}", MAPS_TEXT + (f" Seed {first}." if others else ""), _picture(shown, folder)]
+        parts += [
+            f"### {MAPS_TITLE}",
+            MAPS_TEXT + (f" Seed {first}." if others else ""),
+            _picture(shown, folder),
+        ]
         parts += [_details(f"Seed {seed}", _picture(picture, folder)) for seed, picture in others]
     if pictures.figures:
         parts += ["### Pictures", *(_picture(picture, folder) for picture in pictures.figures)]
@@ -106,10 +129,19 @@ def _paper(task: TaskComparison) -> list[str]:
     parts = []
     if reproduced is not None:
         found = reproduction(task)
-        parts += ["### What reproduces", reproduction_summary(found), _table(reproduced), *reproduction_notes(found)]
+        parts += [
+            "### What reproduces",
+            reproduction_summary(found),
+            _table(reproduced),
+            *reproduction_notes(found),
+        ]
     if published is not None:
         figures = tables.published_figures(task)
-        parts += [f"### {OTHER_SCALE}", _text(of_another_scale(published)), _table(figures) if figures is not None else ""]
+        parts += [
+            f"### {OTHER_SCALE}",
+            _text(of_another_scale(published)),
+            _table(figures) if figures is not None else "",
+        ]
         parts.append(_list(map(_text, sayings(published))))
     return parts
 
@@ -119,7 +151,9 @@ def _paper(task: TaskComparison) -> list[str]:
 
 def _table(table: Table) -> str:
     """Columns are padded, for those who read the text itself."""
-    rows = [[*table.names, *table.head]] + [[*names, *map(_cell, cells)] for names, cells in table.rows]
+    rows = [[*table.names, *table.head]] + [
+        [*names, *map(_cell, cells)] for names, cells in table.rows
+    ]
     lines = [[_numbers(_text(text)).replace("|", r"\|") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     ruler = ["-" * width for width in widths]
@@ -130,7 +164,9 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    beside = ", ".join(part for part in (cell.change, MARKS[cell.verdict] if cell.verdict else "") if part)
+    beside = ", ".join(
+        part for part in (cell.change, MARKS[cell.verdict] if cell.verdict else "") if part
+    )
     return f"{cell.text} ({beside})" if beside else cell.text
 
 

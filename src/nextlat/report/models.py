@@ -1,4 +1,5 @@
-"""Which runs are seeds of one model, what each model is called, and what besides the objective sets models apart."""
+"""Which runs are seeds of one model, what each model is called, and what besides the objective sets
+models apart."""
 
 import json
 from collections.abc import Mapping
@@ -20,17 +21,24 @@ Models = dict[str, dict[int, Run]]  # label -> seed -> run
 
 
 def group_models(runs: list[Run], baseline: str) -> Models:
-    """The models of one task, the baseline first, the others by objective (as in `TITLES`) and horizon.
+    """The models of one task, the baseline first, the others by objective (as in `TITLES`) and
+    horizon.
 
-    A label is the objective with its horizon and, where several models share that, the settings in which their recipes differ.
+    A label is the objective with its horizon and, where several models share that, the settings in
+    which their recipes differ.
 
     Raises:
         NextLatError: two runs of one recipe and seed; two recipes of the baseline objective.
     """
     groups: dict[str, dict[int, Run]] = {}
     known = [baseline, *TITLES]
-    place = {run.objective: known.index(run.objective) if run.objective in known else len(known) for run in runs}
-    for run in sorted(runs, key=lambda run: (place[run.objective], run.objective, run.horizon, run.seed)):
+    place = {
+        run.objective: known.index(run.objective) if run.objective in known else len(known)
+        for run in runs
+    }
+    for run in sorted(
+        runs, key=lambda run: (place[run.objective], run.objective, run.horizon, run.seed)
+    ):
         group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
         if run.seed in group:
             raise NextLatError(
@@ -40,23 +48,32 @@ def group_models(runs: list[Run], baseline: str) -> Models:
     alike: dict[str, list[dict[int, Run]]] = {}
     for group in groups.values():
         run = first_run(group)
-        name = TITLES.get(run.objective, run.objective) + (f" d={run.horizon}" if run.horizon else "")
+        name = TITLES.get(run.objective, run.objective) + (
+            f" d={run.horizon}" if run.horizon else ""
+        )
         alike.setdefault(name, []).append(group)
     models: Models = {}
     for name, found in alike.items():
         recipes = [_model_recipe(first_run(group)) for group in found]
-        keys = list(dict.fromkeys(key for recipe in recipes[1:] for key in differences(recipes[0], recipe)))
+        keys = list(
+            dict.fromkeys(key for recipe in recipes[1:] for key in differences(recipes[0], recipe))
+        )
         if len(found) > 1 and first_run(found[0]).objective == baseline:
             raise NextLatError(
                 f"the {baseline} runs are of {len(found)} recipes (they differ in {', '.join(keys)}): name those of one."
             )
         for recipe, group in zip(recipes, found, strict=True):
-            models[", ".join([name, *(f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys)])] = group
+            models[
+                ", ".join(
+                    [name, *(f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys)]
+                )
+            ] = group
     return models
 
 
 def caveats(models: Models, base: str | None) -> list[str]:
-    """What keeps the comparison with the baseline from being one of objectives alone, or complete: one sentence each."""
+    """What keeps the comparison with the baseline from being one of objectives alone, or complete:
+    one sentence each."""
     if base is None:
         return ["There is no baseline run here, so nothing is compared."]
     found = []
@@ -68,7 +85,9 @@ def caveats(models: Models, base: str | None) -> list[str]:
                 found.append(f"Not trained alike: {key} is {a} for {label} and {b} for {base}.")
         if alone := sorted(models[base].keys() ^ runs.keys()):
             seeds = f"Seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
-            found.append(f"{seeds} of {label} or {base} not on both sides: left out of the differences.")
+            found.append(
+                f"{seeds} of {label} or {base} not on both sides: left out of the differences."
+            )
     return found
 
 

@@ -1,4 +1,5 @@
-"""The page itself: one HTML file without scripts or links to other files, for light and dark, wide and narrow screens."""
+"""The page itself: one HTML file without scripts or links to other files, for light and dark, wide
+and narrow screens."""
 
 import base64
 import json
@@ -28,14 +29,20 @@ from nextlat.report.style import STYLE
 from nextlat.report.tables import MARKS, Cell, Table
 from nextlat.report.wording import claims, footnotes, summary
 
-CLASSES: dict[Verdict, str] = {"better": "better", "worse": "worse", "within noise": "noise", "no claim": "noise"}
+CLASSES: dict[Verdict, str] = {
+    "better": "better",
+    "worse": "worse",
+    "within noise": "noise",
+    "no claim": "noise",
+}
 
 
 def page(comparison: Comparison, pictures: Sequence[Pictures]) -> str:
     """The whole HTML document; `pictures` go with `comparison.tasks`."""
     name = escape(headline(comparison))
     sections = "".join(
-        _task(task, shown, alone=len(comparison.tasks) == 1) for task, shown in zip(comparison.tasks, pictures, strict=True)
+        _task(task, shown, alone=len(comparison.tasks) == 1)
+        for task, shown in zip(comparison.tasks, pictures, strict=True)
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -80,7 +87,11 @@ def _every_seed(task: TaskComparison) -> str:
 
 def _solving(task: TaskComparison) -> str:
     table = tables.seeds_that_solve(task)
-    return "" if table is None else f"<h2>Which seeds solve it</h2>\n{_table(table)}{_list([definition()], 'notes')}"
+    return (
+        ""
+        if table is None
+        else f"<h2>Which seeds solve it</h2>\n{_table(table)}{_list([definition()], 'notes')}"
+    )
 
 
 def _reproduced(task: TaskComparison) -> str:
@@ -98,7 +109,10 @@ def _published(task: TaskComparison) -> str:
         return ""
     table = tables.published_figures(task)
     figures = "" if table is None else _table(table)
-    return _details(OTHER_SCALE, f"<p>{escape(of_another_scale(published))}</p>\n{figures}{_list(sayings(published))}")
+    return _details(
+        OTHER_SCALE,
+        f"<p>{escape(of_another_scale(published))}</p>\n{figures}{_list(sayings(published))}",
+    )
 
 
 # ---- elements ----
@@ -169,7 +183,8 @@ def _figure(picture: Picture) -> str:
 def _making(task: TaskComparison) -> str:
     recipes = "".join(
         _details(
-            f"Recipe of {label}", f"<pre>{escape(json.dumps({**first_run(runs).recipe, 'seed': list(runs)}, indent=2))}</pre>"
+            f"Recipe of {label}",
+            f"<pre>{escape(json.dumps({**first_run(runs).recipe, 'seed': list(runs)}, indent=2))}</pre>",
         )
         for label, runs in task.models.items()
     )

@@ -39,7 +39,8 @@ class Pictures:
     """The pictures of one task.
 
     Attributes:
-        maps: of each seed, one per model. together: of each seed, all models side by side. figures: the others.
+        maps: of each seed, one per model. together: of each seed, all models side by side. figures:
+            the others.
     """
 
     maps: dict[int, list[Picture]]
@@ -68,7 +69,12 @@ def draw(task: TaskComparison, folder: Path, suffix: str) -> Pictures:
             "Corners: certainty of one hidden state; colour: the exact belief. Read by a linear probe on held-out sequences; "
             "the first seed of each model.",
         ),
-        ("accuracy", task_plots.accuracy_by_position, f"Accuracy of {labels} by the number of elements read.", ""),
+        (
+            "accuracy",
+            task_plots.accuracy_by_position,
+            f"Accuracy of {labels} by the number of elements read.",
+            "",
+        ),
         (
             "accuracy",
             task_plots.path_accuracy,
@@ -87,7 +93,12 @@ def draw(task: TaskComparison, folder: Path, suffix: str) -> Pictures:
             f"Cross-entropy of linear probes of {labels} by the number of tokens ahead, minus that of {task.baseline}.",
             "One line per seed, each minus the baseline of the same seed; below zero the state tells more about what is to come.",
         ),
-        ("learning-curves", plots.learning_curves, f"Losses of {labels} over the optimiser steps.", "One line per seed."),
+        (
+            "learning-curves",
+            plots.learning_curves,
+            f"Losses of {labels} over the optimiser steps.",
+            "One line per seed.",
+        ),
         (
             "acceptance",
             plots.acceptance,
@@ -105,12 +116,18 @@ def draw(task: TaskComparison, folder: Path, suffix: str) -> Pictures:
     return Pictures(*_draw_maps(task, folder, suffix), figures)
 
 
-def _draw_maps(task: TaskComparison, folder: Path, suffix: str) -> tuple[dict[int, list[Picture]], dict[int, Picture]]:
+def _draw_maps(
+    task: TaskComparison, folder: Path, suffix: str
+) -> tuple[dict[int, list[Picture]], dict[int, Picture]]:
     """One picture per model and seed, and for each seed one with all models side by side."""
     single: dict[int, list[Picture]] = {}
     together: dict[int, Picture] = {}
     for seed in sorted({seed for runs in task.models.values() for seed in runs}):
-        maps = {label: _map(runs[seed]) for label, runs in task.models.items() if seed in runs and runs[seed].map is not None}
+        maps = {
+            label: _map(runs[seed])
+            for label, runs in task.models.items()
+            if seed in runs and runs[seed].map is not None
+        }
         for label, city in maps.items():
             path = folder / f"map{suffix}-{_file_name(label)}-s{seed}.png"
             counts = city[1].counts()
@@ -133,7 +150,9 @@ def _map(run: Run) -> CityMap:
         return read_map_record(run.map)
     except (KeyError, TypeError, ValueError) as error:
         place = run.directory / MAP
-        raise NextLatError(f"{place} is corrupt ({error}): run 'nextlat evaluate {run.directory}' again.") from error
+        raise NextLatError(
+            f"{place} is corrupt ({error}): run 'nextlat evaluate {run.directory}' again."
+        ) from error
 
 
 def _file_name(label: str) -> str:

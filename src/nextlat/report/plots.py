@@ -1,4 +1,5 @@
-"""Figures of any task: learning curves, metrics, accepted drafts. Every seed is drawn by itself; None where there is nothing to draw."""
+"""Figures of any task: learning curves, metrics, accepted drafts. Every seed is drawn by itself;
+None where there is nothing to draw."""
 
 import math
 import textwrap
@@ -30,7 +31,16 @@ from nextlat.report.runs import Run
 from nextlat.report.wording import ARROWS
 
 CROSS_ENTROPY = "next_token"  # the part of the loss that every objective has
-NO_LOSS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", CROSS_ENTROPY)
+NO_LOSS = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "seconds",
+    "epoch",
+    CROSS_ENTROPY,
+)
 PART_TITLES = {
     "next_h": "Next latent state (Smooth L1)",
     "kl": "KL of predicted and true next token",
@@ -44,11 +54,16 @@ WARM_UP_SHARE = 0.15  # of the steps: the steep start, which would flatten all t
 
 
 def learning_curves(task: TaskComparison) -> Figure | None:
-    """Cross-entropy of all models on one axis, training thin and held-out with points; the other parts of the loss below."""
-    logs = [(color, run) for color, run in colored_runs(task) if _curve(run, CROSS_ENTROPY)[0].size > 1]
+    """Cross-entropy of all models on one axis, training thin and held-out with points; the other
+    parts of the loss below."""
+    logs = [
+        (color, run) for color, run in colored_runs(task) if _curve(run, CROSS_ENTROPY)[0].size > 1
+    ]
     if not logs:
         return None
-    parts = list(dict.fromkeys(key for _, run in logs for line in run.log for key in line if _is_part(key)))
+    parts = list(
+        dict.fromkeys(key for _, run in logs for line in run.log for key in line if _is_part(key))
+    )
     columns = min(len(parts), MOST_PARTS) or 1
     rows = math.ceil(len(parts) / columns)
     figure = new_figure(2.6 + 1.8 * rows)
@@ -57,9 +72,21 @@ def learning_curves(task: TaskComparison) -> Figure | None:
     for color, run in logs:
         top.plot(*_curve(run, CROSS_ENTROPY), color=color, linewidth=0.8, alpha=0.45)
         steps, values = _curve(run, f"eval_{CROSS_ENTROPY}")
-        top.plot(steps, values, color=color, linewidth=1.2, marker="o", markersize=3.5, markeredgewidth=0, zorder=3)
+        top.plot(
+            steps,
+            values,
+            color=color,
+            linewidth=1.2,
+            marker="o",
+            markersize=3.5,
+            markeredgewidth=0,
+            zorder=3,
+        )
     finish(top, "Cross-entropy, nats per token")
-    _fit(top, [_curve(run, key) for _, run in logs for key in (CROSS_ENTROPY, f"eval_{CROSS_ENTROPY}")])
+    _fit(
+        top,
+        [_curve(run, key) for _, run in logs for key in (CROSS_ENTROPY, f"eval_{CROSS_ENTROPY}")],
+    )
     handles = [
         Line2D([], [], color=QUIET, linewidth=0.8, alpha=0.6, label="training"),
         Line2D([], [], color=QUIET, linewidth=1.2, marker="o", markersize=3.5, label="held-out"),
@@ -88,7 +115,8 @@ def learning_curves(task: TaskComparison) -> Figure | None:
 
 
 def metric_panel(task: TaskComparison) -> Figure | None:
-    """One small axis per metric: a point with its error per seed, seeds joined by a line, the mean of several as a bar."""
+    """One small axis per metric: a point with its error per seed, seeds joined by a line, the mean
+    of several as a bar."""
     metrics = [metric for metric in task.metrics if describe(metric.name).headline]
     if not metrics:
         return None
@@ -113,7 +141,10 @@ def _draw_metric(ax: Axes, task: TaskComparison, metric: MetricComparison) -> No
     term = describe(metric.name)
     estimates = dict(metric.estimates)
     if term.counterpart and task.baseline is not None:
-        against = next((m.estimates.get(task.baseline) for m in task.metrics if m.name == term.counterpart), None)
+        against = next(
+            (m.estimates.get(task.baseline) for m in task.metrics if m.name == term.counterpart),
+            None,
+        )
         estimates |= {task.baseline: against} if against is not None else {}
     seeds = sorted({seed for estimate in estimates.values() for seed in estimate.seeds})
     for seed in seeds:
@@ -124,18 +155,38 @@ def _draw_metric(ax: Axes, task: TaskComparison, metric: MetricComparison) -> No
                 continue
             value, error = estimates[label].seeds[seed]
             points.append((x + spot, value))
-            ax.errorbar(x + spot, value, error, fmt="o", color=color, markersize=4, elinewidth=1.1, markeredgewidth=0, zorder=3)
+            ax.errorbar(
+                x + spot,
+                value,
+                error,
+                fmt="o",
+                color=color,
+                markersize=4,
+                elinewidth=1.1,
+                markeredgewidth=0,
+                zorder=3,
+            )
         ax.plot(*zip(*points, strict=True), color="#c4c4c4", linewidth=0.8, zorder=1)
     for x, (label, color) in enumerate(zip(task.models, model_colors(task), strict=True)):
         if label in estimates and len(estimates[label].seeds) > 1:
-            ax.hlines(estimates[label].value, x - 0.3, x + 0.3, color=color, linewidth=2.2, alpha=0.35, zorder=2)
+            ax.hlines(
+                estimates[label].value,
+                x - 0.3,
+                x + 0.3,
+                color=color,
+                linewidth=2.2,
+                alpha=0.35,
+                zorder=2,
+            )
     if term.reference is not None:
         ax.axhline(term.reference, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
     finish(
         ax,
         "\n".join(
             textwrap.wrap(
-                f"{term.title}\N{NO-BREAK SPACE}{ARROWS[metric.higher_is_better]}", PANEL_LINE, break_on_hyphens=False
+                f"{term.title}\N{NO-BREAK SPACE}{ARROWS[metric.higher_is_better]}",
+                PANEL_LINE,
+                break_on_hyphens=False,
             )
         ),
     )
@@ -149,7 +200,11 @@ def _draw_metric(ax: Axes, task: TaskComparison, metric: MetricComparison) -> No
 
 def acceptance(task: TaskComparison) -> Figure | None:
     """Share of drafted tokens accepted, by their place in the draft."""
-    drawn = [(color, run.decoding["acceptance_by_position"]) for color, run in colored_runs(task) if _accepts(run)]
+    drawn = [
+        (color, run.decoding["acceptance_by_position"])
+        for color, run in colored_runs(task)
+        if _accepts(run)
+    ]
     if not drawn:
         return None
     figure = new_figure(2.3)
@@ -158,7 +213,9 @@ def acceptance(task: TaskComparison) -> Figure | None:
         dotted(ax, shares, color)
     finish(ax, "Drafted tokens accepted, by place in the draft")
     shares_by_place(ax, "place in the draft")
-    labels = {label for label, runs in task.models.items() if any(_accepts(run) for run in runs.values())}
+    labels = {
+        label for label, runs in task.models.items() if any(_accepts(run) for run in runs.values())
+    }
     handles = [handle for handle in model_handles(task) if handle.get_label() in labels]
     ax.legend(handles=handles, frameon=False, fontsize=LABEL, labelcolor=INK)
     return figure
@@ -174,7 +231,9 @@ def _is_part(key: str) -> bool:
 
 def _curve(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of what metrics.jsonl logged under a name."""
-    points = [(line["step"], line[key]) for line in run.log if isinstance(line.get(key), int | float)]
+    points = [
+        (line["step"], line[key]) for line in run.log if isinstance(line.get(key), int | float)
+    ]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return steps, values
 

@@ -1,4 +1,5 @@
-"""What the paper reports, task by task: figures, and what it says in words. Of another scale than anything measured here."""
+"""What the paper reports, task by task: figures, and what it says in words. Of another scale than
+anything measured here."""
 
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ SOURCE = f"{NEXTLAT}v4"
 
 @dataclass(frozen=True)
 class Saying:
-    """What the paper says of some methods without a figure for each, and the pattern of our metrics that it is about ("" = none)."""
+    """What the paper says of some methods without a figure for each, and the pattern of our metrics
+    that it is about ("" = none)."""
 
     methods: tuple[str, ...]
     text: str
@@ -22,7 +24,8 @@ class Published:
 
     Attributes:
         setting: of what. source: from where.
-        rows: method, or method and horizon -> metrics, each with an entry in the glossary. sayings: what has no row.
+        rows: method, or method and horizon -> metrics, each with an entry in the glossary. sayings:
+            what has no row.
         ours: metric of the rows -> ours that measure the same, where they bear other names.
     """
 
@@ -33,7 +36,9 @@ class Published:
     source: str = SOURCE
 
 
-def _manhattan(test: float, valid: float, compression: float, rank: float | None, detours: float) -> dict[str, float]:
+def _manhattan(
+    test: float, valid: float, compression: float, rank: float | None, detours: float
+) -> dict[str, float]:
     row = {
         "next_token_test": test,
         "valid_trajectories": valid,
@@ -70,8 +75,14 @@ PUBLISHED: dict[str, Published] = {
         "200,000 training graphs of 100 names, 12 layers of width 384, horizon of the arm length minus 2, five seeds",
         {},
         (
-            Saying(("NextLat",), "near 100 % on G(2, 10), G(5, 5) and G(7, 7)", "exact_path_accuracy"),
-            Saying(("BST",), "solves the first two and starts to fail on G(7, 7)", "exact_path_accuracy"),
+            Saying(
+                ("NextLat",), "near 100 % on G(2, 10), G(5, 5) and G(7, 7)", "exact_path_accuracy"
+            ),
+            Saying(
+                ("BST",),
+                "solves the first two and starts to fail on G(7, 7)",
+                "exact_path_accuracy",
+            ),
             Saying(("GPT", "MTP", "JTP"), "failed", "exact_path_accuracy"),
         ),
     ),
@@ -84,7 +95,12 @@ PUBLISHED: dict[str, Published] = {
             **_by_horizon("JTP", "solved", {1: 0.390, 4: 0.494, 8: 0.550}),
             **_by_horizon("NextLat", "solved", {1: 0.548, 4: 0.576, 8: 0.587}),
         },
-        (Saying(("NextLat",), "54.8 % of the last equations are valid at d=1, of the next best method 42.3 %"),),
+        (
+            Saying(
+                ("NextLat",),
+                "54.8 % of the last equations are valid at d=1, of the next best method 42.3 %",
+            ),
+        ),
         {"solved": ("solved_seen", "solved_held_out")},
     ),
     "word-problem": Published(
@@ -96,7 +112,11 @@ PUBLISHED: dict[str, Published] = {
                 "the dynamics model alone stays above 95 % at 36 elements, three times the training length",
                 r"dynamics_accuracy_\d+",
             ),
-            Saying(("GPT", "NextLat"), "the transformer fails beyond the training length (12)", r"transformer_accuracy_\d+"),
+            Saying(
+                ("GPT", "NextLat"),
+                "the transformer fails beyond the training length (12)",
+                r"transformer_accuracy_\d+",
+            ),
             Saying(("GPT",), "trained on 36 elements it fails too"),
         ),
     ),

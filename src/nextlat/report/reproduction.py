@@ -1,7 +1,9 @@
-"""What reproduces: does a method differ from next-token prediction in the direction that the paper reports?
+"""What reproduces: does a method differ from next-token prediction in the direction that the paper
+reports?
 
-Directions only, since the scales differ. A published difference has one whenever its two figures are not equal (the paper gives
-no errors); ours has one if the verdict of the comparison is better or worse.
+Directions only, since the scales differ. A published difference has one whenever its two figures
+are not equal (the paper gives no errors); ours has one if the verdict of the comparison is better
+or worse.
 """
 
 import re
@@ -9,12 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from nextlat.report.comparison import BASELINE, Difference, Estimate, MetricComparison, TaskComparison
+from nextlat.report.comparison import (
+    BASELINE,
+    Difference,
+    Estimate,
+    MetricComparison,
+    TaskComparison,
+)
 from nextlat.report.models import TITLES, first_run
 from nextlat.report.published import PUBLISHED, Published
 
 Outcome = Literal[
-    "same direction", "opposite", "within noise here", "no claim here", "no difference published", "in words only"
+    "same direction",
+    "opposite",
+    "within noise here",
+    "no claim here",
+    "no difference published",
+    "in words only",
 ]
 REFERENCE = "GPT"  # what the paper calls the baseline
 RULE = (
@@ -28,7 +41,8 @@ class Reproduction:
     """One metric of one model beside what is published of its method.
 
     Attributes:
-        metric, model: ours. published: (the method's figure, GPT's), or what the paper says in words.
+        metric, model: ours. published: (the method's figure, GPT's), or what the paper says in
+            words.
         horizon: of the method's figure, if it is not ours.
         estimate: of this model. difference: to the baseline; None of the baseline itself.
         outcome: of the two directions.
@@ -56,7 +70,9 @@ def _figures(task: TaskComparison, published: Published) -> Iterator[Reproductio
     if task.baseline is None or first_run(task.models[task.baseline]).objective != BASELINE:
         return
     reference = published.rows.get(REFERENCE, {})
-    theirs = {ours: name for name in reference for ours in (published.ours or {}).get(name, (name,))}
+    theirs = {
+        ours: name for name in reference for ours in (published.ours or {}).get(name, (name,))
+    }
     for metric in task.metrics:
         if metric.name not in theirs:
             continue
@@ -66,17 +82,30 @@ def _figures(task: TaskComparison, published: Published) -> Iterator[Reproductio
             if name in row:
                 figures = (row[name], reference[name])
                 outcome = _outcome(figures, metric, difference)
-                yield Reproduction(metric.name, label, figures, metric.estimates[label], difference, outcome, horizon)
+                yield Reproduction(
+                    metric.name,
+                    label,
+                    figures,
+                    metric.estimates[label],
+                    difference,
+                    outcome,
+                    horizon,
+                )
 
 
-def _row(published: Published, task: TaskComparison, label: str) -> tuple[dict[str, float], int | None]:
-    """What is published of a model's method, and the horizon of it where that is another than the model's."""
+def _row(
+    published: Published, task: TaskComparison, label: str
+) -> tuple[dict[str, float], int | None]:
+    """What is published of a model's method, and the horizon of it where that is another than the
+    model's."""
     run = first_run(task.models[label])
     method = TITLES.get(run.objective, run.objective)
     if method in published.rows:
         return published.rows[method], None
     by_horizon = {
-        int(name.removeprefix(f"{method} d=")): row for name, row in published.rows.items() if name.startswith(f"{method} d=")
+        int(name.removeprefix(f"{method} d=")): row
+        for name, row in published.rows.items()
+        if name.startswith(f"{method} d=")
     }
     if not by_horizon:
         return {}, None
@@ -84,7 +113,9 @@ def _row(published: Published, task: TaskComparison, label: str) -> tuple[dict[s
     return by_horizon[nearest], nearest if nearest != run.horizon else None
 
 
-def _outcome(published: tuple[float, float], metric: MetricComparison, difference: Difference) -> Outcome:
+def _outcome(
+    published: tuple[float, float], metric: MetricComparison, difference: Difference
+) -> Outcome:
     ours, theirs = published
     if ours == theirs:
         return "no difference published"
@@ -106,16 +137,23 @@ def _words(task: TaskComparison, published: Published) -> Iterator[Reproduction]
                 method = REFERENCE if objective == BASELINE else TITLES.get(objective, objective)
                 if method in saying.methods:
                     difference = metric.differences.get(label)
-                    yield Reproduction(metric.name, label, saying.text, estimate, difference, "in words only")
+                    yield Reproduction(
+                        metric.name, label, saying.text, estimate, difference, "in words only"
+                    )
 
 
 def reproduction_summary(found: list[Reproduction]) -> str:
-    """How many published differences came out which way; "" if nothing is published that was measured here."""
+    """How many published differences came out which way; "" if nothing is published that was
+    measured here."""
     if not found:
         return ""
     if all(one.outcome == "in words only" for one in found):
         return "The paper gives words here, and no figures."
-    outcomes = [one.outcome for one in found if one.outcome not in ("no difference published", "in words only")]
+    outcomes = [
+        one.outcome
+        for one in found
+        if one.outcome not in ("no difference published", "in words only")
+    ]
     if not outcomes:
         return f"No difference to {REFERENCE} is published."
     words: tuple[tuple[Outcome, str], ...] = (
@@ -124,7 +162,11 @@ def reproduction_summary(found: list[Reproduction]) -> str:
         ("within noise here", "within the noise"),
         ("no claim here", "without an error here"),
     )
-    counts = [f"{outcomes.count(name)} {text}" for name, text in words if name != "no claim here" or name in outcomes]
+    counts = [
+        f"{outcomes.count(name)} {text}"
+        for name, text in words
+        if name != "no claim here" or name in outcomes
+    ]
     return f"Of {len(outcomes)} published difference{'s' * (len(outcomes) > 1)} to {REFERENCE}: {', '.join(counts)}."
 
 

@@ -1,4 +1,5 @@
-"""Finished, evaluated run directories read into memory: everything that tables, plots and the page are made of."""
+"""Finished, evaluated run directories read into memory: everything that tables, plots and the page
+are made of."""
 
 import json
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ MAP = "map.json"
 
 @dataclass(frozen=True, eq=False)
 class Beliefs:
-    """beliefs.json: `true` and `decoded` (places, states) beliefs, and the share of variance explained (R\N{SUPERSCRIPT TWO})."""
+    """beliefs.json: `true` and `decoded` (places, states) beliefs, and the share of variance
+    explained (R\N{SUPERSCRIPT TWO})."""
 
     true: np.ndarray
     decoded: np.ndarray
@@ -37,7 +39,8 @@ class Run:
         record: run.json. log: the lines of metrics.jsonl.
         metrics: name -> value; stderr: name -> standard error over items, where it is known.
         scores: name -> `Score` with what every item contributed, for the metrics that have items.
-        curves, decoding: as in results.json. map: the content of map.json. beliefs: that of beliefs.json. None where there is none.
+        curves, decoding: as in results.json. map: the content of map.json. beliefs: that of
+            beliefs.json. None where there is none.
     """
 
     directory: Path
@@ -62,14 +65,18 @@ class Run:
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Read run directories; one that is named twice counts once. The logs that a comparison leaves beside its runs are passed
-    over, so that `runs/*` names them all.
+    """Read run directories; one that is named twice counts once. The logs that a comparison leaves
+    beside its runs are passed over, so that `runs/*` names them all.
 
     Raises:
-        NextLatError: none is given; one is no run, not finished, not evaluated or corrupt; or they cannot be compared because they
-            lived in different worlds or were measured differently.
+        NextLatError: none is given; one is no run, not finished, not evaluated or corrupt; or they
+            cannot be compared because they lived in different worlds or were measured differently.
     """
-    places = {path.resolve(): path for path in map(Path, paths) if not (path.suffix == ".log" and path.is_file())}
+    places = {
+        path.resolve(): path
+        for path in map(Path, paths)
+        if not (path.suffix == ".log" and path.is_file())
+    }
     if not places:
         raise NextLatError("there are no runs to report on: name at least one run directory.")
     runs = [_read_run(path) for path in places.values()]
@@ -79,7 +86,11 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
             raise NextLatError(
                 f"{first.directory} and {run.directory} were trained in different worlds: report on them separately."
             )
-        if keys := [key for key, value in first.recipe["task"].items() if run.recipe["task"].get(key) != value]:
+        if keys := [
+            key
+            for key, value in first.recipe["task"].items()
+            if run.recipe["task"].get(key) != value
+        ]:
             raise NextLatError(
                 f"{first.directory} and {run.directory} were measured differently (task.{', task.'.join(keys)}): "
                 "report on them separately."
@@ -90,7 +101,9 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 def _read_run(path: Path) -> Run:
     record = read_record(path)
     if record is None:
-        raise NextLatError(f"{path} is not a run directory (no run.json): name one that 'nextlat train' made.")
+        raise NextLatError(
+            f"{path} is not a run directory (no run.json): name one that 'nextlat train' made."
+        )
     if record["status"] != "finished":
         raise NextLatError(
             f"the run {path} is not finished: give the command that started it again, then 'nextlat evaluate {path}'."
@@ -108,7 +121,11 @@ def _read_run(path: Path) -> Run:
             record=record,
             log=read_metrics(path),
             metrics={name: value for name, value in values.items() if not name.endswith("_stderr")},
-            stderr={name.removesuffix("_stderr"): value for name, value in values.items() if name.endswith("_stderr")},
+            stderr={
+                name.removesuffix("_stderr"): value
+                for name, value in values.items()
+                if name.endswith("_stderr")
+            },
             scores=_read_scores(path / SCORES),
             curves={name: [float(x) for x in curve] for name, curve in entry["curves"].items()},
             decoding=dict(entry["decoding"]),
@@ -116,15 +133,22 @@ def _read_run(path: Path) -> Run:
             beliefs=_read_beliefs(path / BELIEFS),
         )
         recipe = run.recipe
-        found, expected = (run.task, run.objective, run.seed), (recipe["task"]["name"], recipe["objective"], recipe["seed"])
+        found, expected = (
+            (run.task, run.objective, run.seed),
+            (recipe["task"]["name"], recipe["objective"], recipe["seed"]),
+        )
         fingerprint = record["task"]["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise NextLatError(f"the results in {path} are corrupt ({type(error).__name__}: {error}): {again}.") from error
+        raise NextLatError(
+            f"the results in {path} are corrupt ({type(error).__name__}: {error}): {again}."
+        ) from error
     if found != expected or not isinstance(fingerprint, str):
         raise NextLatError(f"{path / RESULTS} is of another run than {path / 'run.json'}: {again}.")
     for name, score in run.scores.items():
         if not np.isclose(score.value, run.metrics.get(name, np.nan), rtol=1e-6, atol=1e-9):
-            raise NextLatError(f"{path / SCORES} and {path / RESULTS} do not belong together ({name} differs): {again}.")
+            raise NextLatError(
+                f"{path / SCORES} and {path / RESULTS} do not belong together ({name} differs): {again}."
+            )
     return run
 
 
@@ -155,6 +179,12 @@ def _read_beliefs(path: Path) -> Beliefs | None:
         r2 = float(content["r2"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
-    if true.ndim != 2 or true.shape != decoded.shape or not np.isfinite([*true.flat, *decoded.flat, r2]).all():
-        raise ValueError(f"{path.name}: true and decoded beliefs of shapes {true.shape} and {decoded.shape}")
+    if (
+        true.ndim != 2
+        or true.shape != decoded.shape
+        or not np.isfinite([*true.flat, *decoded.flat, r2]).all()
+    ):
+        raise ValueError(
+            f"{path.name}: true and decoded beliefs of shapes {true.shape} and {decoded.shape}"
+        )
     return Beliefs(true, decoded, r2)

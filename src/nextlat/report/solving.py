@@ -1,10 +1,11 @@
 """Path-Star: which seeds solve it, and at which step each of them found the branch.
 
-Runs of this task fall into one of two basins, so that their mean says little. A seed solves it if it gives at least 99 % of the
-paths exactly. It found the branch at the first evaluation from which on its held-out loss stays below a tenth of what guessing
-the branch costs: guessing one of d arms is ln d nats at one of the l + 1 tokens of an answer (the path and the end), all others
-being forced, so the threshold is ln d / (10 (l + 1)). A calibrated model below it is right at the branch in about 99 % of the graphs
-for two arms, in 97 % for five.
+Runs of this task fall into one of two basins, so that their mean says little. A seed solves it if
+it gives at least 99 % of the paths exactly. It found the branch at the first evaluation from which
+on its held-out loss stays below a tenth of what guessing
+the branch costs: guessing one of d arms is ln d nats at one of the l + 1 tokens of an answer (the
+path and the end), all others being forced, so the threshold is ln d / (10 (l + 1)). A calibrated
+model below it is right at the branch in about 99 % of the graphs for two arms, in 97 % for five.
 """
 
 import math
@@ -21,7 +22,8 @@ HELD_OUT = "eval_next_token"
 
 @dataclass(frozen=True)
 class SeedSolving:
-    """One seed: whether it solves the task, and the step at which it found the branch (None: not, or no evaluation shows it)."""
+    """One seed: whether it solves the task, and the step at which it found the branch (None: not,
+    or no evaluation shows it)."""
 
     solved: bool
     step: int | None
@@ -45,7 +47,8 @@ def solving(task: str, models: Models) -> Solving | None:
 
 
 def threshold(run: Run) -> float | None:
-    """Held-out loss (nats per token of the answer) below which the branch is found; None where the recipe does not tell the graph."""
+    """Held-out loss (nats per token of the answer) below which the branch is found; None where the
+    recipe does not tell the graph."""
     settings = run.recipe["task"]
     if not {"arms", "length"} <= settings.keys():
         return None
@@ -78,6 +81,10 @@ def sentences(found: Solving) -> list[str]:
     parts = []
     for label, seeds in found.items():
         solved = {seed: one.step for seed, one in seeds.items() if one.solved}
-        steps = ", ".join(f"{step:,} (seed {seed})" for seed, step in solved.items() if step is not None)
-        parts.append(f"{label} {len(solved)} of {len(seeds)}" + (f", from step {steps}" if steps else ""))
+        steps = ", ".join(
+            f"{step:,} (seed {seed})" for seed, step in solved.items() if step is not None
+        )
+        parts.append(
+            f"{label} {len(solved)} of {len(seeds)}" + (f", from step {steps}" if steps else "")
+        )
     return [f"Seeds that solve it: {'; '.join(parts)}. {definition()}"]

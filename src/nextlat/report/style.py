@@ -1,7 +1,7 @@
 """The look of the page: one column, light or dark as the reader has it, readable on a phone.
 
-In the dark, pictures are inverted with their hues kept: their white becomes the colour of the page, so that they need no second
-version.
+In the dark, pictures are inverted with their hues kept: their white becomes the colour of the page,
+so that they need no second version.
 """
 
 STYLE = """

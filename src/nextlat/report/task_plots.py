@@ -1,4 +1,5 @@
-"""Figures of one task each: accuracy by position, node or equation, and linear probes. None where there is nothing to draw."""
+"""Figures of one task each: accuracy by position, node or equation, and linear probes. None where
+there is nothing to draw."""
 
 import math
 import re
@@ -35,7 +36,9 @@ from nextlat.report.glossary import BRANCH
 from nextlat.report.models import first_run
 from nextlat.tasks.word_problem import group
 
-CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])  # of the simplex of three states
+CORNERS = np.array(
+    [[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]]
+)  # of the simplex of three states
 CORNER_COLORS = np.array([to_rgb(color) for color in PALETTE[:3]])
 MOST_SIMPLEXES = 3  # beside one another
 LINEAR = 0.1  # nats around the baseline in which probes are drawn on a linear scale
@@ -43,8 +46,12 @@ NATS = (-5, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 def accuracy_by_position(task: TaskComparison) -> Figure | None:
-    """Word problem: accuracy at every position of the transformers, and of the latent dynamics models run alone."""
-    ways: dict[str, tuple[LineStyle, float]] = {"transformer": ("-", 1.0), "dynamics": ((0, (5, 1.6)), 1.2)}
+    """Word problem: accuracy at every position of the transformers, and of the latent dynamics
+    models run alone."""
+    ways: dict[str, tuple[LineStyle, float]] = {
+        "transformer": ("-", 1.0),
+        "dynamics": ((0, (5, 1.6)), 1.2),
+    }
     drawn = [
         (color, way, run.curves[f"{way}_accuracy_by_position"])
         for color, run in colored_runs(task)
@@ -67,7 +74,10 @@ def accuracy_by_position(task: TaskComparison) -> Figure | None:
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     handles = [
         Line2D([], [], color=QUIET, linestyle=ways[way][0], linewidth=ways[way][1], label=label)
-        for way, label in (("transformer", "transformer"), ("dynamics", "latent dynamics model run alone"))
+        for way, label in (
+            ("transformer", "transformer"),
+            ("dynamics", "latent dynamics model run alone"),
+        )
         if any(found == way for _, found, _ in drawn)
     ]
     legend_below(figure, [*model_handles(task), *handles])
@@ -78,7 +88,12 @@ def _mark_word_problem(ax: Axes, settings: dict[str, Any]) -> None:
     if "length" in settings:
         ax.axvline(settings["length"], color=QUIET, linewidth=0.9, linestyle=(0, (1, 2)))
         ax.annotate(
-            "trained up to here", (settings["length"], 0.02), (4, 0), textcoords="offset points", size=TICK, color=QUIET
+            "trained up to here",
+            (settings["length"], 0.02),
+            (4, 0),
+            textcoords="offset points",
+            size=TICK,
+            color=QUIET,
         )
     if "group" in settings:
         chance = 1 / len(group(settings["group"]).names)
@@ -92,7 +107,9 @@ def _mark_word_problem(ax: Axes, settings: dict[str, Any]) -> None:
 def path_accuracy(task: TaskComparison) -> Figure | None:
     """Path-Star: accuracy at every node of the path, given the true ones before it."""
     curves = [
-        (color, run.curves["accuracy_by_position"]) for color, run in colored_runs(task) if "accuracy_by_position" in run.curves
+        (color, run.curves["accuracy_by_position"])
+        for color, run in colored_runs(task)
+        if "accuracy_by_position" in run.curves
     ]
     if not curves:
         return None
@@ -102,9 +119,21 @@ def path_accuracy(task: TaskComparison) -> Figure | None:
         dotted(ax, curve, color)
     arms = next(run for _, run in colored_runs(task)).recipe["task"].get("arms")
     if arms:
-        ax.plot([BRANCH - 0.25, BRANCH + 0.25], [1 / arms, 1 / arms], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.plot(
+            [BRANCH - 0.25, BRANCH + 0.25],
+            [1 / arms, 1 / arms],
+            color=QUIET,
+            linewidth=0.9,
+            linestyle=(0, (4, 3)),
+        )
         ax.annotate(
-            "chance", (BRANCH + 0.25, 1 / arms), (4, 0), textcoords="offset points", size=TICK, color=QUIET, va="center"
+            "chance",
+            (BRANCH + 0.25, 1 / arms),
+            (4, 0),
+            textcoords="offset points",
+            size=TICK,
+            color=QUIET,
+            va="center",
         )
     finish(ax, "Accuracy by node of the path (2: the branch)")
     shares_by_place(ax, "node of the path")
@@ -113,9 +142,13 @@ def path_accuracy(task: TaskComparison) -> Figure | None:
 
 
 def equation_accuracy(task: TaskComparison) -> Figure | None:
-    """Countdown: share of true equations at every place, and of problems solved, with seen and with held-out targets."""
+    """Countdown: share of true equations at every place, and of problems solved, with seen and with
+    held-out targets."""
     styles: dict[str, LineStyle] = {"seen": "-", "held_out": (0, (4, 2))}
-    names = {split: [m.name for m in task.metrics if re.fullmatch(rf"true_equation_\d+_{split}", m.name)] for split in styles}
+    names = {
+        split: [m.name for m in task.metrics if re.fullmatch(rf"true_equation_\d+_{split}", m.name)]
+        for split in styles
+    }
     drawn = [
         (color, split, [run.metrics[name] for name in names[split]])
         for color, run in colored_runs(task)
@@ -131,16 +164,22 @@ def equation_accuracy(task: TaskComparison) -> Figure | None:
     finish(ax, "True equations by their place in the derivation")
     shares_by_place(ax, "equation")
     words = {"seen": "targets seen in training", "held_out": "held-out targets"}
-    lines = [Line2D([], [], color=QUIET, linewidth=1.1, linestyle=styles[split], label=words[split]) for split in styles]
+    lines = [
+        Line2D([], [], color=QUIET, linewidth=1.1, linestyle=styles[split], label=words[split])
+        for split in styles
+    ]
     legend_below(figure, [*model_handles(task), *lines])
     return figure
 
 
 def probe_curves(task: TaskComparison) -> Figure | None:
-    """Text: held-out cross-entropy of linear probes by how far they look ahead, minus that of the baseline's probes at the same seed."""
+    """Text: held-out cross-entropy of linear probes by how far they look ahead, minus that of the
+    baseline's probes at the same seed."""
     name = "probe_cross_entropy"
     base = (
-        {} if task.baseline is None else {s: r.curves[name] for s, r in task.models[task.baseline].items() if name in r.curves}
+        {}
+        if task.baseline is None
+        else {s: r.curves[name] for s, r in task.models[task.baseline].items() if name in r.curves}
     )
     drawn = [
         (color, np.subtract(run.curves[name], base[run.seed]))
@@ -148,7 +187,9 @@ def probe_curves(task: TaskComparison) -> Figure | None:
         if name in run.curves and run.seed in base and len(run.curves[name]) == len(base[run.seed])
     ]
     others = [
-        label for label, runs in task.models.items() if label != task.baseline and any(name in r.curves for r in runs.values())
+        label
+        for label, runs in task.models.items()
+        if label != task.baseline and any(name in r.curves for r in runs.values())
     ]
     if not drawn or not others:
         return None
@@ -158,34 +199,46 @@ def probe_curves(task: TaskComparison) -> Figure | None:
         if curve.any():  # the baseline itself is the line at 0
             dotted(ax, curve, color)
     ax.axhline(0, color=model_colors(task)[0], linewidth=1.4, zorder=1)
-    # Near the baseline linear, beyond logarithmic: one token ahead some miss by twenty times what sets them apart further on.
+    # Near the baseline linear, beyond logarithmic: one token ahead some miss by twenty times what
+    # sets them apart further on.
     ax.set_yscale("symlog", linthresh=LINEAR)
     ax.yaxis.set_major_locator(FixedLocator(NATS))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:g}"))
     finish(ax, f"Linear probes of the state: cross-entropy minus that of {task.baseline}, nats")
     ax.set_xlabel("tokens ahead", size=LABEL, color=QUIET)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_below(figure, [handle for handle in model_handles(task) if handle.get_label() in (task.baseline, *others)])
+    legend_below(
+        figure,
+        [
+            handle
+            for handle in model_handles(task)
+            if handle.get_label() in (task.baseline, *others)
+        ],
+    )
     return figure
 
 
 def beliefs(task: TaskComparison) -> Figure | None:
-    """Hidden Markov model of three states: the exact beliefs, and those that a linear probe reads off each model, in the simplex.
+    """Hidden Markov model of three states: the exact beliefs, and those that a linear probe reads
+    off each model, in the simplex.
 
-    A belief is a point of the triangle whose corners are certainty of one state (as in Shai et al., arXiv 2405.15943); its colour is
-    that of the exact belief there. The first seed of each model.
+    A belief is a point of the triangle whose corners are certainty of one state (as in Shai et al.,
+    arXiv 2405.15943); its colour is that of the exact belief there. The first seed of each model.
     """
     found = {
         label: run.beliefs
         for label, runs in task.models.items()
-        if (run := first_run(runs)).beliefs is not None and run.beliefs.true.shape[1] == len(CORNERS)
+        if (run := first_run(runs)).beliefs is not None
+        and run.beliefs.true.shape[1] == len(CORNERS)
     }
     if not found:
         return None
     exact = next(iter(found.values())).true  # the places are the same for all
     panels = [(f"exact\n{len(exact):,} places", exact, exact)]
     for label, known in found.items():
-        title = "\n".join([*textwrap.wrap(label, PANEL_LINE), f"R\N{SUPERSCRIPT TWO} = {known.r2:.3f}"])
+        title = "\n".join(
+            [*textwrap.wrap(label, PANEL_LINE), f"R\N{SUPERSCRIPT TWO} = {known.r2:.3f}"]
+        )
         panels.append((title, known.decoded, known.true))
     columns = min(MOST_SIMPLEXES, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -195,7 +248,9 @@ def beliefs(task: TaskComparison) -> Figure | None:
     for place, (title, beliefs_PS, true_PS) in enumerate(panels):
         ax = figure.add_subplot(grid[divmod(place, columns)])
         _draw_simplex(ax, beliefs_PS, true_PS)
-        ax.set(xlim=_extent(drawn[:, 0]), ylim=_extent(drawn[:, 1]))  # the same for all, so that the triangles are
+        ax.set(
+            xlim=_extent(drawn[:, 0]), ylim=_extent(drawn[:, 1])
+        )  # the same for all, so that the triangles are
         ax.set_title(title, size=TITLE, color=INK)
     return figure
 

@@ -1,4 +1,5 @@
-"""The comparison as a table for the terminal. Nothing is printed here: the caller prints what it gets."""
+"""The comparison as a table for the terminal. Nothing is printed here: the caller prints what it
+gets."""
 
 from collections.abc import Sequence
 
@@ -11,12 +12,18 @@ from nextlat.report.glossary import describe
 from nextlat.report.solving import sentences, solving
 from nextlat.report.wording import ARROWS, difference_text, estimate_text, footnotes
 
-STYLES: dict[Verdict, str] = {"better": "bold green", "worse": "bold red", "within noise": "dim", "no claim": "dim"}
+STYLES: dict[Verdict, str] = {
+    "better": "bold green",
+    "worse": "bold red",
+    "within noise": "dim",
+    "no claim": "dim",
+}
 MOST_OTHERS = 3  # models beside the baseline in one table: what 80 columns hold
 
 
 def terminal_table(comparison: Comparison) -> RenderableType:
-    """One table per task: a row per metric, a column per model, under each value its difference to the baseline and the verdict.
+    """One table per task: a row per metric, a column per model, under each value its difference to
+    the baseline and the verdict.
 
     More models than fit beside one another go into several tables, each with the baseline.
     """
@@ -31,11 +38,21 @@ def _tables(task: TaskComparison) -> list[Table]:
     others = [label for label in task.models if label != task.baseline]
     count = -(-len(others) // MOST_OTHERS) or 1
     size = -(-len(others) // count)
-    return [_table(task, [*base, *others[first : first + size]]) for first in range(0, max(len(others), 1), max(size, 1))]
+    return [
+        _table(task, [*base, *others[first : first + size]])
+        for first in range(0, max(len(others), 1), max(size, 1))
+    ]
 
 
 def _table(task: TaskComparison, labels: Sequence[str]) -> Table:
-    table = Table(title=task.task, title_justify="left", title_style="bold", caption_justify="left", pad_edge=False, box=None)
+    table = Table(
+        title=task.task,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        pad_edge=False,
+        box=None,
+    )
     table.add_column("", overflow="fold")
     for label in labels:
         table.add_column(label, justify="right", header_style="bold")
@@ -54,7 +71,9 @@ def _cell(metric: MetricComparison, label: str, *, beside: bool) -> Text:
         text.append(f"\n{difference_text(metric.name, difference)}", style="dim")
     if difference is not None and difference.verdict != "no claim":
         beside = beside and "\n" in text.plain
-        text.append(" " if beside else "\n").append(difference.verdict, style=STYLES[difference.verdict])
+        text.append(" " if beside else "\n").append(
+            difference.verdict, style=STYLES[difference.verdict]
+        )
     return text
 
 

@@ -1,9 +1,16 @@
-"""Numbers with their errors, and the sentences that the verdicts allow: nothing is said here that `comparison` did not find."""
+"""Numbers with their errors, and the sentences that the verdicts allow: nothing is said here that
+`comparison` did not find."""
 
 import math
 from dataclasses import dataclass
 
-from nextlat.report.comparison import Difference, Estimate, MetricComparison, TaskComparison, Verdict
+from nextlat.report.comparison import (
+    Difference,
+    Estimate,
+    MetricComparison,
+    TaskComparison,
+    Verdict,
+)
 from nextlat.report.glossary import Term, Unit, describe
 
 _DECIMALS: dict[Unit, int] = {"share": 1, "nats": 3, "factor": 2, "number": 2}
@@ -13,10 +20,19 @@ MINUS = "\N{MINUS SIGN}"
 ARROWS = {True: "\N{UPWARDS ARROW}", False: "\N{DOWNWARDS ARROW}", None: " "}
 
 
-def with_error(value: float, error: float | None, unit: Unit, *, signed: bool = False, decimals: int | None = None) -> str:
-    """`97.3 ± 0.5 %`, `−16.3 ± 0.4`, `2.31× ± 0.04`: the value and one standard error, as many decimals as the error deserves.
+def with_error(
+    value: float,
+    error: float | None,
+    unit: Unit,
+    *,
+    signed: bool = False,
+    decimals: int | None = None,
+) -> str:
+    """`97.3 ± 0.5 %`, `−16.3 ± 0.4`, `2.31× ± 0.04`: the value and one standard error, as many
+    decimals as the error deserves.
 
-    Shares are given in per cent, differences of shares (signed) in points. `decimals` None = as `decimals_for` says.
+    Shares are given in per cent, differences of shares (signed) in points. `decimals` None = as
+    `decimals_for` says.
     """
     if not math.isfinite(value):
         return "not a number"
@@ -39,7 +55,9 @@ def decimals_for(value: float, error: float | None, unit: Unit) -> int:
     if error is None or not error > ROUNDING:
         return usual
     scale = 100 if unit == "share" else 1
-    return max(usual, min(_DECIMALS[unit] + MOST_DECIMALS, math.ceil(-math.log10(2 * scale * error))))
+    return max(
+        usual, min(_DECIMALS[unit] + MOST_DECIMALS, math.ceil(-math.log10(2 * scale * error)))
+    )
 
 
 def estimate_text(name: str, estimate: Estimate) -> str:
@@ -48,7 +66,8 @@ def estimate_text(name: str, estimate: Estimate) -> str:
 
 
 def seed_text(name: str, estimate: Estimate, seed: int) -> str:
-    """One seed's cell: the same, and of a share of items its 95 % interval: `52.4 ± 1.6 % (49.3 to 55.5)`."""
+    """One seed's cell: the same, and of a share of items its 95 % interval: `52.4 ± 1.6 % (49.3 to
+    55.5)`."""
     text = with_error(*estimate.seeds[seed], describe(name).unit)
     if seed in estimate.intervals:
         text += " ({:.1f} to {:.1f})".format(*(100 * end for end in estimate.intervals[seed]))
@@ -57,12 +76,15 @@ def seed_text(name: str, estimate: Estimate, seed: int) -> str:
 
 def difference_text(name: str, difference: Difference) -> str:
     """The difference below it; of shares in points, which the footnotes say."""
-    return with_error(difference.value, difference.stderr, describe(name).unit, signed=True).removesuffix(" points")
+    return with_error(
+        difference.value, difference.stderr, describe(name).unit, signed=True
+    ).removesuffix(" points")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What may be said about one metric of one model: `lead` says it, `numbers` prove it, `verdict` is what both rest on."""
+    """What may be said about one metric of one model: `lead` says it, `numbers` prove it, `verdict`
+    is what both rest on."""
 
     task: str
     metric: str
@@ -78,19 +100,28 @@ class Claim:
 
 
 def claims(task: TaskComparison) -> list[Claim]:
-    """A sentence for every difference: what is better, what is worse, what cannot be told apart, what proves nothing.
+    """A sentence for every difference: what is better, what is worse, what cannot be told apart,
+    what proves nothing.
 
     Within each, what is surest (most standard errors) comes first.
     """
     rank: dict[Verdict, int] = {"better": 0, "worse": 1, "within noise": 2, "no claim": 3}
     found = [
-        (rank[difference.verdict], -abs(difference.value) / (difference.stderr or math.inf), metric, label, difference)
+        (
+            rank[difference.verdict],
+            -abs(difference.value) / (difference.stderr or math.inf),
+            metric,
+            label,
+            difference,
+        )
         for metric in task.metrics
         for label, difference in metric.differences.items()
         if describe(metric.name).headline
     ]
     return [
-        Claim(task.task, metric.name, label, difference.verdict, *_sentence(metric, label, difference))
+        Claim(
+            task.task, metric.name, label, difference.verdict, *_sentence(metric, label, difference)
+        )
         for _, _, metric, label, difference in sorted(found, key=lambda item: item[:2])
     ]
 
@@ -122,25 +153,35 @@ def summary(task: TaskComparison) -> str:
 def _sentence(metric: MetricComparison, label: str, difference: Difference) -> tuple[str, str]:
     term = describe(metric.name)
     decimals = decimals_for(max(difference.ours, difference.theirs), difference.stderr, term.unit)
-    ours, theirs = (with_error(value, None, term.unit, decimals=decimals) for value in (difference.ours, difference.theirs))
+    ours, theirs = (
+        with_error(value, None, term.unit, decimals=decimals)
+        for value in (difference.ours, difference.theirs)
+    )
     numbers = f"{ours} against {theirs} ({difference.against}), {_change(term, difference)}"
     if difference.verdict == "no claim":
         why = (
-            "it is not known which way is better" if metric.higher_is_better is None else "without an error nothing is claimed"
+            "it is not known which way is better"
+            if metric.higher_is_better is None
+            else "without an error nothing is claimed"
         )
         return f"{term.noun[0].upper()}{term.noun[1:]} of {label}", f"{numbers}; {why}"
     direction = "Higher" if difference.value > 0 else "Lower"
     if difference.verdict == "within noise":
         alike = {found.verdict for found in difference.seeds.values()} in ({"better"}, {"worse"})
         if alike and len(difference.seeds) > 1:
-            return f"{direction} {term.noun} with {label} in each seed here, but too unevenly for a claim beyond them", numbers
+            return (
+                f"{direction} {term.noun} with {label} in each seed here, but too unevenly for a claim beyond them",
+                numbers,
+            )
         return f"No clear difference in {term.noun} with {label}", numbers
     worse = ", which is worse" if difference.verdict == "worse" else ""
     return f"{direction} {term.noun} with {label}{worse}", numbers
 
 
 def _change(term: Term, difference: Difference) -> str:
-    text = f"a difference of {with_error(difference.value, difference.stderr, term.unit, signed=True)}"
+    text = (
+        f"a difference of {with_error(difference.value, difference.stderr, term.unit, signed=True)}"
+    )
     seeds = difference.seeds
     if len(seeds) == 1:
         return text + (f" over {difference.items:,} {term.items}" if difference.items else "")
@@ -161,14 +202,18 @@ def footnotes(task: TaskComparison) -> list[str]:
     notes = [arrows, "± is one standard error over seeds."]
     if not several:
         one = f"One seed ({', '.join(map(str, sorted(seeds)))}): " if len(seeds) == 1 else ""
-        notes[1] = f"{one}± is one standard error over test items; it knows nothing of how another seed would have come out."
+        notes[1] = (
+            f"{one}± is one standard error over test items; it knows nothing of how another seed would have come out."
+        )
     if task.baseline is not None and len(task.models) > 1:
         rule = (
             "outside the 95 % interval over seeds (Student's t, paired) and beyond twice the error over items"
             if several
             else "more than twice its standard error, paired item by item"
         )
-        tested = sum(d.verdict != "no claim" for metric in task.metrics for d in metric.differences.values())
+        tested = sum(
+            d.verdict != "no claim" for metric in task.metrics for d in metric.differences.values()
+        )
         notes.append(
             f"With a value goes its difference to {task.baseline} (of shares in percentage points). A difference counts as better or "
             f"worse when it is {rule}; of {tested} such tests up to one in twenty would pass by chance if no difference were real."
@@ -181,5 +226,7 @@ def footnotes(task: TaskComparison) -> list[str]:
             "Decoding is compared with plain KV-cached decoding of the same model."
         )
     if any(describe(name).counterpart for name in names):
-        notes.append("The dynamics model run alone is compared with the transformer of the baseline at the same length.")
+        notes.append(
+            "The dynamics model run alone is compared with the transformer of the baseline at the same length."
+        )
     return notes + task.caveats

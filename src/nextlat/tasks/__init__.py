@@ -1,4 +1,5 @@
-"""Benchmark tasks. A new one is one new file and one line here: its name in recipes, and its configuration."""
+"""Benchmark tasks. A new one is one new file and one line here: its name in recipes, and its
+configuration."""
 
 from nextlat.tasks.countdown import CountdownConfig
 from nextlat.tasks.hmm import HMMConfig
@@ -8,7 +9,9 @@ from nextlat.tasks.task import Metric, Task
 from nextlat.tasks.text.text import TextConfig
 from nextlat.tasks.word_problem import WordProblemConfig
 
-TaskConfig = StreetsConfig | TextConfig | WordProblemConfig | PathStarConfig | CountdownConfig | HMMConfig
+TaskConfig = (
+    StreetsConfig | TextConfig | WordProblemConfig | PathStarConfig | CountdownConfig | HMMConfig
+)
 
 TASKS: dict[str, type[TaskConfig]] = {
     "streets": StreetsConfig,

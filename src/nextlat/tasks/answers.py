@@ -1,6 +1,8 @@
-"""Tasks of a prompt and an answer, both of one length: their rows, and the answers that a model gives.
+"""Tasks of a prompt and an answer, both of one length: their rows, and the answers that a model
+gives.
 
-Shapes: P problems, B problems of the running batch, T tokens of a prompt, A tokens of an answer, D width, V vocabulary.
+Shapes: P problems, B problems of the running batch, T tokens of a prompt, A tokens of an answer, D
+    width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -23,17 +25,24 @@ PAD, UNK, END = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<unk>", "end")
 
 
-def symbol_tokenizer(symbols: Sequence[str], numbers: int, *, spaces: str = r"\s") -> PreTrainedTokenizerFast:
-    """One token per symbol (a single character) and per integer from 0 to `numbers` - 1, after `<pad> <unk> end`.
+def symbol_tokenizer(
+    symbols: Sequence[str], numbers: int, *, spaces: str = r"\s"
+) -> PreTrainedTokenizerFast:
+    """One token per symbol (a single character) and per integer from 0 to `numbers` - 1, after
+    `<pad> <unk> end`.
 
-    `end` is the end-of-sequence token. Text needs no white space but between two integers; decoding joins with single spaces.
+    `end` is the end-of-sequence token. Text needs no white space but between two integers; decoding
+    joins with single spaces.
 
     Args:
-        spaces: the characters that separate tokens and are none themselves, as inside the brackets of a regular expression.
+        spaces: the characters that separate tokens and are none themselves, as inside the brackets
+            of a regular expression.
     """
     words = (*SPECIAL_TOKENS, *symbols, *map(str, range(numbers)))
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = InTurn([Split(Regex(f"[{spaces}]+"), "removed"), Split(Regex(r"\d+|\D"), "isolated")])
+    core.pre_tokenizer = InTurn(
+        [Split(Regex(f"[{spaces}]+"), "removed"), Split(Regex(r"\d+|\D"), "isolated")]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="end",
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
@@ -65,14 +74,21 @@ class AnswerRows(Rows):
 
 
 def generate_answers(
-    model: SequenceModel, prompts: np.ndarray, length: int, *, seed: int | None = None, batch_size: int = 256
+    model: SequenceModel,
+    prompts: np.ndarray,
+    length: int,
+    *,
+    seed: int | None = None,
+    batch_size: int = 256,
 ) -> np.ndarray:
-    """The `length` tokens (P, A) with which a model continues each prompt, whatever they are: it is not stopped at `end`.
+    """The `length` tokens (P, A) with which a model continues each prompt, whatever they are: it is
+    not stopped at `end`.
 
     Args:
         prompts: (P, T) token ids.
-        seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every problem and place that depends on
-            nothing but the seed, so that two models meet the same draws in whatever batches.
+        seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every
+            problem and place that depends on nothing but the seed, so that two models meet the same
+            draws in whatever batches.
     """
     found = np.empty((len(prompts), length), dtype=np.int64)
     draws = None if seed is None else np.random.default_rng(seed).random(found.shape)
@@ -93,16 +109,25 @@ def _drawn(logits_BV: Tensor, u: np.ndarray) -> Tensor:
     """(B,) tokens of softmax(logits) by inversion of the uniform numbers u (B,)."""
     cumulative = logits_BV.float().softmax(-1).double().cumsum(-1)
     at = torch.from_numpy(u).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True).squeeze(1).clamp(max=cumulative.shape[-1] - 1)
+    return (
+        torch.searchsorted(cumulative, at, right=True)
+        .squeeze(1)
+        .clamp(max=cumulative.shape[-1] - 1)
+    )
 
 
-def forced_answers(model: SequenceModel, tokens: np.ndarray, prompt_length: int, *, batch_size: int = 256) -> np.ndarray:
-    """(P, A) the most likely token at every place of the answer when all before it are the true ones (P, T + A)."""
+def forced_answers(
+    model: SequenceModel, tokens: np.ndarray, prompt_length: int, *, batch_size: int = 256
+) -> np.ndarray:
+    """(P, A) the most likely token at every place of the answer when all before it are the true
+    ones (P, T + A)."""
     found = np.empty((len(tokens), tokens.shape[1] - prompt_length), dtype=np.int64)
     with inference(model):
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             input_ids = torch.from_numpy(tokens[rows, :-1].astype(np.int64)).to(model.device)
             h_BTD, _ = model.step(input_ids, None)
-            found[rows] = model.next_token_logits(h_BTD[:, prompt_length - 1 :]).argmax(-1).cpu().numpy()
+            found[rows] = (
+                model.next_token_logits(h_BTD[:, prompt_length - 1 :]).argmax(-1).cpu().numpy()
+            )
     return found

@@ -1,8 +1,11 @@
-"""Countdown problems and their solutions: combine all numbers with + - * / so that the last result is the target.
+"""Countdown problems and their solutions: combine all numbers with + - * / so that the last result
+is the target.
 
-Problems and the order of the search are those of Gandhi et al. 2024 ("Stream of Search"), for four numbers and any other count.
+Problems and the order of the search are those of Gandhi et al. 2024 ("Stream of Search"), for four
+numbers and any other count.
 
-Shapes: P problems, B problems of the running block, n numbers, Q paths of the search (24, then 288 for four numbers).
+Shapes: P problems, B problems of the running block, n numbers, Q paths of the search (24, then 288
+    for four numbers).
 """
 
 import itertools
@@ -23,16 +26,21 @@ ROUNDS = 1000  # of drawing again, up to 512 times each in a round, before a tar
 def first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """(P,) the path of the first solution that depth-first search finds, -1 where there is none.
 
-    The search takes every pair in index order and for it + * - /, larger operand first for - and /, difference 0 allowed, division
-    exact; the result goes behind the remaining numbers; all numbers must be used. Its tree is built level by level with
-    the paths in the order of their visit, so that the first hit is the solution. A path that divides wrongly is NaN, which
-    nothing equals.
+    The search takes every pair in index order and for it + * - /, larger operand first for - and /,
+    difference 0 allowed, division exact; the result goes behind the remaining numbers; all numbers
+    must be used. Its tree is built level by level with the paths in the order of their visit, so
+    that the first hit is the solution. A path that divides wrongly is NaN, which nothing equals.
 
     Args:
         numbers: (P, n), n >= 2, from 1. targets: (P,), from 1.
     """
-    # In single precision all integers up to 2^24 are exact, and so is every comparison with a target below it.
-    exact = max(2, int(numbers.max(initial=2))) ** (numbers.shape[1] - 1) < 2**24 > int(targets.max(initial=1))
+    # In single precision all integers up to 2^24 are exact, and so is every comparison with a
+    # target below it.
+    exact = (
+        max(2, int(numbers.max(initial=2))) ** (numbers.shape[1] - 1)
+        < 2**24
+        > int(targets.max(initial=1))
+    )
     dtype = np.float32 if exact else np.float64
     found = np.empty(len(numbers), dtype=np.int64)
     block = max(1, BLOCK >> max(0, 5 * (numbers.shape[1] - 4)))
@@ -86,7 +94,9 @@ def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
     found = np.empty((count, n - 1, 4), dtype=np.int64)
     for m, (pair, operation) in zip(range(n, 1, -1), reversed(steps), strict=True):
         chosen = np.array(_pairs(m))[pair]
-        rest = np.array([[k for k in range(m) if k not in both] for both in _pairs(m)], dtype=np.int64)[pair]
+        rest = np.array(
+            [[k for k in range(m) if k not in both] for both in _pairs(m)], dtype=np.int64
+        )[pair]
         a, b = values[row, chosen[:, 0]], values[row, chosen[:, 1]]
         swapped = (operation >= 2) & (a < b)
         a, b = np.where(swapped, b, a), np.where(swapped, a, b)
@@ -98,7 +108,8 @@ def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Problems:
-    """P solvable problems: numbers (P, n), targets (P,), and the equations (P, n - 1, 4) of their stored solutions."""
+    """P solvable problems: numbers (P, n), targets (P,), and the equations (P, n - 1, 4) of their
+    stored solutions."""
 
     numbers: np.ndarray
     targets: np.ndarray
@@ -110,7 +121,9 @@ class Problems:
 
 
 def _keys(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    return row_keys(np.concatenate([np.sort(numbers, axis=1), targets[:, None]], axis=1).astype(np.int32))
+    return row_keys(
+        np.concatenate([np.sort(numbers, axis=1), targets[:, None]], axis=1).astype(np.int32)
+    )
 
 
 def draw_problems(
@@ -123,10 +136,11 @@ def draw_problems(
     max_value: int,
     refused: np.ndarray | None = None,
 ) -> Problems:
-    """Random problems: a target of the given ones, then numbers 1..max_number, the numbers drawn again until all is well.
+    """Random problems: a target of the given ones, then numbers 1..max_number, the numbers drawn
+    again until all is well.
 
-    All is well when there is a solution, the stored one has no number above `max_value`, and the problem's key is not among
-    `refused`.
+    All is well when there is a solution, the stored one has no number above `max_value`, and the
+    problem's key is not among `refused`.
 
     Raises:
         NextLatError: a target that cannot be reached, or hardly ever.
@@ -177,7 +191,8 @@ Equation = tuple[int, str, int, int]  # left, operation, right, result
 
 
 def arithmetic(equation: Equation) -> Verdict:
-    """SOLVED when the equation is true; a difference below 0 and a division with a remainder or by 0 are not, whatever is given."""
+    """SOLVED when the equation is true; a difference below 0 and a division with a remainder or by
+    0 are not, whatever is given."""
     a, operation, b, result = equation
     if operation == "-" and a < b:
         return Verdict.NEGATIVE
@@ -188,7 +203,8 @@ def arithmetic(equation: Equation) -> Verdict:
 
 
 def judge(numbers: Sequence[int], target: int, given: Sequence[Equation]) -> Verdict:
-    """Any derivation counts that uses each number and each intermediate result once, in true equations, the target last.
+    """Any derivation counts that uses each number and each intermediate result once, in true
+    equations, the target last.
 
     With n - 1 equations and nothing used twice, nothing can be left over.
     """

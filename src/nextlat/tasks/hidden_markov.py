@@ -1,4 +1,5 @@
-"""Hidden Markov models with known parameters: sampling, and the exact belief state by forward filtering.
+"""Hidden Markov models with known parameters: sampling, and the exact belief state by forward
+filtering.
 
 Shapes: P sequences, L tokens a sequence, S hidden states, M symbols.
 """
@@ -15,10 +16,12 @@ TOLERANCE = 1e-6  # of the sum of a row of probabilities
 
 @dataclass(frozen=True, eq=False)
 class HiddenMarkov:
-    """A hidden Markov chain in its stationary distribution, which gives a symbol in every state that it enters.
+    """A hidden Markov chain in its stationary distribution, which gives a symbol in every state
+    that it enters.
 
     Attributes:
-        transition: (S, S) P(next state | state). emission: (S, M) P(symbol | state). stationary: (S,).
+        transition: (S, S) P(next state | state). emission: (S, M) P(symbol | state). stationary:
+            (S,).
     """
 
     transition: np.ndarray
@@ -27,13 +30,15 @@ class HiddenMarkov:
 
     @classmethod
     def of(
-        cls, transition: Sequence[Sequence[float]] | np.ndarray, emission: Sequence[Sequence[float]] | np.ndarray
+        cls,
+        transition: Sequence[Sequence[float]] | np.ndarray,
+        emission: Sequence[Sequence[float]] | np.ndarray,
     ) -> "HiddenMarkov":
         """From two row-stochastic matrices.
 
         Raises:
-            NextLatError: not two matrices of the same number of states, a row that is no distribution, or several stationary
-                distributions (the chain falls apart).
+            NextLatError: not two matrices of the same number of states, a row that is no
+                distribution, or several stationary distributions (the chain falls apart).
         """
         t, e = _distributions(transition, "transition"), _distributions(emission, "emission")
         if t.shape != (len(e), len(e)):
@@ -47,37 +52,52 @@ class HiddenMarkov:
     def mess3(cls, alpha: float, x: float) -> "HiddenMarkov":
         """The process Mess3 (Marzen & Crutchfield 2017): three states, three symbols.
 
-        A state is kept with probability 1 - 2 x and left for each other one with x; it gives its own symbol with probability
-        alpha, each other one with (1 - alpha) / 2.
+        A state is kept with probability 1 - 2 x and left for each other one with x; it gives its
+        own symbol with probability alpha, each other one with (1 - alpha) / 2.
 
         Raises:
             NextLatError: alpha outside [0, 1], or x outside (0, 1/2].
         """
         if not 0 <= alpha <= 1 or not 0 < x <= 0.5:
-            raise NextLatError(f"Mess3 needs alpha from 0 to 1 and x above 0 up to 0.5, not alpha = {alpha} and x = {x}.")
+            raise NextLatError(
+                f"Mess3 needs alpha from 0 to 1 and x above 0 up to 0.5, not alpha = {alpha} and x = {x}."
+            )
         same = np.eye(3)
         beta = (1 - alpha) / 2
         return cls.of(same * (1 - 2 * x) + (1 - same) * x, same * alpha + (1 - same) * beta)
 
     @classmethod
     def random(cls, states: int, symbols: int, concentration: float, seed: int) -> "HiddenMarkov":
-        """Every row of both matrices from a symmetric Dirichlet distribution: the lower the concentration, the more peaked.
+        """Every row of both matrices from a symmetric Dirichlet distribution: the lower the
+        concentration, the more peaked.
 
         Raises:
-            NextLatError: fewer than two states or symbols, a seed below 0, or a concentration under 0.01 (rows of zeros and ones only).
+            NextLatError: fewer than two states or symbols, a seed below 0, or a concentration under
+                0.01 (rows of zeros and ones only).
         """
         if states < 2 or symbols < 2 or concentration < 0.01:
-            raise NextLatError("a random HMM needs states >= 2, symbols >= 2 and concentration >= 0.01.")
+            raise NextLatError(
+                "a random HMM needs states >= 2, symbols >= 2 and concentration >= 0.01."
+            )
         if seed < 0:
-            raise NextLatError(f"the seed of a random HMM is {seed}: give a whole number from 0 on.")
+            raise NextLatError(
+                f"the seed of a random HMM is {seed}: give a whole number from 0 on."
+            )
         rng = np.random.default_rng((states, symbols, seed))
-        rows = [rng.dirichlet(np.full(size, concentration), size=states) for size in (states, symbols)]
+        rows = [
+            rng.dirichlet(np.full(size, concentration), size=states) for size in (states, symbols)
+        ]
         return cls.of(*rows)
 
     def sample(self, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
         """(P, L) symbols."""
-        # One draw a step decides both the next state and its symbol: an edge (state, symbol) of the joint distribution.
-        edges = (self.transition[:, :, None] * self.emission).reshape(len(self.transition), -1).cumsum(axis=1)
+        # One draw a step decides both the next state and its symbol: an edge (state, symbol) of the
+        # joint distribution.
+        edges = (
+            (self.transition[:, :, None] * self.emission)
+            .reshape(len(self.transition), -1)
+            .cumsum(axis=1)
+        )
         edges[:, -1] = 1.0
         state = np.searchsorted(self.stationary.cumsum()[:-1], rng.random(count), side="right")
         symbols = np.empty((count, length), dtype=np.int32)
@@ -87,7 +107,8 @@ class HiddenMarkov:
         return symbols
 
     def beliefs(self, symbols: np.ndarray) -> np.ndarray:
-        """(P, L) symbols -> (P, L + 1, S): P(state at t | x_1 .. x_t), from t = 0 (the stationary distribution) on."""
+        """(P, L) symbols -> (P, L + 1, S): P(state at t | x_1 .. x_t), from t = 0 (the stationary
+        distribution) on."""
         count, length = symbols.shape
         belief = np.empty((count, length + 1, len(self.transition)))
         belief[:, 0] = self.stationary
@@ -118,6 +139,8 @@ def _stationary(transition: np.ndarray) -> np.ndarray:
     states = len(transition)
     system = np.concatenate([transition.T - np.eye(states), np.ones((1, states))])
     if np.linalg.matrix_rank(system) < states:
-        raise NextLatError("the states of this HMM fall into parts that never meet: give a transition matrix that joins them.")
+        raise NextLatError(
+            "the states of this HMM fall into parts that never meet: give a transition matrix that joins them."
+        )
     solution = np.linalg.lstsq(system, np.eye(states + 1)[-1], rcond=None)[0].clip(min=0)
     return solution / solution.sum()

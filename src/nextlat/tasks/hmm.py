@@ -1,8 +1,10 @@
-"""Hidden Markov models: does the hidden state of the transformer hold the exact belief state? (ours)
+"""Hidden Markov models: does the hidden state of the transformer hold the exact belief state?
+(ours)
 
-The theorem of arXiv 2511.05963 says that a transformer which predicts its own next latent state exactly carries a belief state, a
-sufficient statistic of the past. Here that state is known: the posterior over hidden states, by forward filtering. A row is
-`begin x_1 ... x_L`; the state at `begin` stands for the stationary distribution.
+The theorem of arXiv 2511.05963 says that a transformer which predicts its own next latent state
+exactly carries a belief state, a sufficient statistic of the past. Here that state is known: the
+posterior over hidden states, by forward filtering. A row is `begin x_1 ... x_L`; the state at
+`begin` stands for the stationary distribution.
 
 Shapes: P sequences, L tokens a sequence, S hidden states, M symbols, D width, V vocabulary.
 """
@@ -46,11 +48,13 @@ class HMMConfig:
     """Settings of the task.
 
     Attributes:
-        process: mess3 (alpha, x), random (states, symbols, concentration, process_seed), or given (transition, emission).
+        process: mess3 (alpha, x), random (states, symbols, concentration, process_seed), or given
+            (transition, emission).
         alpha, x: see `HiddenMarkov.mess3`; the defaults are those of Shai et al., arXiv 2405.15943.
         states, symbols, concentration, process_seed: see `HiddenMarkov.random`.
         transition, emission: rows of probabilities, P(next state | state) and P(symbol | state).
-        length: tokens of a sequence, besides `begin`. tests: held-out sequences, which never occur in training.
+        length: tokens of a sequence, besides `begin`. tests: held-out sequences, which never occur
+            in training.
     """
 
     process: Literal["mess3", "random", "given"] = "mess3"
@@ -77,17 +81,24 @@ class HMMConfig:
         given = self.transition is not None or self.emission is not None
         if self.process != "given":
             if given:
-                raise NextLatError(f'task.process = "{self.process}" has its own matrices: remove them, or set it to "given".')
+                raise NextLatError(
+                    f'task.process = "{self.process}" has its own matrices: remove them, or set it to "given".'
+                )
             if self.process == "mess3":
                 return HiddenMarkov.mess3(self.alpha, self.x)
-            return HiddenMarkov.random(self.states, self.symbols, self.concentration, self.process_seed)
+            return HiddenMarkov.random(
+                self.states, self.symbols, self.concentration, self.process_seed
+            )
         if self.transition is None or self.emission is None:
-            raise NextLatError('task.process = "given" needs both task.transition and task.emission.')
+            raise NextLatError(
+                'task.process = "given" needs both task.transition and task.emission.'
+            )
         return HiddenMarkov.of(self.transition, self.emission)
 
 
 class HMM(Task):
-    """See the module. Held-out sequences are a function of the configuration alone, those of training of the seed too."""
+    """See the module. Held-out sequences are a function of the configuration alone, those of
+    training of the seed too."""
 
     name = "hmm"
     higher_is_better: Mapping[str, bool] = {
@@ -111,17 +122,23 @@ class HMM(Task):
         )  # fmt: skip
         self._held_out = self.process.sample(config.tests, config.length, np.random.default_rng(0))
         if np.ptp(self.beliefs, axis=(0, 1)).max() < 1e-9:
-            raise NextLatError("the symbols of this HMM tell nothing about its states: there is no belief to be found.")
+            raise NextLatError(
+                "the symbols of this HMM tell nothing about its states: there is no belief to be found."
+            )
 
     def rows(self, symbols: np.ndarray) -> Tensor:
         """(P, L) symbols -> (P, L + 1) token ids."""
-        return torch.nn.functional.pad(torch.from_numpy(symbols.astype(np.int64)) + FIRST_SYMBOL, (1, 0), value=BEGIN)
+        return torch.nn.functional.pad(
+            torch.from_numpy(symbols.astype(np.int64)) + FIRST_SYMBOL, (1, 0), value=BEGIN
+        )
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
         return SampledRows(self, seed)
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return AnswerRows(self.rows(self._held_out).numpy(), prompt_length=1)  # every token but `begin` is predicted
+        return AnswerRows(
+            self.rows(self._held_out).numpy(), prompt_length=1
+        )  # every token but `begin` is predicted
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.config).encode())
@@ -146,13 +163,17 @@ class HMM(Task):
         return self.process.beliefs(self._held_out)
 
     def states(self, model: "ObjectiveModel") -> Tensor:
-        """(P, L + 1, D) states of the transformer on the held-out sequences, from `begin` on, in fp32 on the CPU."""
+        """(P, L + 1, D) states of the transformer on the held-out sequences, from `begin` on, in
+        fp32 on the CPU."""
         rows = self.rows(self._held_out).split(BATCH)
         with inference(model):
-            return torch.cat([model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows])
+            return torch.cat(
+                [model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows]
+            )
 
     def belief_probe(self, model: "ObjectiveModel") -> "Probe":
-        """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on half of the sequences, read on the rest."""
+        """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on
+        half of the sequences, read on the rest."""
         half = self.config.tests // 2
         h, true = self.states(model)[:, 1:].double().numpy(), self.beliefs[:, 1:]
         h = np.concatenate([h, np.ones((*h.shape[:2], 1))], axis=2)
@@ -161,10 +182,11 @@ class HMM(Task):
         return Probe(self._held_out[half:], true[half:], h[half:] @ weights)
 
     def distributions(self, model: "ObjectiveModel") -> dict[str, Score]:
-        """`next_token_kl`: KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1; the items are the sequences.
+        """`next_token_kl`: KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1;
+        the items are the sequences.
 
-        The model's distribution is that over its whole vocabulary. `entropy_floor`: mean entropy of the exact distribution at
-        the same places, below which no model's cross-entropy can lie.
+        The model's distribution is that over its whole vocabulary. `entropy_floor`: mean entropy of
+        the exact distribution at the same places, below which no model's cross-entropy can lie.
         """
         p = self.process.next_symbol(self.beliefs[:, :-1])
         log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
@@ -173,7 +195,9 @@ class HMM(Task):
             for ids in self.rows(self._held_out)[:, :-1].split(BATCH):
                 h_BTD, _ = model.step(ids.to(model.device))
                 logits = model.next_token_logits(h_BTD).double().cpu()
-                log_q.append(logits.log_softmax(-1)[..., FIRST_SYMBOL : FIRST_SYMBOL + p.shape[-1]].numpy())
+                log_q.append(
+                    logits.log_softmax(-1)[..., FIRST_SYMBOL : FIRST_SYMBOL + p.shape[-1]].numpy()
+                )
         kl = (p * (log_p - np.concatenate(log_q))).sum(axis=-1)
         return {
             "next_token_kl": mean_score(kl.mean(axis=1)),
@@ -181,28 +205,39 @@ class HMM(Task):
         }
 
     def transition_consistency(self, model: "ObjectiveModel") -> dict[str, Score]:
-        """How far the latent dynamics model misses, against how far the state moves; 0 = exact. Empty where there is no such model.
+        """How far the latent dynamics model misses, against how far the state moves; 0 = exact.
+        Empty where there is no such model.
 
-        sum_t ||p_psi(h_t, x_{t+1}) - h_{t+1}|| / sum_t ||h_{t+1} - h_t|| over all held-out sequences, which are the items. (A mean of
-        the ratios would hang on the few places where the state hardly moves.)
+        sum_t ||p_psi(h_t, x_{t+1}) - h_{t+1}|| / sum_t ||h_{t+1} - h_t|| over all held-out
+        sequences, which are the items. (A mean of the ratios would hang on the few places where the
+        state hardly moves.)
         """
         dynamics = getattr(model.objective, "dynamics", None)
         if dynamics is None:
             return {}
         missed, moved = [], []
         with inference(model):
-            for ids, h in zip(self.rows(self._held_out).split(BATCH), self.states(model).split(BATCH), strict=True):
+            for ids, h in zip(
+                self.rows(self._held_out).split(BATCH), self.states(model).split(BATCH), strict=True
+            ):
                 e = model.backbone.embed(ids[:, 1:].to(model.device))
                 predicted = dynamics(h[:, :-1].to(model.device), e).float().cpu()
                 missed.append((predicted - h[:, 1:]).norm(dim=-1).sum(dim=1))
                 moved.append((h[:, 1:] - h[:, :-1]).norm(dim=-1).sum(dim=1))
-        return {"transition_consistency_error": ratio_score(torch.cat(missed).numpy(), torch.cat(moved).numpy())}
+        return {
+            "transition_consistency_error": ratio_score(
+                torch.cat(missed).numpy(), torch.cat(moved).numpy()
+            )
+        }
 
     def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """beliefs.json: true and decoded beliefs at 2,000 places, with the symbol read last, to draw the simplex from."""
+        """beliefs.json: true and decoded beliefs at 2,000 places, with the symbol read last, to
+        draw the simplex from."""
         probe = self.belief_probe(model)
         states = probe.true.shape[-1]
-        places = np.linspace(0, probe.symbols.size - 1, min(POINTS, probe.symbols.size)).astype(np.int64)
+        places = np.linspace(0, probe.symbols.size - 1, min(POINTS, probe.symbols.size)).astype(
+            np.int64
+        )
         return {
             BELIEFS: {
                 "process": self.config.process,
@@ -218,7 +253,8 @@ class HMM(Task):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What a linear probe reads on sequences that it was not fitted on: symbols (P, L), true and decoded beliefs (P, L, S)."""
+    """What a linear probe reads on sequences that it was not fitted on: symbols (P, L), true and
+    decoded beliefs (P, L, S)."""
 
     symbols: np.ndarray
     true: np.ndarray
@@ -266,7 +302,9 @@ class SampledRows(Dataset[dict[str, Tensor]]):
                     break
                 symbols[again] = process.sample(len(again), length, rng)
             else:
-                raise NextLatError("nearly all sequences of this HMM are held out: set task.length higher or task.tests lower.")
+                raise NextLatError(
+                    "nearly all sequences of this HMM are held out: set task.length higher or task.tests lower."
+                )
             while len(self._chunks) >= CACHED_CHUNKS:
                 self._chunks.popitem(last=False)
             self._chunks[number] = self.task.rows(symbols)

@@ -1,4 +1,5 @@
-"""Effective latent rank of a model: how many directions its hidden states really use (arXiv 2511.05963).
+"""Effective latent rank of a model: how many directions its hidden states really use (arXiv
+2511.05963).
 
 Shapes: R rows, T tokens, D width.
 """
@@ -16,7 +17,8 @@ from nextlat.tasks.streets.rides import inference
 
 
 class LatentModel(Protocol):
-    """What the latent rank needs of a model: `backbone.hidden(batch) -> h_BTD`, the transformer's states of whole rows."""
+    """What the latent rank needs of a model: `backbone.hidden(batch) -> h_BTD`, the transformer's
+    states of whole rows."""
 
     @property
     def backbone(self) -> Backbone: ...
@@ -34,10 +36,12 @@ def latent_rank(
     batch_size: int = 32,
     groups: int = 16,
 ) -> Score:
-    """Effective rank of the hidden states of whole rows; 256 rows of 256 tokens in arXiv 2511.05963. Lower is more compact.
+    """Effective rank of the hidden states of whole rows; 256 rows of 256 tokens in arXiv
+    2511.05963. Lower is more compact.
 
-    The states are the transformer's own, whatever an objective makes of them, of every position that is no padding, prompts included;
-    see `metrics.effective_rank` for the definition. The error is a jackknife over `groups` groups of rows.
+    The states are the transformer's own, whatever an objective makes of them, of every position
+    that is no padding, prompts included; see `metrics.effective_rank` for the definition. The error
+    is a jackknife over `groups` groups of rows.
 
     Args:
         input_ids, position_ids, attention_mask: (R, T) rows as the dataset packs them.
@@ -53,12 +57,17 @@ def latent_rank(
             for first in range(0, len(group), batch_size):
                 rows = torch.from_numpy(group[first : first + batch_size])
                 ids, positions, mask = (
-                    None if x is None else x[rows].to(model.device) for x in (input_ids, position_ids, attention_mask)
+                    None if x is None else x[rows].to(model.device)
+                    for x in (input_ids, position_ids, attention_mask)
                 )
                 assert ids is not None
                 h_BTD = model.backbone.hidden(Batch.from_inputs(ids, ids, positions, mask))
                 states.append(h_BTD.flatten(0, 1) if mask is None else h_BTD[mask.bool()])
             factors.append(triangular_factor(torch.cat(states)))
         value = rank_of_factor(torch.cat(factors))
-        without = [rank_of_factor(torch.cat(factors[:i] + factors[i + 1 :])) for i in range(groups)] if groups > 1 else [value]
+        without = (
+            [rank_of_factor(torch.cat(factors[:i] + factors[i + 1 :])) for i in range(groups)]
+            if groups > 1
+            else [value]
+        )
     return jackknife_score(value, without)

@@ -1,11 +1,13 @@
-"""Path-Star: find the one arm of a star graph that ends at the goal (Bachmann & Nagarajan 2024; arXiv 2511.05963).
+"""Path-Star: find the one arm of a star graph that ends at the goal (Bachmann & Nagarajan 2024;
+arXiv 2511.05963).
 
 G(d, l) is a centre with d disjoint arms of l nodes each, the centre counted. A row is
 
     a b | c d | ... / start goal = p_1 ... p_l end        written  a,b|c,d|.../start,goal=p_1,...,p_l
 
-edges as (parent, child) in random order, then the path from the centre to the goal. E = d (l - 1) edges give a prompt of 3 E + 3
-tokens and an answer of l; with the end-of-sequence token, on which there is a loss too, G(5, 5) has 69. Place 2 of the path is the
+edges as (parent, child) in random order, then the path from the centre to the goal. E = d (l - 1)
+edges give a prompt of 3 E + 3 tokens and an answer of l; with the end-of-sequence token, on which
+there is a loss too, G(5, 5) has 69. Place 2 of the path is the
 branch, the only hard one: all others follow from their predecessor.
 
 Shapes: P problems, d arms, l nodes an arm, N names, E edges, K = E + 1 nodes.
@@ -52,8 +54,10 @@ class PathStarConfig:
     """Settings of the task (defaults: the paper's G(5, 5)).
 
     Attributes:
-        arms: d. length: l, nodes of an arm, the centre counted. names: N, how many node names there are.
-        graphs: training graphs, drawn once and for all. tests: test graphs, none of them a training graph.
+        arms: d. length: l, nodes of an arm, the centre counted. names: N, how many node names there
+            are.
+        graphs: training graphs, drawn once and for all. tests: test graphs, none of them a training
+            graph.
     """
 
     arms: int = 5
@@ -71,7 +75,8 @@ class Stars:
     """P graphs with a goal each.
 
     Attributes:
-        nodes: (P, d, l) names; `nodes[:, :, 0]` is the centre. goal: (P,) the arm that ends at the goal.
+        nodes: (P, d, l) names; `nodes[:, :, 0]` is the centre. goal: (P,) the arm that ends at the
+            goal.
         order: (P, E) which edge is written at each place; edge a (l - 1) + i is the i-th of arm a.
     """
 
@@ -80,10 +85,14 @@ class Stars:
     order: np.ndarray
 
     @classmethod
-    def draw(cls, arms: int, length: int, names: int, count: int, rng: np.random.Generator) -> "Stars":
+    def draw(
+        cls, arms: int, length: int, names: int, count: int, rng: np.random.Generator
+    ) -> "Stars":
         """Names without replacement, the order of the edges and the goal's arm, all uniform."""
         edges = arms * (length - 1)
-        drawn = rng.permuted(np.tile(np.arange(names, dtype=np.int32), (count, 1)), axis=1)[:, : edges + 1]
+        drawn = rng.permuted(np.tile(np.arange(names, dtype=np.int32), (count, 1)), axis=1)[
+            :, : edges + 1
+        ]
         nodes = np.empty((count, arms, length), dtype=np.int32)
         nodes[:, :, 0] = drawn[:, :1]
         nodes[:, :, 1:] = drawn[:, 1:].reshape(count, arms, length - 1)
@@ -91,22 +100,29 @@ class Stars:
         return cls(nodes, rng.integers(arms, size=count), order)
 
     def keys(self) -> np.ndarray:
-        """(P,) one value per problem, equal exactly for equal graphs with equal goals, in whatever order they are written."""
+        """(P,) one value per problem, equal exactly for equal graphs with equal goals, in whatever
+        order they are written."""
         first = self.nodes[:, :, 1].copy()
-        np.put_along_axis(first, self.goal[:, None], -1, axis=1)  # the goal's arm, then the others by their first node
+        np.put_along_axis(
+            first, self.goal[:, None], -1, axis=1
+        )  # the goal's arm, then the others by their first node
         arms = np.take_along_axis(self.nodes, first.argsort(axis=1)[:, :, None], axis=1)
         return row_keys(arms.reshape(len(arms), -1))
 
     def tokens(self) -> np.ndarray:
         """(P, 3 E + 3 + l + 1) rows, see the module."""
         count, edges = self.order.shape
-        pairs = np.stack([self.nodes[:, :, :-1], self.nodes[:, :, 1:]], axis=-1).reshape(count, edges, 2)
+        pairs = np.stack([self.nodes[:, :, :-1], self.nodes[:, :, 1:]], axis=-1).reshape(
+            count, edges, 2
+        )
         written = np.full((count, edges, 3), BAR, dtype=np.int32)
         written[:, :, :2] = np.take_along_axis(pairs, self.order[:, :, None], axis=1) + FIRST_NAME
         written[:, -1, 2] = SLASH
         path = self.nodes[np.arange(count), self.goal] + FIRST_NAME
         equals, end = (np.full((count, 1), token, dtype=np.int32) for token in (EQUALS, END))
-        return np.concatenate([written.reshape(count, -1), path[:, :1], path[:, -1:], equals, path, end], axis=1)
+        return np.concatenate(
+            [written.reshape(count, -1), path[:, :1], path[:, -1:], equals, path, end], axis=1
+        )
 
 
 def draw_stars(
@@ -126,21 +142,30 @@ def draw_stars(
             return tokens, keys
         stars = Stars.draw(*shape, len(again), rng)
         tokens[again], keys[again] = stars.tokens(), stars.keys()
-    raise NextLatError(f"nearly all graphs of {config.names} names are test graphs: set task.names higher or task.tests lower.")
+    raise NextLatError(
+        f"nearly all graphs of {config.names} names are test graphs: set task.names higher or task.tests lower."
+    )
 
 
 class PathStar(Task):
-    """See the module. Training and test graphs are a function of the configuration alone, the order of training of the seed."""
+    """See the module. Training and test graphs are a function of the configuration alone, the order
+    of training of the seed."""
 
     name = "path-star"
 
     def __init__(self, config: PathStarConfig) -> None:
         d, length, nodes = config.arms, config.length, config.arms * (config.length - 1) + 1
         if d < 2 or length < 2 or config.graphs < 1 or config.tests < 2:
-            raise NextLatError("Path-Star needs arms >= 2, length >= 2, graphs >= 1 and tests >= 2.")
+            raise NextLatError(
+                "Path-Star needs arms >= 2, length >= 2, graphs >= 1 and tests >= 2."
+            )
         if config.names < nodes:
-            raise NextLatError(f"G({d}, {length}) has {nodes} nodes, but task.names is {config.names}: give at least {nodes}.")
-        problems = math.perm(config.names, nodes) // math.factorial(d - 1)  # the arms without the goal have no order
+            raise NextLatError(
+                f"G({d}, {length}) has {nodes} nodes, but task.names is {config.names}: give at least {nodes}."
+            )
+        problems = math.perm(config.names, nodes) // math.factorial(
+            d - 1
+        )  # the arms without the goal have no order
         if problems < 2 * config.tests:
             raise NextLatError(
                 f"there are only {problems} graphs G({d}, {length}) with goals: {config.tests} tests are too many."
@@ -157,12 +182,16 @@ class PathStar(Task):
         self._tests, self._test_keys = draw_stars(config, config.tests, self._random(0))
 
     def _random(self, stream: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.arms, self.config.length, self.config.names, stream))
+        return np.random.default_rng(
+            (self.config.arms, self.config.length, self.config.names, stream)
+        )
 
     @cached_property
     def _graphs(self) -> np.ndarray:
         """The training rows, made when training asks for them."""
-        return draw_stars(self.config, self.config.graphs, self._random(1), refused=self._test_keys)[0]
+        return draw_stars(
+            self.config, self.config.graphs, self._random(1), refused=self._test_keys
+        )[0]
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
         return AnswerRows(self._graphs, self.prompt_length, seed)
@@ -181,12 +210,15 @@ class PathStar(Task):
     def metrics(self) -> Mapping[str, Metric]:
         return {
             "exact paths": lambda model: {"exact_path_accuracy": self.exact_paths(model)},
-            "sampled paths": lambda model: {f"exact_path_accuracy{SAMPLED}": self.exact_paths(model, seed=0)},
+            "sampled paths": lambda model: {
+                f"exact_path_accuracy{SAMPLED}": self.exact_paths(model, seed=0)
+            },
             "accuracy by position": self.accuracy_by_position,
         }
 
     def exact_paths(self, model: "ObjectiveModel", seed: int | None = None) -> Score:
-        """Share of test graphs whose whole path a model gives: greedily, or sampled at temperature 1 (seed).
+        """Share of test graphs whose whole path a model gives: greedily, or sampled at temperature
+        1 (seed).
 
         What it says after the path is not asked.
         """
@@ -195,11 +227,13 @@ class PathStar(Task):
         return mean_score((given == self._tests[:, self.prompt_length : -1]).all(axis=1))
 
     def accuracy_by_position(self, model: "ObjectiveModel") -> dict[str, Score | list[float]]:
-        """Share of test graphs whose i-th node a model gives after the true ones before it; chance at place 2 is 1 / d."""
+        """Share of test graphs whose i-th node a model gives after the true ones before it; chance
+        at place 2 is 1 / d."""
         given = forced_answers(model, self._tests[:, :-1], self.prompt_length)
         correct = given == self._tests[:, self.prompt_length : -1]
         found: dict[str, Score | list[float]] = {
-            f"accuracy_position_{i + 1}": mean_score(correct[:, i]) for i in range(self.config.length)
+            f"accuracy_position_{i + 1}": mean_score(correct[:, i])
+            for i in range(self.config.length)
         }
         found["accuracy_by_position"] = correct.mean(axis=0).tolist()
         return found

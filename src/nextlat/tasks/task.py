@@ -21,13 +21,15 @@ Metric = Callable[["ObjectiveModel"], Mapping[str, Score | list[float]]]
 
 
 def find_data(path: str, *, file: bool = False) -> Path | None:
-    """A data directory (or file): as given, or below $NEXTLAT_DATA (default: shared/data beside the working directory)."""
+    """A data directory (or file): as given, or below $NEXTLAT_DATA (default: shared/data beside the
+    working directory)."""
     places = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
     return next((place for place in places if (place.is_file() if file else place.is_dir())), None)
 
 
 class Rows(Dataset[dict[str, Tensor]], ABC):
-    """`count` rows: a stream of epochs, each in an order of its own by (seed, epoch), or once in order (seed None)."""
+    """`count` rows: a stream of epochs, each in an order of its own by (seed, epoch), or once in
+    order (seed None)."""
 
     def __init__(self, count: int, seed: int | None) -> None:
         self.count, self.seed = count, seed
@@ -45,7 +47,10 @@ class Rows(Dataset[dict[str, Tensor]], ABC):
             raise IndexError(f"row {index} of {len(self)}")
         epoch, place = divmod(index, self.count)
         if self.seed is not None and epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng((self.seed, epoch)).permutation(self.count),
+            )
         return self.row(int(self._order[place]))
 
 
@@ -66,7 +71,8 @@ class Task(ABC):
 
     @abstractmethod
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        """A stream of training rows, long enough never to end: item i depends on (seed, i) and on nothing else."""
+        """A stream of training rows, long enough never to end: item i depends on (seed, i) and on
+        nothing else."""
 
     @abstractmethod
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
@@ -74,15 +80,18 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> Mapping[str, Metric]:
-        """What is measured on a trained model: each entry returns one or several named scores (or a curve, as a list)."""
+        """What is measured on a trained model: each entry returns one or several named scores (or a
+        curve, as a list)."""
 
     @abstractmethod
     def prompts(self, count: int) -> list[Tensor]:
-        """Held-out prompts (T,) to decode from; none where the model's next token is not the next input."""
+        """Held-out prompts (T,) to decode from; none where the model's next token is not the next
+        input."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the world (not of the model): a run is only ever evaluated in the world it was trained in."""
+        """Hash of the world (not of the model): a run is only ever evaluated in the world it was
+        trained in."""
 
     def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
         """Files beside results.json that the report draws from: name -> JSON-ready content."""

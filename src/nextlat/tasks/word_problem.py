@@ -1,8 +1,10 @@
-"""The group word problem: follow a state that every token changes (Merrill, Petty & Sabharwal 2024; A5 in arXiv 2511.05963).
+"""The group word problem: follow a state that every token changes (Merrill, Petty & Sabharwal 2024;
+A5 in arXiv 2511.05963).
 
-A row is `begin a_1 ... a_n end` with i.i.d. uniform group elements, and the label of a_t is the product a_1 a_2 ... a_t, accumulator
-on the left. Inputs and labels differ: the "next token" of the losses is the label, while the latent dynamics model reads the
-next input. Without the token `begin`, rotary attention over a prefix of equal tokens could not tell a from aa.
+A row is `begin a_1 ... a_n end` with i.i.d. uniform group elements, and the label of a_t is the
+product a_1 a_2 ... a_t, accumulator on the left. Inputs and labels differ: the "next token" of the
+losses is the label, while the latent dynamics model reads the next input. Without the token
+`begin`, rotary attention over a prefix of equal tokens could not tell a from aa.
 
 Shapes: S sequences, n elements a sequence, G order of the group.
 """
@@ -39,14 +41,16 @@ VALIDATION_SHARE = 0.2  # of the distinct sequences (paper: 80 % train, 20 % val
 
 @dataclass(frozen=True)
 class Group:
-    """A finite group as its Cayley table: `table[a, b]` is the index of the product a b, `names` the elements' tokens."""
+    """A finite group as its Cayley table: `table[a, b]` is the index of the product a b, `names`
+    the elements' tokens."""
 
     table: np.ndarray
     names: tuple[str, ...]
 
 
 def group(name: str) -> Group:
-    """Z<n> (cyclic), S<n> (all permutations) or A<n> (the even ones); permutations compose as (p q)(i) = p(q(i)).
+    """Z<n> (cyclic), S<n> (all permutations) or A<n> (the even ones); permutations compose as (p
+    q)(i) = p(q(i)).
 
     Raises:
         NextLatError: another name, or an order beyond 720.
@@ -57,7 +61,9 @@ def group(name: str) -> Group:
         i = np.arange(n)
         return Group((i[:, None] + i) % n, tuple(map(str, range(n))))
     if kind not in ("S", "A") or not 2 + (kind == "A") <= n <= 6:
-        raise NextLatError(f"'{name}' is no group known here: use Z2 to Z720 (cyclic), S2 to S6 or A3 to A6 (permutations).")
+        raise NextLatError(
+            f"'{name}' is no group known here: use Z2 to Z720 (cyclic), S2 to S6 or A3 to A6 (permutations)."
+        )
     elements = [p for p in itertools.permutations(range(n)) if kind == "S" or _even(p)]
     index = {p: i for i, p in enumerate(elements)}
     table = np.array([[index[tuple(p[i] for i in q)] for q in elements] for p in elements])
@@ -74,8 +80,10 @@ class WordProblemConfig:
 
     Attributes:
         group: see `group`. length: elements of a training sequence.
-        sequences: distinct sequences in all, a fifth of them held out; fewer where the group has not that many.
-        multiples: test lengths as multiples of `length` (paper: 1 and 3). tests: sequences per test length.
+        sequences: distinct sequences in all, a fifth of them held out; fewer where the group has
+            not that many.
+        multiples: test lengths as multiples of `length` (paper: 1 and 3). tests: sequences per test
+            length.
     """
 
     group: str = "A5"
@@ -89,13 +97,21 @@ class WordProblemConfig:
 
 
 class WordProblem(Task):
-    """See the module; the data are a function of the configuration alone, the order of training of the seed."""
+    """See the module; the data are a function of the configuration alone, the order of training of
+    the seed."""
 
     name = "word-problem"
 
     def __init__(self, config: WordProblemConfig) -> None:
-        if config.length < 1 or config.sequences < 10 or config.tests < 2 or min(config.multiples, default=0) < 1:
-            raise NextLatError("the word problem needs length >= 1, sequences >= 10, tests >= 2 and multiples >= 1.")
+        if (
+            config.length < 1
+            or config.sequences < 10
+            or config.tests < 2
+            or min(config.multiples, default=0) < 1
+        ):
+            raise NextLatError(
+                "the word problem needs length >= 1, sequences >= 10, tests >= 2 and multiples >= 1."
+            )
         self.config = config
         self.group = group(config.group)
         self.max_length = config.length * max(config.multiples) + 2
@@ -107,7 +123,9 @@ class WordProblem(Task):
             model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
         )  # fmt: skip
         self.higher_is_better = {
-            f"{who}_accuracy_{n}": True for who in ("transformer", "dynamics") for n in self._test_lengths()
+            f"{who}_accuracy_{n}": True
+            for who in ("transformer", "dynamics")
+            for n in self._test_lengths()
         }
         self.higher_is_better["effective_latent_rank"] = False
         self._train, self._held_out = _split(_distinct(len(self.group.names), config))
@@ -123,7 +141,8 @@ class WordProblem(Task):
         return out
 
     def rows(self, words: np.ndarray) -> dict[str, Tensor]:
-        """(S, n) elements -> `input_ids` and `labels` (S, n + 2); the label of a_t stands one place later, as always."""
+        """(S, n) elements -> `input_ids` and `labels` (S, n + 2); the label of a_t stands one place
+        later, as always."""
         count, n = words.shape
         ids = np.full((count, n + 2), END, dtype=np.int64)
         ids[:, 0], ids[:, 1:-1] = BEGIN, words.astype(np.int64) + FIRST_ELEMENT
@@ -148,19 +167,25 @@ class WordProblem(Task):
     def metrics(self) -> Mapping[str, Metric]:
         return {
             "word problem": self.accuracies,
-            "effective latent rank": lambda model: {"effective_latent_rank": self.latent_rank(model)},
+            "effective latent rank": lambda model: {
+                "effective_latent_rank": self.latent_rank(model)
+            },
         }
 
     def latent_rank(self, model: "ObjectiveModel") -> Score:
         """Effective rank of the states of the held-out rows of the training length."""
-        return latent_rank(model, self.rows(self._held_out[: self.config.tests])["input_ids"][:, :-1])
+        return latent_rank(
+            model, self.rows(self._held_out[: self.config.tests])["input_ids"][:, :-1]
+        )
 
     @torch.inference_mode()
     def accuracies(self, model: "ObjectiveModel") -> dict[str, Score | list[float]]:
-        """Accuracy at the last position of test sequences of each length, and per position at the longest.
+        """Accuracy at the last position of test sequences of each length, and per position at the
+        longest.
 
-        `transformer_accuracy_n`: of the transformer. `dynamics_accuracy_n`: of the latent dynamics model run alone, as an RNN,
-        from the transformer's state at `begin` (arXiv 2511.05963, A5), where the objective has one.
+        `transformer_accuracy_n`: of the transformer. `dynamics_accuracy_n`: of the latent dynamics
+        model run alone, as an RNN, from the transformer's state at `begin` (arXiv 2511.05963, A5),
+        where the objective has one.
         """
         was_training = model.training
         model.eval()
@@ -205,14 +230,17 @@ class WordDataset(Rows):
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:
-    """(S, n) distinct uniform sequences in random order: all that exist when fewer are there than asked for."""
+    """(S, n) distinct uniform sequences in random order: all that exist when fewer are there than
+    asked for."""
     rng = np.random.default_rng((order, config.length, config.sequences))
     if order**config.length <= 4 * config.sequences:
         codes = rng.permutation(order**config.length)[: config.sequences]
         return (codes[:, None] // order ** np.arange(config.length) % order).astype(np.int16)
     words = np.zeros((0, config.length), dtype=np.int16)
     while len(words) < config.sequences:
-        more = rng.integers(order, size=(config.sequences - len(words), config.length), dtype=np.int16)
+        more = rng.integers(
+            order, size=(config.sequences - len(words), config.length), dtype=np.int16
+        )
         words = np.unique(np.concatenate([words, more]), axis=0)
     return rng.permutation(words)
 

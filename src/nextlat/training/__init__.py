@@ -1,1 +1,2 @@
-"""From a recipe to a run directory: recipes, training, checkpoints, what a run costs, and many runs side by side."""
+"""From a recipe to a run directory: recipes, training, checkpoints, what a run costs, and many runs
+side by side."""

@@ -1,4 +1,5 @@
-"""What a training run would cost, found out before it starts: parameters, tokens, operations, and time on this machine.
+"""What a training run would cost, found out before it starts: parameters, tokens, operations, and
+time on this machine.
 
 Nothing is written and nothing is trained that stays.
 """
@@ -28,10 +29,12 @@ class Cost:
 
     Attributes:
         lm_parameters, objective_parameters: of the transformer, and of what the objective adds.
-        steps, rows: optimiser steps, and rows of each. tokens: of the whole run, padding left out; estimated from one batch.
-        flops: of the whole run by part, see `flops.step_flops`; None for an objective of which there is no formula.
-        step_seconds: of one optimiser step. timed: whether steps were made; otherwise one takes at least as long as its matrix
-            products alone, or as many rows one after another.
+        steps, rows: optimiser steps, and rows of each. tokens: of the whole run, padding left out;
+            estimated from one batch.
+        flops: of the whole run by part, see `flops.step_flops`; None for an objective of which
+            there is no formula.
+        step_seconds: of one optimiser step. timed: whether steps were made; otherwise one takes at
+            least as long as its matrix products alone, or as many rows one after another.
         flops_per_second: of matrix products of the model's size here. device, threads: where.
     """
 
@@ -71,7 +74,9 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
         tokens = int(batch.get("attention_mask", torch.ones(rows, length)).sum())
         flops = step_flops(model, **batch)
         throughput = _matmul_flops_per_second(recipe, model)
-        expected = sum(flops.values()) / throughput if flops else _seconds_row_by_row(recipe, model, batch)
+        expected = (
+            sum(flops.values()) / throughput if flops else _seconds_row_by_row(recipe, model, batch)
+        )
         timed = expected * (TIMED_STEPS + 1) < BUDGET
         return Cost(
             lm_parameters=sum(p.numel() for p in model.lm.parameters()),
@@ -109,14 +114,18 @@ def _matmul_flops_per_second(recipe: Recipe, model: ObjectiveModel) -> float:
     """Of a product like those of the layers: (rows, D) by (D, 4 D), rows of the order of a batch."""
     width, device = model.backbone.width, model.device
     rows = 2048
-    x, weight = torch.randn(rows, width, device=device), torch.randn(width, 4 * width, device=device)
+    x, weight = (
+        torch.randn(rows, width, device=device),
+        torch.randn(width, 4 * width, device=device),
+    )
     with torch.no_grad(), _autocast(recipe, device):
         seconds = [_seconds(lambda: x @ weight, device) for _ in range(6)]
     return 2 * rows * width * 4 * width / statistics.median(seconds[1:])
 
 
 def _seconds_row_by_row(recipe: Recipe, model: ObjectiveModel, batch: Item) -> float:
-    """Forward and backward of one row, as many times as there are rows: more than a step that computes them together."""
+    """Forward and backward of one row, as many times as there are rows: more than a step that
+    computes them together."""
     row = {name: value[:1].to(model.device) for name, value in batch.items()}
 
     def action() -> None:
@@ -129,7 +138,8 @@ def _seconds_row_by_row(recipe: Recipe, model: ObjectiveModel, batch: Item) -> f
 
 
 def _seconds_per_step(recipe: Recipe, task: Task, model: ObjectiveModel) -> float:
-    """Median of a few optimiser steps on real rows, made while it waits unless `run.workers` would make them."""
+    """Median of a few optimiser steps on real rows, made while it waits unless `run.workers` would
+    make them."""
     device, parts = model.device, recipe.gradient_accumulation
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type in ("cpu", "cuda"))
     ready = _first_batch(recipe, task) if recipe.run.workers else None

@@ -1,4 +1,5 @@
-"""The demo: the same transformer trained by next-token and by next-latent prediction, side by side, one process per core."""
+"""The demo: the same transformer trained by next-token and by next-latent prediction, side by side,
+one process per core."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,5 +23,7 @@ def jobs(out: Path, seeds: Sequence[int]) -> list[Job]:
         for seed in seeds:
             for objective in OBJECTIVES:
                 loaded = load_recipe(recipe, objective=objective, seed=seed)
-                made.append(Job(recipe, objective, seed, loaded.steps, out / "runs" / loaded.run_name))
+                made.append(
+                    Job(recipe, objective, seed, loaded.steps, out / "runs" / loaded.run_name)
+                )
     return made

@@ -1,7 +1,9 @@
-"""Training runs side by side, each a process of its own: what the demo and a comparison are made of.
+"""Training runs side by side, each a process of its own: what the demo and a comparison are made
+of.
 
-Every job is the command `nextlat train RECIPE --objective ... --seed ...`; this module only starts them, reads and shows how far they
-are from their metrics.jsonl, and gathers the results. Stopped anywhere, the same jobs go on where they were.
+Every job is the command `nextlat train RECIPE --objective ... --seed ...`; this module only starts
+them, reads and shows how far they are from their metrics.jsonl, and gathers the results. Stopped
+anywhere, the same jobs go on where they were.
 """
 
 import os
@@ -31,7 +33,8 @@ class Job:
     """One model to train and measure.
 
     Attributes:
-        recipe: built-in name or path. objective, seed: of the run. steps: that it takes. directory: where it goes.
+        recipe: built-in name or path. objective, seed: of the run. steps: that it takes. directory:
+            where it goes.
         settings: further arguments of `nextlat train`, overrides of the recipe and options.
         label: what it is called; by default by recipe, objective and seed.
     """
@@ -50,7 +53,15 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        options = ["--objective", self.objective, "--seed", str(self.seed), "--out", str(self.directory), "--no-progress"]
+        options = [
+            "--objective",
+            self.objective,
+            "--seed",
+            str(self.seed),
+            "--out",
+            str(self.directory),
+            "--no-progress",
+        ]
         return [sys.executable, "-m", "nextlat", "train", self.recipe, *self.settings, *options]
 
     @property
@@ -70,7 +81,9 @@ def check_seeds(seeds: Sequence[int]) -> None:
         NextLatError: a seed below zero, or the same seed twice.
     """
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise NextLatError(f"seeds {' '.join(map(str, seeds))}: give different whole numbers from 0 on.")
+        raise NextLatError(
+            f"seeds {' '.join(map(str, seeds))}: give different whole numbers from 0 on."
+        )
 
 
 def run(
@@ -80,10 +93,12 @@ def run(
 
     Args:
         processes: at a time; None = as many as there are cores.
-        failures: where to put why a job failed, for the others to go on; None = one that fails ends all.
+        failures: where to put why a job failed, for the others to go on; None = one that fails ends
+            all.
 
     Raises:
-        NextLatError: a job failed, and `failures` is None; the others are stopped and keep what they have.
+        NextLatError: a job failed, and `failures` is None; the others are stopped and keep what
+            they have.
     """
     processes = processes or os.cpu_count() or 1
     _make_room(todo)
@@ -93,7 +108,9 @@ def run(
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
                 with write_errors(job.log.parent, WAY_OUT), job.log.open("wb") as log:
-                    running[job] = subprocess.Popen(job.command, stdout=log, stderr=log, start_new_session=True)
+                    running[job] = subprocess.Popen(
+                        job.command, stdout=log, stderr=log, start_new_session=True
+                    )
                 yield job, 0, "starting"
             for job, process in list(running.items()):
                 code = process.poll()
@@ -112,12 +129,16 @@ def run(
             time.sleep(POLL)
     finally:
         for process in running.values():
-            process.send_signal(signal.SIGINT)  # finishes its step, saves, and can go on another time
+            process.send_signal(
+                signal.SIGINT
+            )  # finishes its step, saves, and can go on another time
         for process in running.values():
             process.wait()
 
 
-def watch(todo: Sequence[Job], processes: int | None = None, failures: dict[Job, str] | None = None) -> None:
+def watch(
+    todo: Sequence[Job], processes: int | None = None, failures: dict[Job, str] | None = None
+) -> None:
     """`run`, with how far each job is on standard error.
 
     Where that is no terminal, only the end shows.

@@ -1,7 +1,9 @@
-"""Recipes: one small typed file names task, backbone, objective, optimiser, schedule and seed of a training run.
+"""Recipes: one small typed file names task, backbone, objective, optimiser, schedule and seed of a
+training run.
 
-TOML in, plain frozen dataclasses out. A recipe is strict: an unknown key, a wrong type or a value out of range is one sentence
-that names the place, the key and the nearest valid name; nothing is converted behind the user's back and nothing is ignored.
+TOML in, plain frozen dataclasses out. A recipe is strict: an unknown key, a wrong type or a value
+out of range is one sentence that names the place, the key and the nearest valid name; nothing is
+converted behind the user's back and nothing is ignored.
 """
 
 import json
@@ -30,10 +32,12 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class BackboneSettings:
-    """The transformer: from scratch (`nextlat.llama` with layers, width, heads) or `pretrained`, a directory or hub id.
+    """The transformer: from scratch (`nextlat.llama` with layers, width, heads) or `pretrained`, a
+    directory or hub id.
 
-    `max_length` None = the longest sequence of the task; `intermediate_size`, `initializer_range` None = as in `nextlat.llama`.
-    `frozen`: a pretrained model stays as it is, and only NextLat's dynamics are trained, to draft for it.
+    `max_length` None = the longest sequence of the task; `intermediate_size`, `initializer_range`
+    None = as in `nextlat.llama`. `frozen`: a pretrained model stays as it is, and only NextLat's
+    dynamics are trained, to draft for it.
     """
 
     layers: Count | None = None
@@ -48,7 +52,8 @@ class BackboneSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW. The defaults are the paper's betas (arXiv 2511.05963, appendix); `gradient_clip` 0 = none.
+    """AdamW. The defaults are the paper's betas (arXiv 2511.05963, appendix); `gradient_clip` 0 =
+    none.
 
     Weight decay spares biases and norm weights, as in every `transformers.Trainer` run.
     """
@@ -65,7 +70,8 @@ class OptimizerSettings:
 class ScheduleSettings:
     """Learning rate over the steps, after a linear warm-up of `warmup_steps`.
 
-    constant; wsd (constant, then linear to 0 over the last `decay_steps`); cosine or linear (to 0 over all after the warm-up).
+    constant; wsd (constant, then linear to 0 over the last `decay_steps`); cosine or linear (to 0
+    over all after the warm-up).
     """
 
     name: Literal["constant", "wsd", "cosine", "linear"] = "constant"
@@ -78,11 +84,14 @@ class RunSettings:
     """How a run is kept, watched and computed; intervals are in optimiser steps.
 
     Attributes:
-        save_every: 0 = only at the end. keep_checkpoints: the newest so many; 0 = one while training, none when finished.
+        save_every: 0 = only at the end. keep_checkpoints: the newest so many; 0 = one while
+            training, none when finished.
         log_every: also the window over which losses are averaged. eval_every: 0 = only at the end.
         report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
-        precision: bf16 = autocast with fp32 weights. compile: torch.compile of the layers. threads: of torch on the CPU, 0 = leave.
-        workers: processes that prepare rows while the device computes; rows come in order, so that one is as good as many.
+        precision: bf16 = autocast with fp32 weights. compile: torch.compile of the layers. threads:
+            of torch on the CPU, 0 = leave.
+        workers: processes that prepare rows while the device computes; rows come in order, so that
+            one is as good as many.
     """
 
     save_every: CountOrNone = 0
@@ -104,7 +113,8 @@ class Recipe:
         name: of the file it came from; not part of what determines the run.
         task_name: key of `tasks.TASKS`; task: its configuration.
         objective: key of `objectives.OBJECTIVES`; objective_config: its configuration.
-        steps: optimiser steps. batch_size: rows per optimiser step, over all processes and micro-batches.
+        steps: optimiser steps. batch_size: rows per optimiser step, over all processes and
+            micro-batches.
         gradient_accumulation: micro-batches that a batch is split in (on each process).
         seed: of the initial weights and of the data.
     """
@@ -127,7 +137,9 @@ class Recipe:
     def run_name(self) -> str:
         """The usual name of its run directory, e.g. `city-small-nextlat-d8-s0`."""
         horizon = getattr(self.objective_config, "horizon", None)
-        return "-".join([self.name, self.objective, *([f"d{horizon}"] if horizon else []), f"s{self.seed}"])
+        return "-".join(
+            [self.name, self.objective, *([f"d{horizon}"] if horizon else []), f"s{self.seed}"]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready tables, every default spelt out; `from_dict` reads it back."""
@@ -187,31 +199,43 @@ def load_recipe(
 
     Args:
         name_or_path: a built-in name (`city-small`) or the path of a .toml file.
-        overrides: `key=value`, keys with dots (`optimizer.learning_rate=1e-3`), values as in TOML, quotes around plain words
-            may be left out; `key=` with nothing behind it removes the key, so that its default holds.
-        objective, horizon, seed: shorthands for overrides of the same meaning (the horizon is that of the chosen objective).
+        overrides: `key=value`, keys with dots (`optimizer.learning_rate=1e-3`), values as in TOML,
+            quotes around plain words may be left out; `key=` with nothing behind it removes the
+            key, so that its default holds.
+        objective, horizon, seed: shorthands for overrides of the same meaning (the horizon is that
+            of the chosen objective).
 
     Raises:
-        NextLatError: no such recipe, not TOML, an unknown key or objective, a wrong type or range, settings that contradict.
+        NextLatError: no such recipe, not TOML, an unknown key or objective, a wrong type or range,
+            settings that contradict.
     """
     path, content = _read(name_or_path)
     requests = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
-    requests |= {"objective": (objective, f"--objective {objective}")} if objective is not None else {}
+    requests |= (
+        {"objective": (objective, f"--objective {objective}")} if objective is not None else {}
+    )
     requests |= {"seed": (str(seed), f"--seed {seed}")} if seed is not None else {}
     chosen = requests.get("objective", (content.get("objective"), ""))[0]
     if horizon is not None:
         requests[f"objectives.{chosen}.horizon"] = (str(horizon), f"--horizon {horizon}")
     for key, (_, source) in requests.items():
         kind, _, rest = key.partition(".")
-        if kind == "objectives" and rest.split(".")[0] in OBJECTIVES and rest.split(".")[0] != chosen:
-            raise NextLatError(f"{source} sets '{key}', but the objective is {chosen}: leave it out or choose that objective.")
+        if (
+            kind == "objectives"
+            and rest.split(".")[0] in OBJECTIVES
+            and rest.split(".")[0] != chosen
+        ):
+            raise NextLatError(
+                f"{source} sets '{key}', but the objective is {chosen}: leave it out or choose that objective."
+            )
     for key, (text, _) in requests.items():
         _place(content, key, text)
     return _build(content, requests, path.stem, f"recipe {path.name}")
 
 
 def recipe_horizon(name_or_path: str | Path) -> tuple[int | None, set[str]]:
-    """The horizon that a recipe's file sets, for its own objective or else for NextLat, and the objectives it has a table for.
+    """The horizon that a recipe's file sets, for its own objective or else for NextLat, and the
+    objectives it has a table for.
 
     Raises:
         NextLatError: no such recipe, or not TOML.
@@ -232,7 +256,9 @@ def _read(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}.") from error
+        raise NextLatError(
+            f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}."
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
 
@@ -244,14 +270,20 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in built_in_recipes():
         return BUILT_IN / f"{name_or_path}.toml"
     if path.suffix == ".toml" or path.is_dir():
-        raise NextLatError(f"there is no recipe file {name_or_path}: give the path of a .toml file.")
-    raise NextLatError(f"unknown recipe '{name_or_path}': {nearest(name_or_path, built_in_recipes())}; a path ends in .toml.")
+        raise NextLatError(
+            f"there is no recipe file {name_or_path}: give the path of a .toml file."
+        )
+    raise NextLatError(
+        f"unknown recipe '{name_or_path}': {nearest(name_or_path, built_in_recipes())}; a path ends in .toml."
+    )
 
 
 def _split(item: str) -> tuple[str, str]:
     key, equals, text = item.partition("=")
     if not equals or not all(key.strip().split(".")):
-        raise NextLatError(f"'{item}' is not an override: write key=value, e.g. optimizer.learning_rate=1e-3.")
+        raise NextLatError(
+            f"'{item}' is not an override: write key=value, e.g. optimizer.learning_rate=1e-3."
+        )
     return key.strip(), text.strip()
 
 
@@ -281,10 +313,17 @@ def _without_none(content: Any) -> Any:
     return content
 
 
-def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: str, where: str) -> Recipe:
-    """Type every table of a recipe. `requests` (key -> text, source) says what came from the command line."""
+def _build(
+    content: dict[str, Any], requests: dict[str, tuple[str, str]], name: str, where: str
+) -> Recipe:
+    """Type every table of a recipe. `requests` (key -> text, source) says what came from the
+    command line."""
     reader = Reader(requests, where)
-    tables = {key: content.pop(key, {}) for key in ("task", "objectives", *_TABLES)} if isinstance(content, dict) else {}
+    tables = (
+        {key: content.pop(key, {}) for key in ("task", "objectives", *_TABLES)}
+        if isinstance(content, dict)
+        else {}
+    )
     for key, table in tables.items():
         if not isinstance(table, dict):
             raise NextLatError(f"{reader.source(key)}: '{key}' must be a table.")
@@ -297,7 +336,9 @@ def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: 
     task_name = task.pop("name", None)
     if task_name not in TASKS:
         told = f"unknown task '{task_name}'" if task_name is not None else "no task.name"
-        raise NextLatError(f"{reader.source('task.name')}: {told}: {nearest(str(task_name), [*TASKS])}.")
+        raise NextLatError(
+            f"{reader.source('task.name')}: {told}: {nearest(str(task_name), [*TASKS])}."
+        )
     objectives = {}
     for key, table in tables["objectives"].items():
         if key not in OBJECTIVES:
@@ -310,7 +351,8 @@ def _build(content: dict[str, Any], requests: dict[str, tuple[str, str]], name: 
         task_name=task_name,
         task=reader.read(TASKS[task_name], task, "task", extra=("name",)),
         objective=top.objective,
-        objective_config=objectives.get(top.objective) or reader.read(OBJECTIVES[top.objective][0], {}, "objectives"),
+        objective_config=objectives.get(top.objective)
+        or reader.read(OBJECTIVES[top.objective][0], {}, "objectives"),
         **{key: reader.read(kind, tables[key], key) for key, kind in _TABLES.items()},
         **{key: getattr(top, key) for key in _TOP},
     )
@@ -322,14 +364,20 @@ def _check(recipe: Recipe, where: str) -> None:
     """What no single field can know."""
     backbone, schedule = recipe.backbone, recipe.schedule
     own = ("pretrained", "frozen")
-    sizes = [f.name for f in fields(backbone) if f.name not in own and getattr(backbone, f.name) is not None]
+    sizes = [
+        f.name
+        for f in fields(backbone)
+        if f.name not in own and getattr(backbone, f.name) is not None
+    ]
     if backbone.frozen and (backbone.pretrained is None or recipe.objective != "nextlat"):
         problem = (
             "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained, a directory or hub id, and the "
             "objective nextlat"
         )
     elif backbone.pretrained is not None and sizes:
-        problem = f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
+        problem = (
+            f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
+        )
     elif backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
         problem = 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
     elif recipe.batch_size % recipe.gradient_accumulation:
@@ -359,7 +407,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "")
 
 
 def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
-    """A copy of a recipe with some of its attributes replaced, checked again (for programs that sweep)."""
+    """A copy of a recipe with some of its attributes replaced, checked again (for programs that
+    sweep)."""
     changed = replace(recipe, **changes)
     _check(changed, f"recipe '{recipe.name}'")
     return changed

@@ -1,4 +1,5 @@
-"""A run directory on disk: its record `run.json`, its metrics, its checkpoints, and who may write there.
+"""A run directory on disk: its record `run.json`, its metrics, its checkpoints, and who may write
+there.
 
 runs/city-small-nextlat-d1-s0/
     config.json model.safetensors generation_config.json tokenizer...   the trained model, a plain Hugging Face directory
@@ -46,15 +47,20 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise NextLatError(f"{path} is corrupt ({error}): restore it, or choose another run directory.") from error
-    whole = isinstance(record, dict) and "status" in record and isinstance(record.get("recipe"), dict)
+        raise NextLatError(
+            f"{path} is corrupt ({error}): restore it, or choose another run directory."
+        ) from error
+    whole = (
+        isinstance(record, dict) and "status" in record and isinstance(record.get("recipe"), dict)
+    )
     if not whole or "fingerprint" not in (record.get("task") or ()):
         raise NextLatError(f"{path} is not the record of a run: choose another run directory.")
     return record
 
 
 def is_finished(directory: str | Path) -> bool:
-    """Whether a directory holds a run that has been trained to its end (`train` then returns at once).
+    """Whether a directory holds a run that has been trained to its end (`train` then returns at
+    once).
 
     Raises:
         NextLatError: see `read_record`.
@@ -71,14 +77,19 @@ def refuse_foreign_directory(directory: Path) -> None:
     """
     for name in ("config.json", "model.safetensors", "nextlat", METRICS):
         if (directory / name).exists():
-            raise NextLatError(f"{directory} holds a {name} but no {RECORD}: choose another run directory.")
+            raise NextLatError(
+                f"{directory} holds a {name} but no {RECORD}: choose another run directory."
+            )
     if found := checkpoints(directory):
-        raise NextLatError(f"{directory} holds {found[-1].name} but no {RECORD}: choose another run directory.")
+        raise NextLatError(
+            f"{directory} holds {found[-1].name} but no {RECORD}: choose another run directory."
+        )
 
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold a lock on the directory, which the operating system releases when the process ends, however it ends.
+    """Hold a lock on the directory, which the operating system releases when the process ends,
+    however it ends.
 
     Raises:
         NextLatError: another process is training there.
@@ -94,7 +105,9 @@ def sole_writer(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise NextLatError(f"another process is training in {directory}: wait for it, or choose another one.") from error
+            raise NextLatError(
+                f"another process is training in {directory}: wait for it, or choose another one."
+            ) from error
         except OSError:  # a file system without locks
             pass
         yield
@@ -118,7 +131,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 def last_complete_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and one sentence about each newer one that is not.
 
-    A checkpoint gets its name only when it is complete: damage comes from outside, a copy that broke off, a failing disk.
+    A checkpoint gets its name only when it is complete: damage comes from outside, a copy that
+    broke off, a failing disk.
     """
     faults: list[str] = []
     for checkpoint in reversed(checkpoints(directory)):
@@ -133,9 +147,19 @@ def model_fault(directory: Path) -> str | None:
     """What is wrong with the files of a saved model (not with the numbers in them), or None."""
     index = directory / "model.safetensors.index.json"
     for path in [*(directory / name for name in MODEL_FILES), *sorted(directory.rglob("*.json"))]:
-        if fault := _json_fault(path) if path.suffix == ".json" else None if path.is_file() else "is missing":
+        if (
+            fault := _json_fault(path)
+            if path.suffix == ".json"
+            else None
+            if path.is_file()
+            else "is missing"
+        ):
             return f"{path.relative_to(directory)} {fault}"
-    weights = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    weights = (
+        set(json.loads(index.read_text())["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
     for name in [*sorted(weights), "nextlat/objective.safetensors"]:
         if fault := _safetensors_fault(directory / name):
             return f"{name} {fault}"
@@ -164,7 +188,10 @@ def _safetensors_fault(path: Path) -> str | None:
             if 8 + length > size:
                 return "is truncated"
             header = json.loads(file.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        end = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+            default=0,
+        )
     except FileNotFoundError:
         return "is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -185,7 +212,9 @@ def _archive_fault(path: Path) -> str | None:
 
 def _state_fault(checkpoint: Path) -> str | None:
     """What is wrong with the optimiser's and the Trainer's part of a checkpoint, or None."""
-    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or [
+        "rng_state.pth"
+    ]
     for name in ("optimizer.pt", "scheduler.pt", *random_states):
         if fault := _archive_fault(checkpoint / name):
             return f"{name} {fault}"
@@ -198,7 +227,8 @@ def _state_fault(checkpoint: Path) -> str | None:
 
 
 def rotate_checkpoints(directory: Path, newest: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to step `newest`, and any beyond it (a run went on from before those)."""
+    """Delete all but the last `keep` checkpoints up to step `newest`, and any beyond it (a run went
+    on from before those)."""
     found = checkpoints(directory)
     known = [path for path in found if checkpoint_step(path) <= newest]
     kept = known[max(len(known) - keep, 0) :]
@@ -216,15 +246,18 @@ class MetricsLog:
     """metrics.jsonl: one JSON object per line, appended to as training goes.
 
     Args:
-        directory: of the run. step: where this process takes up the run; lines of later steps, which it will write again, and a
-            last line cut off by a kill are removed. first: whether this is the process that writes it.
+        directory: of the run. step: where this process takes up the run; lines of later steps,
+            which it will write again, and a last line cut off by a kill are removed. first: whether
+            this is the process that writes it.
     """
 
     def __init__(self, directory: Path, step: int, *, first: bool = True) -> None:
         self._path = directory / METRICS
         lines = read_metrics(directory)
         kept = [line for line in lines if line["step"] <= step]
-        self.seconds: float = max((line["seconds"] for line in kept if "seconds" in line), default=0.0)
+        self.seconds: float = max(
+            (line["seconds"] for line in kept if "seconds" in line), default=0.0
+        )
         if first and self._path.exists():
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -240,10 +273,13 @@ class MetricsLog:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last one that was cut off; none if there is no such file."""
+    """The lines of metrics.jsonl, without a last one that was cut off; none if there is no such
+    file."""
     path = Path(directory) / METRICS
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for text in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    ):
         try:
             line = json.loads(text)
         except ValueError:
@@ -255,7 +291,11 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a run was made with: command line, versions, git commit of this code, device, threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {
@@ -271,14 +311,25 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit this package was run from, `+` appended when tracked files were changed; None outside its repository."""
+    """The commit this package was run from, `+` appended when tracked files were changed; None
+    outside its repository."""
     here = Path(__file__).parent
     try:
-        tracked = subprocess.run(["git", "ls-files", Path(__file__).name], cwd=here, capture_output=True, text=True, timeout=10)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        tracked = subprocess.run(
+            ["git", "ls-files", Path(__file__).name],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        )
         if not tracked.stdout.strip() or commit.returncode:
             return None
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, timeout=10).returncode
+        changed = subprocess.run(
+            ["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, timeout=10
+        ).returncode
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+" if changed else "")

@@ -1,7 +1,7 @@
 """Comparisons: one recipe trained by several objectives and seeds, side by side, and measured.
 
-Made of the jobs of `jobs`; what is already there is not made again. An objective that cannot train on the task is left out with a
-sentence that says why.
+Made of the jobs of `jobs`; what is already there is not made again. An objective that cannot train
+on the task is left out with a sentence that says why.
 """
 
 import os
@@ -22,8 +22,9 @@ from nextlat.training.train import check_same_run, check_trains
 LONGEST_FIRST = ("bst", "mtp", "jtp", "nextlat", "next-token")  # so that no core idles at the end
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
 
-# Objectives that predict tokens beyond the next one from nothing but tokens before them (MTP), or tokens that lie before those read
-# (BST): where a label is a function of inputs not read yet, or of all before it, there is nothing there to learn.
+# Objectives that predict tokens beyond the next one from nothing but tokens before them (MTP), or
+# tokens that lie before those read (BST): where a label is a function of inputs not read yet, or of
+# all before it, there is nothing there to learn.
 OF_TOKENS_ONLY = {
     "mtp": "it predicts labels whose inputs it has not read",
     "bst": "it predicts the tokens before a suffix, which here are no labels",
@@ -35,7 +36,8 @@ class Plan:
     """What a comparison consists of.
 
     Attributes:
-        jobs: all of them, seed by seed. skipped: objective -> the sentence that says why it is left out.
+        jobs: all of them, seed by seed. skipped: objective -> the sentence that says why it is left
+            out.
         processes: how many jobs the machine can take at a time.
     """
 
@@ -56,21 +58,26 @@ def plan(
     """What to train: every objective that can, with every seed.
 
     Args:
-        recipe: built-in name or path. overrides: as of `load_recipe`; one of `objectives.NAME` holds for that objective alone.
+        recipe: built-in name or path. overrides: as of `load_recipe`; one of `objectives.NAME`
+            holds for that objective alone.
         objectives: names with commas between, or "all".
-        horizon: d, of every objective that has one (an override of it wins); None = as in the recipe, where an objective without a
-            table of its own has the horizon of the recipe's objective, or of its NextLat.
+        horizon: d, of every objective that has one (an override of it wins); None = as in the
+            recipe, where an objective without a table of its own has the horizon of the recipe's
+            objective, or of its NextLat.
         out: the runs go to `out`/runs.
 
     Raises:
-        NextLatError: an unknown objective, an override of one that is not compared or of what is compared, bad seeds; whatever is
-            wrong with the recipe; a run directory that holds another run; or no objective can train.
+        NextLatError: an unknown objective, an override of one that is not compared or of what is
+            compared, bad seeds; whatever is wrong with the recipe; a run directory that holds
+            another run; or no objective can train.
     """
     check_seeds(seeds)
     names = _names(objectives)
     _check_overrides(overrides, names)
     settings = {name: _settings(recipe, name, overrides, horizon) for name in names}
-    recipes = {(name, seed): _load(recipe, name, settings[name], seed) for seed in seeds for name in names}
+    recipes = {
+        (name, seed): _load(recipe, name, settings[name], seed) for seed in seeds for name in names
+    }
     task = recipes[names[0], seeds[0]].task.build()
     skipped = {name: why for name in names if (why := _obstacle(recipes[name, seeds[0]], task))}
     if len(skipped) == len(names):
@@ -87,12 +94,20 @@ def plan(
 
 
 def _names(objectives: str) -> list[str]:
-    asked = [*OBJECTIVES] if objectives == "all" else [name.strip() for name in objectives.split(",") if name.strip()]
+    asked = (
+        [*OBJECTIVES]
+        if objectives == "all"
+        else [name.strip() for name in objectives.split(",") if name.strip()]
+    )
     for name in asked:
         if name not in OBJECTIVES:
-            raise NextLatError(f"--objectives {objectives}: unknown objective '{name}': {nearest(name, [*OBJECTIVES])}.")
+            raise NextLatError(
+                f"--objectives {objectives}: unknown objective '{name}': {nearest(name, [*OBJECTIVES])}."
+            )
     if not asked:
-        raise NextLatError(f"--objectives '{objectives}' names none: {nearest('', [*OBJECTIVES])}; or all.")
+        raise NextLatError(
+            f"--objectives '{objectives}' names none: {nearest('', [*OBJECTIVES])}; or all."
+        )
     return sorted(set(asked), key=LONGEST_FIRST.index)
 
 
@@ -106,14 +121,24 @@ def _check_overrides(overrides: Sequence[str], names: Sequence[str]) -> None:
     for item in overrides:
         key, name = item.partition("=")[0].strip(), _belongs_to(item)
         if key in BY_OBJECTIVE_AND_SEED:
-            raise NextLatError(f"'{item}': a comparison has several of them: use {BY_OBJECTIVE_AND_SEED[key]}.")
+            raise NextLatError(
+                f"'{item}': a comparison has several of them: use {BY_OBJECTIVE_AND_SEED[key]}."
+            )
         if name in OBJECTIVES and name not in names:
-            raise NextLatError(f"'{item}' is of an objective that is not compared: leave it out, or name it in --objectives.")
+            raise NextLatError(
+                f"'{item}' is of an objective that is not compared: leave it out, or name it in --objectives."
+            )
 
 
-def _settings(recipe: str, objective: str, overrides: Sequence[str], horizon: int | None) -> tuple[str, ...]:
+def _settings(
+    recipe: str, objective: str, overrides: Sequence[str], horizon: int | None
+) -> tuple[str, ...]:
     """The overrides of one objective, its horizon among them if the recipe says too little."""
-    own = [item for item in overrides if _belongs_to(item) in (None, objective) or _belongs_to(item) not in OBJECTIVES]
+    own = [
+        item
+        for item in overrides
+        if _belongs_to(item) in (None, objective) or _belongs_to(item) not in OBJECTIVES
+    ]
     has_one = "horizon" in {field.name for field in fields(OBJECTIVES[objective][0])}
     key = f"objectives.{objective}.horizon"
     if not has_one or any(item.partition("=")[0].strip() == key for item in own):

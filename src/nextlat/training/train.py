@@ -1,7 +1,9 @@
-"""A recipe becomes a trained model: task, backbone and objective are built, trained, checkpointed, and exported.
+"""A recipe becomes a trained model: task, backbone and objective are built, trained, checkpointed,
+and exported.
 
-The same call on the same directory goes on where the last one stopped, however it stopped, and ends with the same weights bit
-for bit (on the CPU with the same number of threads; on other devices as far as their kernels are deterministic).
+The same call on the same directory goes on where the last one stopped, however it stopped, and ends
+with the same weights bit for bit (on the CPU with the same number of threads; on other devices as
+far as their kernels are deterministic).
 """
 
 import logging
@@ -51,16 +53,19 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, directory: Path, step: int, number: int) -> None:
-        super().__init__(f"stopped after step {step}, saved in {directory}: the same command goes on from there.")
+        super().__init__(
+            f"stopped after step {step}, saved in {directory}: the same command goes on from there."
+        )
         self.directory, self.step, self.signal = directory, step, number
 
 
 def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
-    """The untrained model of a recipe. The backbone's initial weights depend on the seed alone, not on the objective.
+    """The untrained model of a recipe. The backbone's initial weights depend on the seed alone, not
+    on the objective.
 
     Raises:
-        NextLatError: a horizon beyond the task's sequences; sizes that do not fit together; a pretrained model that cannot be loaded, or
-            with too small a vocabulary.
+        NextLatError: a horizon beyond the task's sequences; sizes that do not fit together; a
+            pretrained model that cannot be loaded, or with too small a vocabulary.
     """
     _check_horizon(recipe, task)
     backbone, tokenizer = recipe.backbone, task.tokenizer
@@ -112,15 +117,20 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     """The Trainer's arguments of a recipe.
 
     Raises:
-        NextLatError: a batch that cannot be split over processes and micro-batches; a reporting tool that is not installed.
+        NextLatError: a batch that cannot be split over processes and micro-batches; a reporting
+            tool that is not installed.
     """
     schedule, run, optimizer = recipe.schedule, recipe.run, recipe.optimizer
-    scheduler = SCHEDULERS.get(schedule.name, "constant_with_warmup" if schedule.warmup_steps else "constant")
+    scheduler = SCHEDULERS.get(
+        schedule.name, "constant_with_warmup" if schedule.warmup_steps else "constant"
+    )
     decay = {"num_decay_steps": schedule.decay_steps, "decay_type": "linear"}
     on_cpu = not torch.cuda.is_available()
     for tool in run.report_to:
         if find_spec(tool) is None:
-            raise NextLatError(f"run.report_to asks for {tool}, which is not installed: pip install {tool}, or leave it out.")
+            raise NextLatError(
+                f"run.report_to asks for {tool}, which is not installed: pip install {tool}, or leave it out."
+            )
     args = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,
@@ -157,7 +167,9 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
     )
     if args.world_size == 1:
-        args._n_gpu = min(args.n_gpu, 1)  # without torchrun one GPU is used; nn.DataParallel would break the counts
+        args._n_gpu = min(
+            args.n_gpu, 1
+        )  # without torchrun one GPU is used; nn.DataParallel would break the counts
     parts = recipe.gradient_accumulation * args.world_size
     if recipe.batch_size % parts:
         raise NextLatError(
@@ -171,20 +183,23 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
 def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
     """Train a recipe in a run directory, or go on with it there.
 
-    A run that was stopped anywhere, `kill -9` during a save or the final export included, goes on from its last whole
-    checkpoint. A finished run is left as it is and the call returns at once (`run_directory.is_finished` tells). On Ctrl-C the
-    current step is finished and saved first. With `torchrun` the batch is divided among the processes.
+    A run that was stopped anywhere, `kill -9` during a save or the final export included, goes on
+    from its last whole checkpoint. A finished run is left as it is and the call returns at once
+    (`run_directory.is_finished` tells). On Ctrl-C the current step is finished and saved first.
+    With `torchrun` the batch is divided among the processes.
 
     Args:
-        recipe: see `recipe.load_recipe`. out: the run directory, made if need be. progress: show a progress bar on stderr.
+        recipe: see `recipe.load_recipe`. out: the run directory, made if need be. progress: show a
+            progress bar on stderr.
 
     Returns:
         The run directory, now a plain Hugging Face model directory besides.
 
     Raises:
-        NextLatError: the directory holds something else, a run of another recipe, or only damaged checkpoints; it cannot be
-            written or the disk is full (the last checkpoint is then intact); another process is training there; the loss is not
-            finite; or whatever is wrong with the recipe's task or model.
+        NextLatError: the directory holds something else, a run of another recipe, or only damaged
+            checkpoints; it cannot be written or the disk is full (the last checkpoint is then
+            intact); another process is training there; the loss is not finite; or whatever is wrong
+            with the recipe's task or model.
         Interrupted: by Ctrl-C or SIGTERM, after a checkpoint.
     """
     out = Path(out)
@@ -201,7 +216,9 @@ def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
         if record is None or record["status"] != "finished":
             _train(recipe, out, args, record, first=first, progress=progress)
         elif fault := model_fault(out):
-            raise NextLatError(f"the finished run {out} is damaged ({fault}): restore it or train in another directory.")
+            raise NextLatError(
+                f"the finished run {out} is damaged ({fault}): restore it or train in another directory."
+            )
         else:
             logger.info("%s is finished: nothing to train.", out)
         return out
@@ -216,7 +233,8 @@ def check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> 
     if record is None:
         refuse_foreign_directory(out)
         return
-    # Read back first, so that a setting which came with a later version has its default and is no difference.
+    # Read back first, so that a setting which came with a later version has its default and is no
+    # difference.
     keys = differences(Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict())
     if "objective" in keys:
         raise NextLatError(
@@ -224,22 +242,39 @@ def check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> 
             "choose another directory."
         )
     if keys:
-        raise NextLatError(f"{out} holds a run of a recipe that differs in {', '.join(keys)}: choose another one.")
+        raise NextLatError(
+            f"{out} holds a run of a recipe that differs in {', '.join(keys)}: choose another one."
+        )
 
 
 def _train(
-    recipe: Recipe, out: Path, args: TrainingArguments, record: dict[str, Any] | None, *, first: bool, progress: bool
+    recipe: Recipe,
+    out: Path,
+    args: TrainingArguments,
+    record: dict[str, Any] | None,
+    *,
+    first: bool,
+    progress: bool,
 ) -> None:
     checkpoint, faults = last_complete_checkpoint(out)
     if checkpoint is None and faults:
-        raise NextLatError(f"no checkpoint in {out} can be used: {'; '.join(faults)}; restore one or choose another directory.")
+        raise NextLatError(
+            f"no checkpoint in {out} can be used: {'; '.join(faults)}; restore one or choose another directory."
+        )
     for fault in faults:
-        logger.warning("%s in %s: going on from %s.", fault, out, checkpoint.name if checkpoint else "the start")
+        logger.warning(
+            "%s in %s: going on from %s.",
+            fault,
+            out,
+            checkpoint.name if checkpoint else "the start",
+        )
     step = checkpoint_step(checkpoint) if checkpoint else 0
     task = recipe.task.build()
     fingerprint = task.fingerprint()
     if record is not None and record["task"]["fingerprint"] != fingerprint:
-        raise NextLatError(f"the data of task {recipe.task_name} is not what {out} was trained on: restore it, or start anew.")
+        raise NextLatError(
+            f"the data of task {recipe.task_name} is not what {out} was trained on: restore it, or start anew."
+        )
     model = build_model(recipe, task)
     if record is None:
         record = _new_record(recipe, fingerprint, model, args)
@@ -266,33 +301,54 @@ def _train(
     if step < recipe.steps:
         with stop.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step < recipe.steps:  # on all processes, whichever of them got the signal
+        if (
+            trainer.state.global_step < recipe.steps
+        ):  # on all processes, whichever of them got the signal
             raise Interrupted(out, trainer.state.global_step, stop.received or signal.SIGINT)
-        record = {**record, "tokens": trainer.state.num_input_tokens_seen, "seconds": round(trainer.seconds, 3)}
+        record = {
+            **record,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "seconds": round(trainer.seconds, 3),
+        }
     else:
         assert checkpoint is not None
-        trainer._load_from_checkpoint(str(checkpoint))  # killed during the export: only that is left to do
+        trainer._load_from_checkpoint(
+            str(checkpoint)
+        )  # killed during the export: only that is left to do
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        record = {**record, "tokens": trainer.state.num_input_tokens_seen, "seconds": trainer.seconds_before}
+        record = {
+            **record,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "seconds": trainer.seconds_before,
+        }
     if first:
         _export(trainer, out)
-        write_json(out / RECORD, {**record, "status": "finished", "steps": recipe.steps, "finished": _now()})
+        write_json(
+            out / RECORD,
+            {**record, "status": "finished", "steps": recipe.steps, "finished": _now()},
+        )
         rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
     trainer.accelerator.wait_for_everyone()
 
 
 def check_trains(recipe: Recipe, task: Task) -> None:
-    """Whether `train` would get to its first step with a recipe whose task is built, found out on one layer of its transformer.
+    """Whether `train` would get to its first step with a recipe whose task is built, found out on
+    one layer of its transformer.
 
     Raises:
         NextLatError: the objective does not fit the model, or its horizon the task.
     """
-    backbone = recipe.backbone if recipe.backbone.pretrained is not None else replace(recipe.backbone, layers=1)
+    backbone = (
+        recipe.backbone
+        if recipe.backbone.pretrained is not None
+        else replace(recipe.backbone, layers=1)
+    )
     build_model(replace(recipe, backbone=backbone), task)
 
 
 def _check_horizon(recipe: Recipe, task: Task) -> None:
-    """The last of d steps beyond the next token must have a target somewhere. (Before the model is built: MTP's grows with d.)"""
+    """The last of d steps beyond the next token must have a target somewhere. (Before the model is
+    built: MTP's grows with d.)"""
     d = getattr(recipe.objective_config, "horizon", 0)
     if not d:  # rows are not made for nothing
         return
@@ -304,7 +360,8 @@ def _check_horizon(recipe: Recipe, task: Task) -> None:
 
 
 def _export(trainer: NextLatTrainer, out: Path) -> None:
-    """The trained model into the run directory, config.json last: a directory without it opens nowhere."""
+    """The trained model into the run directory, config.json last: a directory without it opens
+    nowhere."""
     staging = out / f"{TEMPORARY}export"
     with write_errors(out):
         try:
@@ -314,7 +371,9 @@ def _export(trainer: NextLatTrainer, out: Path) -> None:
             remove(staging)
 
 
-def _new_record(recipe: Recipe, fingerprint: str, model: ObjectiveModel, args: TrainingArguments) -> dict[str, Any]:
+def _new_record(
+    recipe: Recipe, fingerprint: str, model: ObjectiveModel, args: TrainingArguments
+) -> dict[str, Any]:
     return {
         "status": "running",
         "recipe_name": recipe.name,

@@ -1,7 +1,8 @@
-"""`transformers.Trainer` for objective models: right loss normalisation, named losses, atomic checkpoints, exact resume.
+"""`transformers.Trainer` for objective models: right loss normalisation, named losses, atomic
+checkpoints, exact resume.
 
-As thin as can be: every method here replaces or refines one of the Trainer's own of the same name; the loop, optimiser,
-schedules, mixed precision, distribution and reporting are the library's.
+As thin as can be: every method here replaces or refines one of the Trainer's own of the same name;
+the loop, optimiser, schedules, mixed precision, distribution and reporting are the library's.
 """
 
 import math
@@ -36,9 +37,11 @@ def collate(items: list[Item]) -> Item:
 
 
 class FirstRows(Dataset[Item]):
-    """The first `count` rows of a dataset, begun again where it ends: exactly the rows of one run, in order.
+    """The first `count` rows of a dataset, begun again where it ends: exactly the rows of one run,
+    in order.
 
-    Rows are independent draws (see `tasks`), so there is nothing to shuffle, and a resumed run finds its place by counting.
+    Rows are independent draws (see `tasks`), so there is nothing to shuffle, and a resumed run
+    finds its place by counting.
     """
 
     def __init__(self, dataset: Dataset[Item], count: int) -> None:
@@ -52,10 +55,14 @@ class FirstRows(Dataset[Item]):
         return self._dataset[index % self._size]
 
 
-def evaluation_loss(model: ObjectiveModel, dataset: Dataset[Item], batch_size: int) -> dict[str, float]:
-    """Means of the objective and its named parts over a whole dataset, each over its own count (next_token: nats per token).
+def evaluation_loss(
+    model: ObjectiveModel, dataset: Dataset[Item], batch_size: int
+) -> dict[str, float]:
+    """Means of the objective and its named parts over a whole dataset, each over its own count
+    (next_token: nats per token).
 
-    The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than their tokens.
+    The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
+    their tokens.
     """
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
     counts = torch.stack([model.counts(**batch) for batch in loader]).sum(0).to(model.device)
@@ -65,7 +72,9 @@ def evaluation_loss(model: ObjectiveModel, dataset: Dataset[Item], batch_size: i
     try:
         with torch.no_grad():
             for batch in loader:
-                out = model(**{key: value.to(model.device) for key, value in batch.items()}, counts=counts)
+                out = model(
+                    **{key: value.to(model.device) for key, value in batch.items()}, counts=counts
+                )
                 for name, value in {"loss": out.loss, **out.losses}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
     finally:
@@ -86,7 +95,8 @@ def no_library_bars() -> Iterator[None]:
 
 
 class StopSignal:
-    """Ctrl-C (and SIGTERM) asks the run to stop after its current step; a second one takes effect at once.
+    """Ctrl-C (and SIGTERM) asks the run to stop after its current step; a second one takes effect
+    at once.
 
     Attributes:
         received: number of the signal that came, or None.
@@ -101,7 +111,10 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            number: signal.getsignal(number) or signal.SIG_DFL
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.received = number
@@ -118,7 +131,8 @@ class StopSignal:
 
 
 class RunControl(TrainerCallback):
-    """Stops at a signal with a checkpoint, and logs before every save so that no half-averaged losses need saving."""
+    """Stops at a signal with a checkpoint, and logs before every save so that no half-averaged
+    losses need saving."""
 
     def __init__(self, stop: StopSignal) -> None:
         self.stop = stop
@@ -132,7 +146,9 @@ class RunControl(TrainerCallback):
     def _stops(self, args: TrainingArguments, control: Any) -> bool:
         if args.world_size == 1:
             return self.stop.received is not None
-        if not (control.should_log or control.should_save):  # processes agree where they wait for each other anyway
+        if not (
+            control.should_log or control.should_save
+        ):  # processes agree where they wait for each other anyway
             return False
         received = torch.tensor(float(self.stop.received is not None), device=args.device)
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
@@ -144,15 +160,33 @@ class ProgressBar(ProgressCallback):
 
     training_bar: Any
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+            )
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
         if self.training_bar is not None and logs:
-            hidden = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", "tokens", "seconds")
-            shown = {key: f"{value:.3f}" for key, value in logs.items() if key not in hidden and isinstance(value, float)}
+            hidden = (
+                "loss",
+                "eval_loss",
+                "learning_rate",
+                "grad_norm",
+                "epoch",
+                "tokens",
+                "seconds",
+            )
+            shown = {
+                key: f"{value:.3f}"
+                for key, value in logs.items()
+                if key not in hidden and isinstance(value, float)
+            }
             self.training_bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
@@ -166,7 +200,8 @@ class NextLatTrainer(Trainer):
 
     Args:
         model: what is trained. args: of the Trainer, see `training.training_arguments`.
-        train_dataset: as long as the run, see `FirstRows`. eval_dataset: held-out rows, read at every evaluation.
+        train_dataset: as long as the run, see `FirstRows`. eval_dataset: held-out rows, read at
+            every evaluation.
         tokenizer: saved with every checkpoint.
         metrics: where every logged line goes, whatever else is asked to report.
         keep_checkpoints: how many stay; at least one while training.
@@ -198,7 +233,9 @@ class NextLatTrainer(Trainer):
         )
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer switched it off, and would save that; our forward does so itself
-        self.model_accepts_loss_kwargs = True  # the loss is a share of the whole step's: the Trainer must not divide it again
+        self.model_accepts_loss_kwargs = (
+            True  # the loss is a share of the whole step's: the Trainer must not divide it again
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self._bar = ProgressBar() if progress else None
@@ -237,7 +274,10 @@ class NextLatTrainer(Trainer):
             mask = batch.get("attention_mask")
             self._tokens += batch["input_ids"].numel() if mask is None else mask.sum()
         if len(batches) == 1 and self.args.world_size == 1:
-            return batches, None  # the batch is the whole step, whose own counts the loss takes anyway
+            return (
+                batches,
+                None,
+            )  # the batch is the whole step, whose own counts the loss takes anyway
         counts = torch.stack([self._model.counts(**batch) for batch in batches]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -250,7 +290,9 @@ class NextLatTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        self._model.objective.step = self.state.global_step + 1  # restored on resume, so that the loss there is the same
+        self._model.objective.step = (
+            self.state.global_step + 1
+        )  # restored on resume, so that the loss there is the same
         outputs = model(**inputs, counts=num_items_in_batch)
         for name, value in outputs.losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -258,10 +300,16 @@ class NextLatTrainer(Trainer):
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | float | None = None) -> Any:
-        """Without clipping the norm is only for the log: not worth a pass over the gradients at other steps."""
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Any:
+        """Without clipping the norm is only for the log: not worth a pass over the gradients at
+        other steps."""
         step = self.state.global_step + 1
-        logged = any(step % every == 0 for every in (self.state.logging_steps, self.state.save_steps, self.state.max_steps))
+        logged = any(
+            step % every == 0
+            for every in (self.state.logging_steps, self.state.save_steps, self.state.max_steps)
+        )
         if grad_norm is None and not logged:
             return None
         return super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -269,12 +317,19 @@ class NextLatTrainer(Trainer):
     # ---- log ----
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if "train_runtime" in logs:  # the Trainer's own summary; run.json has what is true over all resumes
+        if (
+            "train_runtime" in logs
+        ):  # the Trainer's own summary; run.json has what is true over all resumes
             return
         if "loss" in logs:
-            sums = {name: self.accelerator.reduce(value.float(), "sum").item() for name, value in self._sums.items()}
+            sums = {
+                name: self.accelerator.reduce(value.float(), "sum").item()
+                for name, value in self._sums.items()
+            }
             steps, self._sums, self._steps = self._steps, {}, 0
-            self.state.num_input_tokens_seen += int(self.accelerator.reduce(self._tokens, "sum").item())
+            self.state.num_input_tokens_seen += int(
+                self.accelerator.reduce(self._tokens, "sum").item()
+            )
             self._tokens.zero_()
             logs = {
                 "loss": logs.pop("loss"),
@@ -292,7 +347,10 @@ class NextLatTrainer(Trainer):
         self.state.log_history.clear()  # metrics.jsonl has it; the Trainer would write it all into every checkpoint again
         if self.is_world_process_zero():
             line = {key: value for key, value in logs.items() if key != "epoch"}
-            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+            finite = {
+                k: v if not isinstance(v, float) or math.isfinite(v) else None
+                for k, v in line.items()
+            }
             self._metrics.append({"step": self.state.global_step, **finite})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -320,7 +378,8 @@ class NextLatTrainer(Trainer):
 
     @contextmanager
     def _staged(self, target: Path) -> Iterator[Path]:
-        """Every process writes its files into one staging directory, which the first process makes and publishes."""
+        """Every process writes its files into one staging directory, which the first process makes
+        and publishes."""
         if self.args.should_save:
             with atomic_directory(target) as staging:
                 self.accelerator.wait_for_everyone()
@@ -331,15 +390,21 @@ class NextLatTrainer(Trainer):
             yield staging_directory(target)
             self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         if self.args.should_save:
             directory = Path(output_dir or self._run)
             with no_library_bars():
                 self._model.save_pretrained(directory)
             self._tokenizer.save_pretrained(directory)
-            for weights in directory.rglob("*.safetensors"):  # safetensors makes files that only their owner can read
+            for weights in directory.rglob(
+                "*.safetensors"
+            ):  # safetensors makes files that only their owner can read
                 weights.chmod((directory / "config.json").stat().st_mode)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         with no_library_bars():
             self._model.load_weights(resume_from_checkpoint)

@@ -1,4 +1,5 @@
-"""Random walks from a given source to a given destination: the held-out sequences of the street task.
+"""Random walks from a given source to a given destination: the held-out sequences of the street
+task.
 
 Held-out pairs never occur in training, so their walks cannot be had by waiting for them.  They are drawn here from the law
 that `random_walks` would give them, by conditioning the chain on where it ends (Doob's h-transform).
@@ -12,26 +13,37 @@ from nextlat.errors import NextLatError
 from nextlat.tasks.streets.network import StreetNetwork
 from nextlat.tasks.streets.walks import Pairs
 
-TABLE_BYTES = 2**27  # of the table of arrival probabilities, which limits the pairs worked on at a time
+TABLE_BYTES = (
+    2**27
+)  # of the table of arrival probabilities, which limits the pairs worked on at a time
 
 
 def conditioned_walks(
-    network: StreetNetwork, pairs: Pairs, *, min_moves: int, max_moves: int, rng: np.random.Generator
+    network: StreetNetwork,
+    pairs: Pairs,
+    *,
+    min_moves: int,
+    max_moves: int,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One random walk per pair, as likely as uniformly random legal moves of a uniformly random length make it.
+    """One random walk per pair, as likely as uniformly random legal moves of a uniformly random
+    length make it.
 
     With a_k(n) the probability that k random moves from n end at the destination, a length L is drawn in proportion to
     a_L(source), and with k moves left, the move from n to m in proportion to a_{k-1}(m).  (Training draws refused walks again
     with their length kept, which weighs the lengths a little differently; the moves of a given length follow the same law.)
 
     Returns:
-        lengths (K,), nodes (K, M + 1), moves (K, M) int64, -1 beyond the length of a walk: as `random_walks` does.
+        lengths (K,), nodes (K, M + 1), moves (K, M) int64, -1 beyond the length of a walk: as
+        `random_walks` does.
 
     Raises:
         NextLatError: some pair has no walk of min_moves to max_moves moves.
     """
     if not 1 <= min_moves <= max_moves:
-        raise NextLatError(f"walks of {min_moves} to {max_moves} moves: give 1 <= min_moves <= max_moves")
+        raise NextLatError(
+            f"walks of {min_moves} to {max_moves} moves: give 1 <= min_moves <= max_moves"
+        )
     n, k = len(network), len(pairs)
     source, _, target = network.edges.T
     step = csr_array((1.0 / network.out_degree[source], (source, target)), shape=(n, n))
@@ -42,7 +54,9 @@ def conditioned_walks(
     for first in range(0, k, batch):
         part = slice(first, min(first + batch, k))
         width = part.stop - part.start
-        arrival = np.zeros((max_moves + 1, n, width))  # arrival[k, m, b] = a_k(m) for the destination of pair b
+        arrival = np.zeros(
+            (max_moves + 1, n, width)
+        )  # arrival[k, m, b] = a_k(m) for the destination of pair b
         arrival[0, pairs.destination[part], np.arange(width)] = 1.0
         for left in range(1, max_moves + 1):
             arrival[left] = step @ arrival[left - 1]
@@ -68,14 +82,17 @@ def _walk(
     moves: np.ndarray,
     rng: np.random.Generator,
 ) -> None:
-    """Fills in B walks: `arrival` (M + 1, N, B), `source`, `lengths` (B,), `nodes` (B, M + 1), `moves` (B, M)."""
+    """Fills in B walks: `arrival` (M + 1, N, B), `source`, `lengths` (B,), `nodes` (B, M + 1),
+    `moves` (B, M)."""
     nodes[:, 0] = source
     for step in range(int(lengths.max())):
         walk = np.flatnonzero(lengths > step)
         at = nodes[walk, step]
         legal = network.legal_moves[at]
         reached = np.where(legal >= 0, network.targets[at[:, None], legal], -1)
-        weights = np.where(legal >= 0, arrival[(lengths[walk] - step - 1)[:, None], reached, walk[:, None]], 0.0)
+        weights = np.where(
+            legal >= 0, arrival[(lengths[walk] - step - 1)[:, None], reached, walk[:, None]], 0.0
+        )
         choice = _draw(weights, rng)
         moves[walk, step] = legal[np.arange(len(walk)), choice]
         nodes[walk, step + 1] = reached[np.arange(len(walk)), choice]

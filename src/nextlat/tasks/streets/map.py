@@ -1,7 +1,8 @@
-"""The street map that a model seems to have in mind: reconstruction from its rides, after Vafa et al. (arXiv 2406.03689).
+"""The street map that a model seems to have in mind: reconstruction from its rides, after Vafa et
+al. (arXiv 2406.03689).
 
-A model that knows the city needs no street that is not there. Every invented street is a move that the model made and no true
-street explains.
+A model that knows the city needs no street that is not there. Every invented street is a move that
+the model made and no true street explains.
 
 Shapes: N intersections, C candidate intersections, E streets.
 """
@@ -15,7 +16,9 @@ from nextlat.tasks.streets.network import StreetNetwork
 
 NO_STREET = -1
 
-Ride = tuple[int, int, Sequence[int] | None]  # source, destination, directions 0..7 (None: the model did not close the ride)
+Ride = tuple[
+    int, int, Sequence[int] | None
+]  # source, destination, directions 0..7 (None: the model did not close the ride)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +26,16 @@ class ReconstructedMap:
     """What was needed to explain the rides.
 
     Attributes:
-        used: (E, 3) int64 true streets (source, direction, target) on which a followed ride went, sorted.
+        used: (E, 3) int64 true streets (source, direction, target) on which a followed ride went,
+            sorted.
         invented: list of (source, direction, target) in the order of their invention.
         true_unused: true streets that no followed ride used.
         explained: rides that lead from source to destination over true and invented streets.
-        astray: rides that can be followed to their last move too, but end elsewhere than at their destination.
+        astray: rides that can be followed to their last move too, but end elsewhere than at their
+            destination.
         failed: rides that could not be repaired.
-        unclosed: rides that the model did not close with `end`, or that contain a token that is no move: not followed.
+        unclosed: rides that the model did not close with `end`, or that contain a token that is no
+            move: not followed.
     """
 
     used: np.ndarray
@@ -61,25 +67,29 @@ class ReconstructedMap:
 def reconstruct(
     network: StreetNetwork, rides: Iterable[Ride], *, max_miles: float = 0.5, max_degree: int = 4
 ) -> ReconstructedMap:
-    """Rebuild the map that explains rides, starting from the intersections and true streets of the city.
+    """Rebuild the map that explains rides, starting from the intersections and true streets of the
+    city.
 
     Rides are taken one after another, and each is followed move by move:
     1. over the true street of that direction, if the intersection has one;
     2. else over the street of that direction invented for an earlier ride (or earlier in this one);
-    3. else a new street of that direction is invented, if the intersection has fewer than `max_degree` streets, true and
-       invented. It leads to the intersection within `max_miles` from which the most of the remaining moves can be followed over
-       known streets. Among equals: one from which the whole rest is followed and ends at the destination, then the
-       nearest, then the one listed first. The bearing of an invented street need not agree with its direction (nor does it
-       in the original).
-    A ride for which step 3 finds no intersection, or no free degree, has failed: the streets invented for it are taken back,
-    and the true streets it used do not count as used. A ride that is followed to its end counts as explained if it ends at its
-    destination and as astray if not; its streets are kept in both cases, for its moves are what the model takes for streets.
+    3. else a new street of that direction is invented, if the intersection has fewer than
+       `max_degree` streets, true and invented. It leads to the intersection within `max_miles` from
+       which the most of the remaining moves can be followed over known streets. Among equals: one
+       from which the whole rest is followed and ends at the destination, then the nearest, then the
+       one listed first. The bearing of an invented street need not agree with its direction (nor
+       does it in the original).
+    A ride for which step 3 finds no intersection, or no free degree, has failed: the streets
+    invented for it are taken back, and the true streets it used do not count as used. A ride that
+    is followed to its end counts as explained if it ends at its destination and as astray if not;
+    its streets are kept in both cases, for its moves are what the model takes for streets.
 
     The result depends on the order of the rides (greedy, as in the original) and on nothing else.
 
     Args:
         network: the true city.
-        rides: (source, destination, directions) of each; directions None for a ride that the model did not close.
+        rides: (source, destination, directions) of each; directions None for a ride that the model
+            did not close.
         max_miles: great-circle length of an invented street at most; 0.5 in the original.
         max_degree: streets out of an intersection with an invented one at most; 4 in the original.
     """
@@ -96,7 +106,9 @@ def reconstruct(
         added: list[tuple[int, int, int]] = []
         for i, direction in enumerate(moves):
             if known[here, direction] == NO_STREET:
-                there = _invent(network, known, here, destination, moves[i + 1 :], max_miles, max_degree)
+                there = _invent(
+                    network, known, here, destination, moves[i + 1 :], max_miles, max_degree
+                )
                 if there == NO_STREET:
                     failed = True
                     break
@@ -128,7 +140,8 @@ def _invent(
     max_miles: float,
     max_degree: int,
 ) -> int:
-    """The intersection that a new street from `here` should lead to, -1 if there can be none (rule 3 of `reconstruct`)."""
+    """The intersection that a new street from `here` should lead to, -1 if there can be none (rule
+    3 of `reconstruct`)."""
     if (known[here] != NO_STREET).sum() >= max_degree:
         return NO_STREET
     miles = network.miles(here, np.arange(len(network)))

@@ -1,4 +1,5 @@
-"""map.json: a street network and the map reconstructed from a model's rides, as plain JSON that needs no other file to be drawn."""
+"""map.json: a street network and the map reconstructed from a model's rides, as plain JSON that
+needs no other file to be drawn."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,8 @@ from nextlat.tasks.streets.network import StreetNetwork
 
 
 def map_record(network: StreetNetwork, reconstructed: ReconstructedMap) -> dict[str, Any]:
-    """What `read_map_record` reads back: the city with names and coordinates, the streets used and invented, the counts."""
+    """What `read_map_record` reads back: the city with names and coordinates, the streets used and
+    invented, the counts."""
     return {
         "network": {
             "node_ids": list(network.node_ids),
@@ -40,6 +42,9 @@ def read_map_record(content: Mapping[str, Any]) -> tuple[StreetNetwork, Reconstr
     reconstructed = ReconstructedMap(
         used=np.array(content["used"], dtype=np.int64).reshape(-1, 3),
         invented=[(int(a), int(direction), int(b)) for a, direction, b in content["invented"]],
-        **{name: int(counts[name]) for name in ("true_unused", "explained", "failed", "astray", "unclosed")},
+        **{
+            name: int(counts[name])
+            for name in ("true_unused", "explained", "failed", "astray", "unclosed")
+        },
     )
     return network, reconstructed

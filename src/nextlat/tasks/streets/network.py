@@ -1,4 +1,5 @@
-"""A street network: intersections with coordinates, and at most one street per compass direction out of each.
+"""A street network: intersections with coordinates, and at most one street per compass direction
+out of each.
 
 The world of the taxi-ride benchmark (Vafa et al., arXiv 2406.03689, section 4), for any city: read from CSV files,
 downloaded from OpenStreetMap, or generated (`embedded_city`).  Shapes: N intersections, K destinations, D largest out-degree.
@@ -28,9 +29,11 @@ class StreetNetwork:
     """N intersections and the directed streets between them.
 
     Args:
-        node_ids: N distinct names; they become the tokens of the intersections, so they hold no white space.
+        node_ids: N distinct names; they become the tokens of the intersections, so they hold no
+            white space.
         latitude, longitude: (N,) float64, degrees.
-        targets: (N, 8) int64, the intersection reached by each of DIRECTIONS, -1 where there is no street.
+        targets: (N, 8) int64, the intersection reached by each of DIRECTIONS, -1 where there is no
+            street.
 
     The arrays are made read-only.  Two networks with the same content have the same `fingerprint()`.
     """
@@ -95,12 +98,17 @@ class StreetNetwork:
         return digest.hexdigest()[:16]
 
     def graph(self) -> nx.MultiDiGraph:
-        """A networkx graph on node indices: `name`, `y`, `x` on the nodes; `direction` (also the key) on the edges."""
+        """A networkx graph on node indices: `name`, `y`, `x` on the nodes; `direction` (also the
+        key) on the edges."""
         graph = nx.MultiDiGraph()
         for index, name in enumerate(self.node_ids):
-            graph.add_node(index, name=name, y=float(self.latitude[index]), x=float(self.longitude[index]))
+            graph.add_node(
+                index, name=name, y=float(self.latitude[index]), x=float(self.longitude[index])
+            )
         for source, direction, target in self.edges.tolist():
-            graph.add_edge(source, target, key=DIRECTIONS[direction], direction=DIRECTIONS[direction])
+            graph.add_edge(
+                source, target, key=DIRECTIONS[direction], direction=DIRECTIONS[direction]
+            )
         return graph
 
     def hops_to(self, destinations: np.ndarray) -> np.ndarray:
@@ -119,11 +127,14 @@ class StreetNetwork:
         # The last row stands for "no street": it is never reached.
         reached_bytes = np.zeros((n + 1, 8 * math.ceil(k / 64)), dtype=np.uint8)
         column = np.arange(k)
-        np.bitwise_or.at(reached_bytes, (destinations, column // 8), (128 >> (column % 8)).astype(np.uint8))
+        np.bitwise_or.at(
+            reached_bytes, (destinations, column // 8), (128 >> (column % 8)).astype(np.uint8)
+        )
         reached = reached_bytes.view(np.uint64)
         legal = self.legal_moves
         successors = np.where(legal >= 0, np.take_along_axis(self.targets, legal, axis=1), n)
-        # Bit plane j holds bit j of every distance, so that a level costs a few operations on words of 64 destinations.
+        # Bit plane j holds bit j of every distance, so that a level costs a few operations on words
+        # of 64 destinations.
         planes: list[np.ndarray] = []
         for level in range(1, n + 1):
             fresh = reached[successors[:, 0]]
@@ -144,13 +155,17 @@ class StreetNetwork:
         return np.ascontiguousarray(hops.T)
 
     def miles(self, a: np.ndarray | int, b: np.ndarray | int) -> np.ndarray:
-        """Great-circle (haversine) distance in miles between node indices a and b, of any broadcastable shapes."""
-        return great_circle_miles(self.latitude[a], self.longitude[a], self.latitude[b], self.longitude[b])
+        """Great-circle (haversine) distance in miles between node indices a and b, of any
+        broadcastable shapes."""
+        return great_circle_miles(
+            self.latitude[a], self.longitude[a], self.latitude[b], self.longitude[b]
+        )
 
     # --- parts of a network -----------------------------------------------------------------------------------------
 
     def subset(self, nodes: np.ndarray) -> Self:
-        """The network induced by these node indices ((M,) distinct, in their order); streets that leave it are dropped."""
+        """The network induced by these node indices ((M,) distinct, in their order); streets that
+        leave it are dropped."""
         nodes = np.asarray(nodes, dtype=np.int64)
         renamed = np.full(len(self) + 1, -1, dtype=np.int64)  # the last entry serves the index -1
         renamed[nodes] = np.arange(len(nodes))
@@ -163,7 +178,8 @@ class StreetNetwork:
         )
 
     def strongly_connected(self) -> Self:
-        """The largest part in which every intersection can be reached from every other, in the same order.
+        """The largest part in which every intersection can be reached from every other, in the same
+        order.
 
         Of equally large parts, the one that holds the first intersection.  Without it a walk could end in a dead end.
         """
@@ -172,14 +188,18 @@ class StreetNetwork:
         return self.subset(np.array(best, dtype=np.int64))
 
     def within(self, south: float, west: float, north: float, east: float) -> Self:
-        """The largest strongly connected part of the streets inside a bounding box (degrees, bounds included).
+        """The largest strongly connected part of the streets inside a bounding box (degrees, bounds
+        included).
 
         Raises:
-            NextLatError: the bounds are out of order or no number, or the box holds no two connected intersections.
+            NextLatError: the bounds are out of order or no number, or the box holds no two
+                connected intersections.
         """
         box = f"the box south={south}, west={west}, north={north}, east={east}"
         if not (south < north and west < east):  # also false for NaN
-            raise NextLatError(f"{box} is no box: give it as south < north and west < east, in degrees")
+            raise NextLatError(
+                f"{box} is no box: give it as south < north and west < east, in degrees"
+            )
         inside = (self.latitude >= south) & (self.latitude <= north)
         inside &= (self.longitude >= west) & (self.longitude <= east)
         part = self.subset(np.flatnonzero(inside)).strongly_connected()
@@ -209,20 +229,25 @@ class StreetNetwork:
         diagonal: bool = True,
         park: bool = True,
     ) -> Self:
-        """A generated city, strongly connected; see `nextlat.tasks.streets.embedded_city.embedded_city` for what it looks like."""
+        """A generated city, strongly connected; see
+        `nextlat.tasks.streets.embedded_city.embedded_city` for what it looks like."""
         return cls.from_links(*embedded_city(rows, columns, seed, one_way, missing, diagonal, park))
 
     @classmethod
     def from_csv(cls, directory_or_nodes: str | Path, edges: str | Path | None = None) -> Self:
-        """Reads `nodes.csv` (id, lat, lon) and `edges.csv` (source, direction, target); see `street_files.read_csv`."""
+        """Reads `nodes.csv` (id, lat, lon) and `edges.csv` (source, direction, target); see
+        `street_files.read_csv`."""
         return cls(*read_csv(directory_or_nodes, edges))
 
     @classmethod
     def from_place(cls, place: str, cache: str | Path | None = None) -> Self:
-        """Downloads a place's drivable streets from OpenStreetMap, strongly connected; see `street_files.read_place`."""
+        """Downloads a place's drivable streets from OpenStreetMap, strongly connected; see
+        `street_files.read_place`."""
         network = cls.from_links(*read_place(place, cache)).strongly_connected()
         if len(network) < 2:
-            raise NextLatError(f"the streets of {place!r} do not connect two intersections both ways: take a larger place")
+            raise NextLatError(
+                f"the streets of {place!r} do not connect two intersections both ways: take a larger place"
+            )
         return network
 
     @classmethod
@@ -234,7 +259,8 @@ class StreetNetwork:
         links: np.ndarray,
         lengths: np.ndarray | None = None,
     ) -> Self:
-        """Labels each link (a, b) of `links` (E, 2) with its compass direction and keeps one per (a, direction).
+        """Labels each link (a, b) of `links` (E, 2) with its compass direction and keeps one per
+        (a, direction).
 
         Of several links with one (a, direction), the shortest is kept (`lengths`, (E,), any unit; great-circle distance
         when omitted; of equally short ones the smaller b).  Links of a node to itself have no direction and are dropped.
@@ -244,9 +270,13 @@ class StreetNetwork:
         links = np.asarray(links, dtype=np.int64).reshape(-1, 2)
         a, b = links[:, 0], links[:, 1]
         length = bare.miles(a, b) if lengths is None else np.asarray(lengths, dtype=np.float64)
-        direction = compass_direction(bare.latitude[a], bare.longitude[a], bare.latitude[b], bare.longitude[b])
+        direction = compass_direction(
+            bare.latitude[a], bare.longitude[a], bare.latitude[b], bare.longitude[b]
+        )
         targets = bare.targets.copy()
-        order = np.lexsort((b, length))[::-1]  # longest first: the shortest is written last and stays
+        order = np.lexsort((b, length))[
+            ::-1
+        ]  # longest first: the shortest is written last and stays
         order = order[a[order] != b[order]]
         for link in order.tolist():
             targets[a[link], direction[link]] = b[link]

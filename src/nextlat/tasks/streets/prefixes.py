@@ -1,4 +1,5 @@
-"""Pairs of different beginnings that lead to the same state of the world: same intersection, same destination.
+"""Pairs of different beginnings that lead to the same state of the world: same intersection, same
+destination.
 
 Shapes: P pairs, L the longest prefix in moves, N intersections.
 """
@@ -19,7 +20,8 @@ class PrefixPairs:
     """P pairs of prompts.
 
     Attributes:
-        first, second: prompts with different sources and one destination, whose prefixes reach one intersection.
+        first, second: prompts with different sources and one destination, whose prefixes reach one
+            intersection.
         intersection: (P,) that intersection, never the destination.
     """
 
@@ -52,19 +54,21 @@ def prefix_pairs(
 ) -> PrefixPairs:
     """Draw pairs of prefixes that lead to the same state by different ways.
 
-    Intersection and destination are uniform among the pairs with a route of at least one move. From the intersection two
-    random walks go backwards, a uniformly random incoming street at each step, of independent lengths uniform in
-    min_prefix..max_prefix; where they end are the two sources. A draw is made again when the sources are equal, when one
-    is the destination (no ride leads from a place to itself), when a walk meets an intersection without incoming street,
-    or when the destination is further than `max_hops` or than the longer prefix leaves moves for. Walks may pass through
-    the destination, as training walks may.
+    Intersection and destination are uniform among the pairs with a route of at least one move. From
+    the intersection two random walks go backwards, a uniformly random incoming street at each step,
+    of independent lengths uniform in min_prefix..max_prefix; where they end are the two sources. A
+    draw is made again when the sources are equal, when one is the destination (no ride leads from a
+    place to itself), when a walk meets an intersection without incoming street, or when the
+    destination is further than `max_hops` or than the longer prefix leaves moves for. Walks may
+    pass through the destination, as training walks may.
 
     Args:
         max_moves: moves of a ride in all, the longest training walk.
         min_prefix, max_prefix: moves of a prefix; max_prefix defaults to half of max_moves.
         max_hops: shortest distance from intersection to destination; None = what max_moves leaves.
-        equal_length: give both prefixes the same number of moves. The world's state is the same either way (the default, as in
-            Vafa et al.), but the best prediction for walks of bounded length depends a little on the moves already made.
+        equal_length: give both prefixes the same number of moves. The world's state is the same
+            either way (the default, as in Vafa et al.), but the best prediction for walks of
+            bounded length depends a little on the moves already made.
         seed: the same seed gives the same pairs.
 
     Raises:
@@ -90,12 +94,18 @@ def prefix_pairs(
         if equal_length:
             lengths[1] = lengths[0]
         walks = [incoming.walk_back(here, lengths[i], max_prefix, rng) for i in (0, 1)]
-        far = np.where(hops[there, here] > 0, hops[there, here], np.iinfo(np.int16).max).astype(np.int64)
+        far = np.where(hops[there, here] > 0, hops[there, here], np.iinfo(np.int16).max).astype(
+            np.int64
+        )
         sources = np.stack([source for source, _ in walks])
-        good = (sources >= 0).all(axis=0) & (sources[0] != sources[1]) & (sources != there).all(axis=0)
+        good = (
+            (sources >= 0).all(axis=0) & (sources[0] != sources[1]) & (sources != there).all(axis=0)
+        )
         good &= far <= max_moves - lengths.max(axis=0)
         good &= far <= (max_moves if max_hops is None else max_hops)
-        parts.append(tuple(x[good] for x in (here, there, *sources, *(m for _, m in walks), *lengths)))
+        parts.append(
+            tuple(x[good] for x in (here, there, *sources, *(m for _, m in walks), *lengths))
+        )
         found += int(good.sum())
     if found < count:
         raise NextLatError(
@@ -104,7 +114,11 @@ def prefix_pairs(
     here, there, source_a, source_b, moves_a, moves_b, length_a, length_b = (
         np.concatenate(column)[:count] for column in zip(*parts, strict=True)
     )
-    return PrefixPairs(Prompts(source_a, there, moves_a, length_a), Prompts(source_b, there, moves_b, length_b), here)
+    return PrefixPairs(
+        Prompts(source_a, there, moves_a, length_a),
+        Prompts(source_b, there, moves_b, length_b),
+        here,
+    )
 
 
 class _Incoming:
@@ -120,7 +134,8 @@ class _Incoming:
     def walk_back(
         self, end: np.ndarray, lengths: np.ndarray, longest: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(sources (P,), -1 where a walk got stuck; moves (P, longest) in the order of driving, 0 beyond the length)."""
+        """(sources (P,), -1 where a walk got stuck; moves (P, longest) in the order of driving, 0
+        beyond the length)."""
         node = end.copy()
         moves = np.zeros((len(end), longest), dtype=np.int64)
         for i in range(longest):

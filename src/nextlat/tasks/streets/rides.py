@@ -1,9 +1,12 @@
-"""Rides: a model drives through a street network, one token at a time, and the true intersection is known at every step.
+"""Rides: a model drives through a street network, one token at a time, and the true intersection is
+known at every step.
 
-The one generation loop of all street metrics. Rides of a batch advance in lockstep over a KV cache without any padding:
-rides whose prefix is longer than the others' are fed their prefix tokens while the others already drive.
+The one generation loop of all street metrics. Rides of a batch advance in lockstep over a KV cache
+without any padding: rides whose prefix is longer than the others' are fed their prefix tokens while
+the others already drive.
 
-Shapes: P rides, B rides of the running batch, T tokens, D width, V vocabulary, L the longest prefix or ride.
+Shapes: P rides, B rides of the running batch, T tokens, D width, V vocabulary, L the longest prefix
+    or ride.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +26,8 @@ COMPACT_BELOW = 0.85  # share of rides still under way below which the finished 
 
 
 class SequenceModel(Protocol):
-    """What the street metrics need of a model; `nextlat.model.ObjectiveModel` has it, and so has the exact world model of
-    the tests.
+    """What the street metrics need of a model; `nextlat.model.ObjectiveModel` has it, and so has
+    the exact world model of the tests.
 
     `step(input_ids_BT, past) -> (h_BTD, past)` reads a few more tokens. The cache is opaque but for
     `batch_select_indices(indices)`, in place, as in `transformers.Cache`.
@@ -77,12 +80,16 @@ class Prompts:
         return len(self.source)
 
     def __getitem__(self, rows: np.ndarray) -> "Prompts":
-        return Prompts(self.source[rows], self.destination[rows], self.moves[rows], self.lengths[rows])
+        return Prompts(
+            self.source[rows], self.destination[rows], self.moves[rows], self.lengths[rows]
+        )
 
     def tokens(self) -> np.ndarray:
         """(P, 2 + L) token ids; those beyond `2 + lengths` are not part of the prompt."""
         ends = np.stack([self.source, self.destination], axis=1) + FIRST_NODE
-        return np.concatenate([ends, np.maximum(self.moves, 0) + FIRST_DIRECTION], axis=1).astype(np.int64)
+        return np.concatenate([ends, np.maximum(self.moves, 0) + FIRST_DIRECTION], axis=1).astype(
+            np.int64
+        )
 
     def intersections(self, network: StreetNetwork) -> np.ndarray:
         """(P,) the node that each prefix has reached.
@@ -95,7 +102,9 @@ class Prompts:
             going = i < self.lengths
             node[going] = network.targets[node[going], self.moves[going, i]]
             if (node == NOWHERE).any():
-                raise ValueError(f"the prefix of prompt {int((node == NOWHERE).argmax())} is not a walk in this network")
+                raise ValueError(
+                    f"the prefix of prompt {int((node == NOWHERE).argmax())} is not a walk in this network"
+                )
         return node
 
 
@@ -131,14 +140,22 @@ class Rides:
     arrived: np.ndarray
 
     def moves(self, row: int) -> list[int] | None:
-        """Direction indices of one ride, or None when it does not close with `end` (out of moves, or not a move)."""
+        """Direction indices of one ride, or None when it does not close with `end` (out of moves,
+        or not a move)."""
         tokens = self.tokens[row, : self.lengths[row]]
-        return [int(t) - FIRST_DIRECTION for t in tokens[:-1]] if len(tokens) and tokens[-1] == END else None
+        return (
+            [int(t) - FIRST_DIRECTION for t in tokens[:-1]]
+            if len(tokens) and tokens[-1] == END
+            else None
+        )
 
     def sequences(self, pairs: Pairs) -> list[tuple[int, int, list[int] | None]]:
-        """(source, destination, moves) of each ride of these pairs, as `street_map.reconstruct` reads them."""
+        """(source, destination, moves) of each ride of these pairs, as `street_map.reconstruct`
+        reads them."""
         ends = zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True)
-        return [(source, destination, self.moves(row)) for row, (source, destination) in enumerate(ends)]
+        return [
+            (source, destination, self.moves(row)) for row, (source, destination) in enumerate(ends)
+        ]
 
 
 def greedy(step: Step) -> np.ndarray:
@@ -158,26 +175,35 @@ def ride(
 ) -> Rides:
     """Drive every ride to its end.
 
-    A ride ends with `end`, with a token that is no direction, with a direction that the true intersection does not have (unless
-    `leave_map`), or when `max_moves` moves are made and the next token is not `end`.
+    A ride ends with `end`, with a token that is no direction, with a direction that the true
+    intersection does not have (unless `leave_map`), or when `max_moves` moves are made and the next
+    token is not `end`.
 
     Args:
         prompts: P beginnings; their prefixes must be legal walks.
         max_moves: moves a ride may have in all, prefix included; one number, or (P,).
-        choose: the token of each ride from its `Step`: greedy by default, sampling or a detour otherwise.
-        leave_map: go on after a move that does not exist, as the tokens alone would (the ride can no longer arrive).
+        choose: the token of each ride from its `Step`: greedy by default, sampling or a detour
+            otherwise.
+        leave_map: go on after a move that does not exist, as the tokens alone would (the ride can
+            no longer arrive).
         batch_size: rides in lockstep.
     """
     budget = np.broadcast_to(np.asarray(max_moves, dtype=np.int64), (len(prompts),))
     longest = int((budget - prompts.lengths).max(initial=0)) + 1
     tokens = np.full((len(prompts), longest), PAD, dtype=np.int64)
-    rides = Rides(tokens, np.zeros(len(prompts), dtype=np.int64), np.zeros(len(prompts), dtype=bool))
+    rides = Rides(
+        tokens, np.zeros(len(prompts), dtype=np.int64), np.zeros(len(prompts), dtype=bool)
+    )
     start = prompts.intersections(network)
-    order = np.argsort(prompts.lengths, kind="stable")  # prefixes of like length share a batch: more is read in one go
+    order = np.argsort(
+        prompts.lengths, kind="stable"
+    )  # prefixes of like length share a batch: more is read in one go
     with inference(model):
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            _ride_batch(model, network, prompts, rows, start[rows], budget[rows], choose, leave_map, rides)
+            _ride_batch(
+                model, network, prompts, rows, start[rows], budget[rows], choose, leave_map, rides
+            )
     return rides
 
 

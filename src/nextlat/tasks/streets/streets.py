@@ -1,4 +1,5 @@
-"""Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its random-walks variant, for any city."""
+"""Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its
+random-walks variant, for any city."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ from nextlat.tasks.streets.map import reconstruct
 from nextlat.tasks.streets.map_record import map_record
 from nextlat.tasks.streets.network import StreetNetwork
 from nextlat.tasks.streets.prefixes import PrefixPairs, prefix_pairs
-from nextlat.tasks.streets.walks import FIRST_NODE, Pairs, WalkDataset, held_out_pairs, pack, random_walks, tokenizer
+from nextlat.tasks.streets.walks import (
+    FIRST_NODE,
+    Pairs,
+    WalkDataset,
+    held_out_pairs,
+    pack,
+    random_walks,
+    tokenizer,
+)
 from nextlat.tasks.task import STREAM, Metric, Task, find_data
 
 if TYPE_CHECKING:
@@ -34,10 +43,14 @@ class StreetsConfig:
     """Which city, which walks, and how much is measured.
 
     Attributes:
-        path: directory with nodes.csv and edges.csv, relative to the working directory or to $NEXTLAT_DATA.
-        place: a place known to OpenStreetMap, downloaded when there is no `path` (needs the extra `nextlat[osm]`).
-        box: (south, west, north, east) in degrees: only this part of the network, cut to its largest strongly connected part.
-        rows, columns, city_seed, one_way, missing, diagonal, park: of the generated city, when there is neither path nor place.
+        path: directory with nodes.csv and edges.csv, relative to the working directory or to
+            $NEXTLAT_DATA.
+        place: a place known to OpenStreetMap, downloaded when there is no `path` (needs the extra
+            `nextlat[osm]`).
+        box: (south, west, north, east) in degrees: only this part of the network, cut to its
+            largest strongly connected part.
+        rows, columns, city_seed, one_way, missing, diagonal, park: of the generated city, when
+            there is neither path nor place.
         min_moves, max_moves: length of a walk (paper: at most 100 tokens, so 97 moves).
         row_length: tokens in a packed training row.
         held_out: (source, destination) pairs that never occur in training; at most a tenth of all.
@@ -83,7 +96,13 @@ class StreetsConfig:
             )
         else:
             network = StreetNetwork.embedded(
-                self.rows, self.columns, self.city_seed, self.one_way, self.missing, self.diagonal, self.park
+                self.rows,
+                self.columns,
+                self.city_seed,
+                self.one_way,
+                self.missing,
+                self.diagonal,
+                self.park,
             )
         return network.within(*self.box) if self.box is not None else network.strongly_connected()
 
@@ -102,7 +121,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
 
 class Streets(Task):
-    """See the module. Evaluation pairs, walks and prefixes are drawn with fixed seeds: the same for every model."""
+    """See the module. Evaluation pairs, walks and prefixes are drawn with fixed seeds: the same for
+    every model."""
 
     name = "streets"
     higher_is_better: Mapping[str, bool] = {
@@ -154,11 +174,15 @@ class Streets(Task):
         """One random walk for each held-out pair that is measured."""
         config = self.config
         pairs, rng = self.pairs[: config.tests], np.random.default_rng(3)
-        return conditioned_walks(self.network, pairs, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng)
+        return conditioned_walks(
+            self.network, pairs, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng
+        )
 
     @cached_property
     def _prefixes(self) -> PrefixPairs:
-        return prefix_pairs(self.network, self.config.tests, max_moves=self.config.max_moves, seed=4)
+        return prefix_pairs(
+            self.network, self.config.tests, max_moves=self.config.max_moves, seed=4
+        )
 
     def metrics(self) -> Mapping[str, Metric]:
         network, pairs, most = self.network, self.pairs[: self.config.tests], self.config.max_moves
@@ -166,7 +190,9 @@ class Streets(Task):
         def detours(model: "ObjectiveModel") -> dict[str, Score]:
             p = self.config.detour_probability
             return {
-                "detour_robustness": score.detour_robustness(model, network, pairs, most, probability=p),
+                "detour_robustness": score.detour_robustness(
+                    model, network, pairs, most, probability=p
+                ),
                 "detour_robustness_least_likely": score.detour_robustness(
                     model, network, pairs, most, probability=p, kind="least_likely"
                 ),
@@ -174,21 +200,33 @@ class Streets(Task):
 
         def continuations(model: "ObjectiveModel") -> dict[str, Score]:
             found = score.identical_continuations(model, network, self._prefixes, most)
-            return {"identical_continuations": found.identical, "identical_valid_continuations": found.identical_valid}
+            return {
+                "identical_continuations": found.identical,
+                "identical_valid_continuations": found.identical_valid,
+            }
 
         return {
-            "next-token test": lambda model: {"next_token_test": score.next_token_test(model, network, *self._walks)},
-            "valid trajectories": lambda model: {"valid_trajectories": score.valid_trajectories(model, network, pairs, most)},
+            "next-token test": lambda model: {
+                "next_token_test": score.next_token_test(model, network, *self._walks)
+            },
+            "valid trajectories": lambda model: {
+                "valid_trajectories": score.valid_trajectories(model, network, pairs, most)
+            },
             "sequence compression": lambda model: {
-                "sequence_compression": score.sequence_compression(model, network, self._prefixes, most)
+                "sequence_compression": score.sequence_compression(
+                    model, network, self._prefixes, most
+                )
             },
             "identical continuations": continuations,
             "detours": detours,
-            "effective latent rank": lambda model: {"effective_latent_rank": self.latent_rank(model)},
+            "effective latent rank": lambda model: {
+                "effective_latent_rank": self.latent_rank(model)
+            },
         }
 
     def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """map.json: the city in the model's head, rebuilt from 1,000 rides or more that it holds possible (`sampled_rides`)."""
+        """map.json: the city in the model's head, rebuilt from 1,000 rides or more that it holds
+        possible (`sampled_rides`)."""
         times = -(-MAP_RIDES // len(self.pairs))
         pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
         rides = score.sampled_rides(model, self.network, pairs, self.config.max_moves)
@@ -200,6 +238,8 @@ class Streets(Task):
         length = max(LATENT_TOKENS, self.max_length)
         walks = 2 * LATENT_ROWS * length // (config.min_moves + config.max_moves)
         rng = np.random.default_rng(5)
-        drawn = random_walks(self.network, walks, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng)
+        drawn = random_walks(
+            self.network, walks, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng
+        )
         rows = pack(*drawn, length, LATENT_ROWS)
         return latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])

@@ -1,4 +1,5 @@
-"""Random walks through a street network, as packed rows of tokens (Vafa et al., arXiv 2406.03689, "random walks").
+"""Random walks through a street network, as packed rows of tokens (Vafa et al., arXiv 2406.03689,
+"random walks").
 
 A sequence is `source destination move move ... end`: its source and destination are the two ends of the walk.  Shapes: N
 intersections, W walks, M most moves of a walk, K pairs, R rows of T tokens.
@@ -23,15 +24,19 @@ from nextlat.tasks.streets.network import DIRECTIONS, StreetNetwork
 PAD, UNK, END, FIRST_DIRECTION, FIRST_NODE = 0, 1, 2, 3, 11
 SPECIAL_TOKENS = ("<pad>", "<unk>", "end")
 MAX_ROUNDS = 100  # of drawing again the walks that were refused, up to 512 times each in a round
-MAX_LISTED_PAIRS = 2**22  # up to here, 2,048 intersections, all pairs are listed when some are to be held out
+MAX_LISTED_PAIRS = (
+    2**22
+)  # up to here, 2,048 intersections, all pairs are listed when some are to be held out
 TOKENS_PER_CHUNK = 2**16
 CACHED_CHUNKS = 4
 
 
 def tokenizer(network: StreetNetwork) -> PreTrainedTokenizerFast:
-    """One token per word: `<pad> <unk> end`, the eight directions, then the intersections by name, in node order.
+    """One token per word: `<pad> <unk> end`, the eight directions, then the intersections by name,
+    in node order.
 
-    `end` is the end-of-sequence token; text is split at white space alone, and decoding joins with single spaces.
+    `end` is the end-of-sequence token; text is split at white space alone, and decoding joins with
+    single spaces.
     """
     words = (*SPECIAL_TOKENS, *DIRECTIONS, *network.node_ids)
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -63,14 +68,17 @@ class Pairs:
         return Pairs(self.source[index], self.destination[index], self.hops[index])
 
 
-def held_out_pairs(network: StreetNetwork, count: int, *, max_hops: int = 50, seed: int = 0, max_share: float = 0.1) -> Pairs:
-    """Pairs to evaluate on, which training never sees: drawn uniformly, without repetition, from all eligible ones.
+def held_out_pairs(
+    network: StreetNetwork, count: int, *, max_hops: int = 50, seed: int = 0, max_share: float = 0.1
+) -> Pairs:
+    """Pairs to evaluate on, which training never sees: drawn uniformly, without repetition, from
+    all eligible ones.
 
     Args:
-        count: how many; fewer are returned where `count` exceeds `max_share` of the eligible pairs, so that a small city
-            keeps enough to train on.
-        max_hops: a pair is eligible if its destination is another intersection, at most this many moves away (50 as in
-            the paper).
+        count: how many; fewer are returned where `count` exceeds `max_share` of the eligible pairs,
+            so that a small city keeps enough to train on.
+        max_hops: a pair is eligible if its destination is another intersection, at most this many
+            moves away (50 as in the paper).
         seed: the same seed gives the same pairs.
         max_share: largest share of the eligible pairs that may be held out.
 
@@ -95,7 +103,9 @@ def held_out_pairs(network: StreetNetwork, count: int, *, max_hops: int = 50, se
     return found
 
 
-def _sampled_pairs(network: StreetNetwork, count: int, max_hops: int, max_share: float, rng: np.random.Generator) -> Pairs:
+def _sampled_pairs(
+    network: StreetNetwork, count: int, max_hops: int, max_share: float, rng: np.random.Generator
+) -> Pairs:
     """As above by rejection, for networks too large to list every pair."""
     n = len(network)
     keys: np.ndarray = np.zeros(0, dtype=np.int64)
@@ -131,17 +141,24 @@ def random_walks(
     started, or leads from the source to the destination of an excluded pair is drawn again with the same length.
 
     Returns:
-        lengths (W,), nodes (W, M + 1) from source to destination, moves (W, M) as indices in DIRECTIONS: all int64, and
-        -1 beyond the length of a walk.
+        lengths (W,), nodes (W, M + 1) from source to destination, moves (W, M) as indices in
+        DIRECTIONS: all int64, and -1 beyond the length of a walk.
 
     Raises:
         NextLatError: walks of some length keep failing, as in a network without loops.
     """
     if not 1 <= min_moves <= max_moves:
-        raise NextLatError(f"walks of {min_moves} to {max_moves} moves: give 1 <= min_moves <= max_moves")
+        raise NextLatError(
+            f"walks of {min_moves} to {max_moves} moves: give 1 <= min_moves <= max_moves"
+        )
     n = len(network)
-    forbidden = np.zeros(0, dtype=np.int64) if exclude is None else np.unique(exclude.source * n + exclude.destination)
-    # Longest first, so that the walkers still on their way are always the first ones; undone at the end.
+    forbidden = (
+        np.zeros(0, dtype=np.int64)
+        if exclude is None
+        else np.unique(exclude.source * n + exclude.destination)
+    )
+    # Longest first, so that the walkers still on their way are always the first ones; undone at the
+    # end.
     drawn = rng.integers(min_moves, max_moves + 1, size=count)
     order = np.argsort(-drawn, kind="stable")
     lengths = drawn[order]
@@ -153,11 +170,15 @@ def random_walks(
             back = np.empty(count, dtype=np.int64)
             back[order] = np.arange(count)
             return drawn, nodes.T[back].astype(np.int64), moves.T[back].astype(np.int64)
-        # One candidate for each walk at first; then several, since a round costs about the same however small it is.
+        # One candidate for each walk at first; then several, since a round costs about the same
+        # however small it is.
         tries = 1 if attempt == 0 else max(4, 512 // len(pending))
         length = np.repeat(lengths[pending], tries)
         nodes_MW, moves_MW = _free_walks(network, length, rng)
-        source, destination = nodes_MW[0].astype(np.int64), nodes_MW[length, np.arange(len(length))].astype(np.int64)
+        source, destination = (
+            nodes_MW[0].astype(np.int64),
+            nodes_MW[length, np.arange(len(length))].astype(np.int64),
+        )
         good = (destination >= 0) & (destination != source)
         if len(forbidden):
             key = source * n + destination
@@ -174,11 +195,15 @@ def random_walks(
     )
 
 
-def _free_walks(network: StreetNetwork, lengths: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One walk per length ((W,), decreasing): nodes (M + 1, W), moves (M, W) int32; -1 from a dead end or the end on."""
+def _free_walks(
+    network: StreetNetwork, lengths: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One walk per length ((W,), decreasing): nodes (M + 1, W), moves (M, W) int32; -1 from a dead
+    end or the end on."""
     legal, degree, targets = network.legal_moves, network.out_degree, network.targets
     width = legal.shape[1]
-    # An extra node, index -1, stands for "off the map" and leads to itself, so that the loop needs no branch.
+    # An extra node, index -1, stands for "off the map" and leads to itself, so that the loop needs
+    # no branch.
     move_table = np.concatenate([legal, np.full((1, width), -1)]).astype(np.int32).reshape(-1)
     next_table = np.where(legal >= 0, np.take_along_axis(targets, legal, axis=1), -1)
     next_table = np.concatenate([next_table, np.full((1, width), -1)]).astype(np.int32).reshape(-1)
@@ -198,9 +223,14 @@ def _free_walks(network: StreetNetwork, lengths: np.ndarray, rng: np.random.Gene
 
 
 def pack(
-    lengths: np.ndarray, nodes: np.ndarray, moves: np.ndarray, row_length: int, rows: int | None = None
+    lengths: np.ndarray,
+    nodes: np.ndarray,
+    moves: np.ndarray,
+    row_length: int,
+    rows: int | None = None,
 ) -> dict[str, Tensor]:
-    """Packs walks into rows of tokens, several documents to a row, none split: each goes to the fullest row it fits in.
+    """Packs walks into rows of tokens, several documents to a row, none split: each goes to the
+    fullest row it fits in.
 
     Args:
         lengths, nodes, moves: as `random_walks` gives them.
@@ -209,8 +239,8 @@ def pack(
             takes for all walks.
 
     Returns:
-        `input_ids`, `labels` (-100 on source, destination and padding), `position_ids` (from 0 in every document),
-        `attention_mask` (0 on the padded tail), each (R, T) int64.
+        `input_ids`, `labels` (-100 on source, destination and padding), `position_ids` (from 0 in
+        every document), `attention_mask` (0 on the padded tail), each (R, T) int64.
     """
     sizes = (lengths + 3).tolist()
     row_of, start_of, used = _best_fit(sizes, row_length, rows)
@@ -245,8 +275,11 @@ def pack(
     }
 
 
-def _best_fit(sizes: Sequence[int], capacity: int, rows: int | None) -> tuple[list[int], list[int], list[int]]:
-    """Row and offset of each document, in turn, until one does not fit; and the tokens used in each row."""
+def _best_fit(
+    sizes: Sequence[int], capacity: int, rows: int | None
+) -> tuple[list[int], list[int], list[int]]:
+    """Row and offset of each document, in turn, until one does not fit; and the tokens used in each
+    row."""
     row_of: list[int] = []
     start_of: list[int] = []
     used: list[int] = []
@@ -261,7 +294,9 @@ def _best_fit(sizes: Sequence[int], capacity: int, rows: int | None) -> tuple[li
                 nonempty &= ~(1 << free)
         else:
             if size > capacity:
-                raise NextLatError(f"a walk of {size} tokens does not fit in a row of {capacity}: make row_length larger")
+                raise NextLatError(
+                    f"a walk of {size} tokens does not fit in a row of {capacity}: make row_length larger"
+                )
             if rows is not None and len(used) == rows:
                 break
             row, free = len(used), capacity
@@ -276,10 +311,11 @@ def _best_fit(sizes: Sequence[int], capacity: int, rows: int | None) -> tuple[li
 
 
 class WalkDataset(Dataset[dict[str, Tensor]]):
-    """Packed rows of training walks, made when asked for: row i depends on (seed, i) and on nothing else.
+    """Packed rows of training walks, made when asked for: row i depends on (seed, i) and on nothing
+    else.
 
-    Rows are made in chunks of about 65,536 tokens, of which the last few are kept: read them in order (their order is
-    random as it is), a shuffled order makes a chunk for nearly every row.
+    Rows are made in chunks of about 65,536 tokens, of which the last few are kept: read them in
+    order (their order is random as it is), a shuffled order makes a chunk for nearly every row.
 
     Args:
         network, min_moves, max_moves, exclude: see `random_walks`.
@@ -302,7 +338,9 @@ class WalkDataset(Dataset[dict[str, Tensor]]):
         exclude: Pairs | None = None,
     ) -> None:
         if not 1 <= min_moves <= max_moves:
-            raise NextLatError(f"walks of {min_moves} to {max_moves} moves: give 1 <= min_moves <= max_moves")
+            raise NextLatError(
+                f"walks of {min_moves} to {max_moves} moves: give 1 <= min_moves <= max_moves"
+            )
         if row_length < max_moves + 3:
             raise NextLatError(
                 f"row_length = {row_length} is too short for a walk of {max_moves} moves: give at least {max_moves + 3}"

@@ -1,1 +1,2 @@
-"""Text: next-token loss, perplexity, linear probes of the state, and the benchmarks of the LM Evaluation Harness."""
+"""Text: next-token loss, perplexity, linear probes of the state, and the benchmarks of the LM
+Evaluation Harness."""

@@ -1,4 +1,5 @@
-"""Where the documents of a language-modelling task come from: local .txt, .jsonl and .parquet files, or a Hugging Face dataset."""
+"""Where the documents of a language-modelling task come from: local .txt, .jsonl and .parquet
+files, or a Hugging Face dataset."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ INSTALL = "pip install 'nextlat[text]'"
 
 
 class Documents:
-    """Documents in order, read anew every time they are iterated; those with nothing but white space in them are dropped.
+    """Documents in order, read anew every time they are iterated; those with nothing but white
+    space in them are dropped.
 
     Args:
         read: gives the documents. where: how to name the source in a sentence.
@@ -23,7 +25,8 @@ class Documents:
         dropped: empty documents met in the latest iteration.
 
     Raises:
-        NextLatError: (when iterated to its end) there is no document, or whatever is wrong with the source.
+        NextLatError: (when iterated to its end) there is no document, or whatever is wrong with the
+            source.
     """
 
     def __init__(self, read: Callable[[], Iterator[str]], where: str) -> None:
@@ -38,7 +41,9 @@ class Documents:
             else:
                 self.dropped += 1
         if not found:
-            raise NextLatError(f"{self.where} holds no document with any text in it: choose another one.")
+            raise NextLatError(
+                f"{self.where} holds no document with any text in it: choose another one."
+            )
 
 
 def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
@@ -46,16 +51,22 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
 
     Args:
         path: relative to the working directory or to $NEXTLAT_DATA. key: the setting that names it.
-        column: of the records of a .jsonl or .parquet file. separator: of a .txt file; white space beside it is no text.
+        column: of the records of a .jsonl or .parquet file. separator: of a .txt file; white space
+            beside it is no text.
 
     Raises:
-        NextLatError: no such file, or of another kind; when iterated: it cannot be read, is corrupt, or has no such column.
+        NextLatError: no such file, or of another kind; when iterated: it cannot be read, is
+            corrupt, or has no such column.
     """
     file = find_data(path, file=True)
     if file is None:
-        raise NextLatError(f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {_either(SUFFIXES)} file.")
+        raise NextLatError(
+            f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {_either(SUFFIXES)} file."
+        )
     if file.suffix not in SUFFIXES:
-        raise NextLatError(f"{key} = '{path}' is no {_either(SUFFIXES)} file: convert it, or rename it.")
+        raise NextLatError(
+            f"{key} = '{path}' is no {_either(SUFFIXES)} file: convert it, or rename it."
+        )
     readers: dict[str, Callable[[], Iterator[str]]] = {
         ".txt": lambda: _separated(file, separator),
         ".jsonl": lambda: _records(file, column),
@@ -64,15 +75,21 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
     return Documents(readers[file.suffix], str(file))
 
 
-def from_dataset(name: str, subset: str | None, split: str, *, column: str, streaming: bool) -> Documents:
-    """The documents of one split of a dataset of the Hugging Face hub, or of a local directory of its files.
+def from_dataset(
+    name: str, subset: str | None, split: str, *, column: str, streaming: bool
+) -> Documents:
+    """The documents of one split of a dataset of the Hugging Face hub, or of a local directory of
+    its files.
 
     Args:
-        name: hub id, or a directory (relative to the working directory or to $NEXTLAT_DATA). subset: its configuration, if any.
-        streaming: read over the network as it comes; otherwise it is downloaded whole first and kept in the library's cache.
+        name: hub id, or a directory (relative to the working directory or to $NEXTLAT_DATA).
+            subset: its configuration, if any.
+        streaming: read over the network as it comes; otherwise it is downloaded whole first and
+            kept in the library's cache.
 
     Raises:
-        NextLatError: (when iterated) the library is missing, the dataset cannot be reached, or it has no such split or column.
+        NextLatError: (when iterated) the library is missing, the dataset cannot be reached, or it
+            has no such split or column.
     """
     where = f"split {split} of dataset {name}" + (f" ({subset})" if subset else "")
     return Documents(lambda: _dataset(name, subset, split, column, streaming), where)
@@ -86,7 +103,9 @@ def _separated(file: Path, separator: str) -> Iterator[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give text in UTF-8.") from error
+        raise NextLatError(
+            f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give text in UTF-8."
+        ) from error
     yield from (document.strip() for document in text.split(separator))
 
 
@@ -102,29 +121,41 @@ def _records(file: Path, column: str) -> Iterator[str]:
                             f"line {number} of {file} is no JSON ({error.msg} at column {error.colno}): give one record a line."
                         ) from error
                     if not isinstance(record, dict):
-                        raise NextLatError(f"line {number} of {file} is no JSON object: give one record a line.")
+                        raise NextLatError(
+                            f"line {number} of {file} is no JSON object: give one record a line."
+                        )
                     yield _text(record, column, f"line {number} of {file}")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise NextLatError(f"cannot read {file}: {reason}; it must hold one JSON object a line, in UTF-8.") from error
+        raise NextLatError(
+            f"cannot read {file}: {reason}; it must hold one JSON object a line, in UTF-8."
+        ) from error
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise NextLatError(f"reading {file} needs pyarrow: {INSTALL}, or convert it to .jsonl.") from error
+        raise NextLatError(
+            f"reading {file} needs pyarrow: {INSTALL}, or convert it to .jsonl."
+        ) from error
     try:
         table: Any = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         _check_column(names, column, str(file))
         for batch in table.iter_batches(columns=[column]):
-            yield from (_text({column: value}, column, str(file)) for value in batch.column(0).to_pylist())
+            yield from (
+                _text({column: value}, column, str(file)) for value in batch.column(0).to_pylist()
+            )
     except (OSError, pyarrow.ArrowException) as error:
-        raise NextLatError(f"cannot read {file} ({first_line(error)}): give a whole .parquet file.") from error
+        raise NextLatError(
+            f"cannot read {file} ({first_line(error)}): give a whole .parquet file."
+        ) from error
 
 
-def _dataset(name: str, subset: str | None, split: str, column: str, streaming: bool) -> Iterator[str]:
+def _dataset(
+    name: str, subset: str | None, split: str, column: str, streaming: bool
+) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
@@ -139,7 +170,9 @@ def _dataset(name: str, subset: str | None, split: str, column: str, streaming: 
             yield _text(record, column, f"dataset {name}")
     except NextLatError:
         raise
-    except Exception as error:  # the library, the hub's client and the network raise whatever they like
+    except (
+        Exception
+    ) as error:  # the library, the hub's client and the network raise whatever they like
         raise NextLatError(
             f"dataset {name} cannot be read ({first_line(error)}): check its name, subset and split and the network, or "
             f"set task.train and task.validation to local {_either(SUFFIXES)} files of it, or task.dataset to a directory of them."
@@ -158,4 +191,6 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
 
 def _check_column(names: list[str], column: str, where: str) -> None:
     if column not in names:
-        raise NextLatError(f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set task.column.")
+        raise NextLatError(
+            f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set task.column."
+        )

@@ -1,7 +1,9 @@
-"""Language benchmarks of the LM Evaluation Harness (Gao et al., EleutherAI), run on a model in memory; their items become our scores.
+"""Language benchmarks of the LM Evaluation Harness (Gao et al., EleutherAI), run on a model in
+memory; their items become our scores.
 
-What is measured is what `lm_eval --model hf --model_args pretrained=RUN` measures; models that need their objective at inference (JTP,
-BST), which the harness cannot open, are measured too. Needs the extra `nextlat[lm-eval]`.
+What is measured is what `lm_eval --model hf --model_args pretrained=RUN` measures; models that need
+their objective at inference (JTP, BST), which the harness cannot open, are measured too. Needs the
+extra `nextlat[lm-eval]`.
 """
 
 import logging
@@ -58,10 +60,12 @@ def language_benchmark(
     files: str | None = None,
     limit: int | None = None,
 ) -> dict[str, Score]:
-    """One benchmark, or a group of several, as it is defined there (zero-shot, for those of arXiv 2511.05963).
+    """One benchmark, or a group of several, as it is defined there (zero-shot, for those of arXiv
+    2511.05963).
 
     Args:
-        name: of the harness ("piqa"). files: directory of further definitions, in its own YAML. limit: documents of each, None = all.
+        name: of the harness ("piqa"). files: directory of further definitions, in its own YAML.
+            limit: documents of each, None = all.
 
     Returns:
         "lm_eval_piqa_acc" and so on -> score; the items are the documents.
@@ -75,7 +79,9 @@ def language_benchmark(
 
     causal_lm: Any = _WithLogits(model) if model.objective.needed_at_inference else model.lm
     with hub_or_cache(name), _failures(name):
-        with _quiet("lm_eval.models.huggingface"):  # warns that the model is not one that it has loaded itself
+        with _quiet(
+            "lm_eval.models.huggingface"
+        ):  # warns that the model is not one that it has loaded itself
             theirs = HFLM(pretrained=causal_lm, tokenizer=tokenizer, batch_size=ROWS)
         found = simple_evaluate(
             theirs,
@@ -83,14 +89,17 @@ def language_benchmark(
             limit=limit,
             bootstrap_iters=0,  # the errors are ours, from the documents
             task_manager=manager,
-            # Seeds of Python, NumPy and torch are left alone; examples of few-shot prompts are drawn from their own.
+            # Seeds of Python, NumPy and torch are left alone; examples of few-shot prompts are
+            # drawn from their own.
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
         )
     assert found is not None  # only processes other than the first get nothing
     return {
-        f"{PREFIX}_{benchmark}_{metric}": score(metric, [document[metric] for document in documents])
+        f"{PREFIX}_{benchmark}_{metric}": score(
+            metric, [document[metric] for document in documents]
+        )
         for benchmark, documents in found["samples"].items()
         for metric in METRICS
         if documents and all(metric in document for document in documents)
@@ -101,14 +110,17 @@ def score(metric: str, items: Sequence[Any]) -> Score:
     """The harness's aggregation of what it keeps of every document, with our error.
 
     Args:
-        items: of acc and acc_norm 0 or 1; of perplexity the log-likelihood of the answer; of the others (log-likelihood, words or bytes).
+        items: of acc and acc_norm 0 or 1; of perplexity the log-likelihood of the answer; of the
+            others (log-likelihood, words or bytes).
     """
     if metric == "perplexity":
         return exp_score(mean_score([-item for item in items]))
     if metric.startswith("acc"):
         return mean_score([float(item) for item in items])
     nats = math.log(2) if metric == "bits_per_byte" else 1.0
-    rate = ratio_score([-log_likelihood for log_likelihood, _ in items], [nats * units for _, units in items])
+    rate = ratio_score(
+        [-log_likelihood for log_likelihood, _ in items], [nats * units for _, units in items]
+    )
     return rate if metric == "bits_per_byte" else exp_score(rate)
 
 

@@ -1,4 +1,5 @@
-"""Linear probes: how much of the tokens to come can be read off a frozen hidden state (TinyStories in arXiv 2511.05963).
+"""Linear probes: how much of the tokens to come can be read off a frozen hidden state (TinyStories
+in arXiv 2511.05963).
 
 Shapes: N positions, D width, V vocabulary, K offsets, B positions a minibatch.
 """
@@ -14,7 +15,8 @@ CHUNK = 2**24  # probe logits held at a time where no gradient is needed
 
 
 def future_tokens(batch: Batch, offsets: int) -> Tensor:
-    """(N, K) int64: the token 1, 2, ... K steps after each position; -100 where the document ends before it."""
+    """(N, K) int64: the token 1, 2, ... K steps after each position; -100 where the document ends
+    before it."""
     ids, linked = batch.input_ids.flatten(), batch.linked()
     reached = torch.ones_like(linked)
     columns = []
@@ -43,17 +45,21 @@ def probe_cross_entropy(
 ) -> list[float]:
     """Train one linear probe for each offset on frozen states, and measure it on held-out ones.
 
-    The K probes share nothing but their input and are trained in one go, each over its own count of targets, by AdamW with a linear
-    decay to 0, beginning with what is known without the state: the frequency of the tokens. Every feature is first scaled to
-    mean 0 and deviation 1 over the training states: that changes no linear probe, but makes the learning rate fit models whose
-    states are of another size.
+    The K probes share nothing but their input and are trained in one go, each over its own count of
+    targets, by AdamW with a linear
+    decay to 0, beginning with what is known without the state: the frequency of the tokens. Every
+    feature is first scaled to
+    mean 0 and deviation 1 over the training states: that changes no linear probe, but makes the
+    learning rate fit models whose states are of another size.
 
     Args:
-        h_ND: states to learn from, targets_NK: the tokens ahead of each, -100 = none. test_...: likewise, to measure on.
+        h_ND: states to learn from, targets_NK: the tokens ahead of each, -100 = none. test_...:
+            likewise, to measure on.
         steps: minibatches of `batch_size` positions, drawn by `seed`.
 
     Returns:
-        Mean cross-entropy over the held-out targets of each offset, in nats; NaN for an offset without any.
+        Mean cross-entropy over the held-out targets of each offset, in nats; NaN for an offset
+        without any.
     """
     K, V, device = targets_NK.shape[1], vocab_size, h_ND.device
     std, mean = torch.std_mean(h_ND, dim=0, correction=0)
@@ -64,11 +70,15 @@ def probe_cross_entropy(
 
     def losses(h_BD: Tensor, targets_BK: Tensor) -> Tensor:
         """(K, B): 0 where there is no target."""
-        logits_KVB = torch.addmm(bias, (h_BD - mean) * scale, weight).view(-1, K, V).permute(1, 2, 0)
+        logits_KVB = (
+            torch.addmm(bias, (h_BD - mean) * scale, weight).view(-1, K, V).permute(1, 2, 0)
+        )
         return F.cross_entropy(logits_KVB, targets_BK.T, ignore_index=IGNORE, reduction="none")
 
     with torch.enable_grad():
-        optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(
+            [weight, bias], lr=learning_rate, weight_decay=0.0, fused=True
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(h_ND), generator=generator)

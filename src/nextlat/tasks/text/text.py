@@ -1,4 +1,5 @@
-"""Language modelling: any text, packed with explicit document boundaries (TinyStories and FineWeb-Edu in arXiv 2511.05963).
+"""Language modelling: any text, packed with explicit document boundaries (TinyStories and
+FineWeb-Edu in arXiv 2511.05963).
 
 Shapes: R rows, T tokens, N positions, D width, K probe offsets.
 """
@@ -27,7 +28,14 @@ from nextlat.tasks.task import Metric, Task, find_data
 from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import check_benchmarks, language_benchmark
 from nextlat.tasks.text.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
-from nextlat.tasks.text.tokens import END_OF_TEXT, PackedDocuments, Tokens, existing_tokenizer, tokenize, trained_tokenizer
+from nextlat.tasks.text.tokens import (
+    END_OF_TEXT,
+    PackedDocuments,
+    Tokens,
+    existing_tokenizer,
+    tokenize,
+    trained_tokenizer,
+)
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
@@ -43,22 +51,33 @@ PROBE_BYTES = 2**28  # of hidden states in memory, to train the probes on
 class TextConfig:
     """Which text, how it is tokenised and packed, and how much is measured.
 
-    The text is `train` or `dataset`, the tokenizer `tokenizer` or `vocab_size`: one of each must be given.
+    The text is `train` or `dataset`, the tokenizer `tokenizer` or `vocab_size`: one of each must be
+    given.
 
     Attributes:
-        train, validation: .txt, .jsonl or .parquet files, relative to the working directory or to $NEXTLAT_DATA.
-        dataset: of the Hugging Face hub, or a directory of its files (needs the extra `nextlat[text]`).
+        train, validation: .txt, .jsonl or .parquet files, relative to the working directory or to
+            $NEXTLAT_DATA.
+        dataset: of the Hugging Face hub, or a directory of its files (needs the extra
+            `nextlat[text]`).
         subset, split, validation_split: of the dataset. streaming: do not download it whole first.
         column: of the records that holds the text. separator: between the documents of a .txt file.
-        held_out: without `validation` and `validation_split`, the first so many documents are held out.
-        tokenizer: of a directory or the hub, as published. vocab_size: of a byte-level BPE learned from the training documents.
-        max_tokens: training tokens that are taken, from the first document on, and held in memory (2 bytes each, 4 where the vocabulary
-            is beyond 65,536); the rest of the text is not read. They are read again at every start.
-        row_length: tokens in a packed row. max_length: positions of the model and of decoding; None = row_length.
-        tests: held-out rows that the metrics use, at most. prompt_length: tokens of the prompts to decode from.
-        probes: K, linear probes for 1..K tokens ahead (arXiv 2511.05963, TinyStories: 20); 0 = none. probe_steps: their training.
-        lm_eval: benchmarks of the LM Evaluation Harness (needs the extra `nextlat[lm-eval]`), with commas between them; "" = none.
-        lm_eval_limit: documents of each, 0 = all. lm_eval_files: a directory of further benchmarks, defined in the harness's YAML.
+        held_out: without `validation` and `validation_split`, the first so many documents are held
+            out.
+        tokenizer: of a directory or the hub, as published. vocab_size: of a byte-level BPE learned
+            from the training documents.
+        max_tokens: training tokens that are taken, from the first document on, and held in memory
+            (2 bytes each, 4 where the vocabulary is beyond 65,536); the rest of the text is not
+            read. They are read again at every start.
+        row_length: tokens in a packed row. max_length: positions of the model and of decoding; None
+            = row_length.
+        tests: held-out rows that the metrics use, at most. prompt_length: tokens of the prompts to
+            decode from.
+        probes: K, linear probes for 1..K tokens ahead (arXiv 2511.05963, TinyStories: 20); 0 =
+            none. probe_steps: their training.
+        lm_eval: benchmarks of the LM Evaluation Harness (needs the extra `nextlat[lm-eval]`), with
+            commas between them; "" = none.
+        lm_eval_limit: documents of each, 0 = all. lm_eval_files: a directory of further benchmarks,
+            defined in the harness's YAML.
     """
 
     train: str | None = None
@@ -94,7 +113,11 @@ class TextConfig:
             NextLatError: settings that contradict one another, or a file that is not there.
         """
         self._check()
-        train = self._file("train", self.train) if self.train is not None else self._split(self.dataset or "", self.split)
+        train = (
+            self._file("train", self.train)
+            if self.train is not None
+            else self._split(self.dataset or "", self.split)
+        )
         if self.validation is not None:
             return train, self._file("validation", self.validation)
         if self.dataset is not None and self.validation_split is not None:
@@ -128,15 +151,23 @@ class TextConfig:
         return from_file(path, f"task.{key}", column=self.column, separator=self.separator)
 
     def _split(self, dataset: str, split: str) -> Documents:
-        return from_dataset(dataset, self.subset, split, column=self.column, streaming=self.streaming)
+        return from_dataset(
+            dataset, self.subset, split, column=self.column, streaming=self.streaming
+        )
 
     def _check(self) -> None:
         if (self.train is None) == (self.dataset is None):
-            raise NextLatError("the task text needs task.train (a file) or task.dataset (of Hugging Face), one of the two.")
+            raise NextLatError(
+                "the task text needs task.train (a file) or task.dataset (of Hugging Face), one of the two."
+            )
         if (self.tokenizer is None) == (self.vocab_size is None):
-            raise NextLatError("the task text needs task.tokenizer (one that exists) or task.vocab_size, one of the two.")
+            raise NextLatError(
+                "the task text needs task.tokenizer (one that exists) or task.vocab_size, one of the two."
+            )
         if self.validation is not None and self.validation_split is not None:
-            raise NextLatError("task.validation and task.validation_split both say what is held out: remove one.")
+            raise NextLatError(
+                "task.validation and task.validation_split both say what is held out: remove one."
+            )
         defaults = {field.name: field.default for field in fields(self)}
         for name in ("subset", "split", "validation_split", "streaming"):
             if self.dataset is None and getattr(self, name) != defaults[name]:
@@ -147,11 +178,17 @@ class TextConfig:
         }  # fmt: skip
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                raise NextLatError(f"task.{name} is {getattr(self, name)}: give at least {smallest}.")
+                raise NextLatError(
+                    f"task.{name} is {getattr(self, name)}: give at least {smallest}."
+                )
         if self.max_length is not None and self.max_length < self.row_length:
-            raise NextLatError(f"task.max_length is {self.max_length}, less than row_length {self.row_length}: make it larger.")
+            raise NextLatError(
+                f"task.max_length is {self.max_length}, less than row_length {self.row_length}: make it larger."
+            )
         if self.prompt_length >= (self.max_length or self.row_length):
-            raise NextLatError(f"task.prompt_length {self.prompt_length} leaves no room to decode: make it smaller.")
+            raise NextLatError(
+                f"task.prompt_length {self.prompt_length} leaves no room to decode: make it smaller."
+            )
         if self.separator == "":
             raise NextLatError("task.separator is empty: give what stands between two documents.")
         if self.benchmarks:
@@ -201,11 +238,17 @@ class Text(Task):
         return PackedDocuments(self.train, self.config.row_length, seed=seed)
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return PackedDocuments(self.held_out, self.config.row_length, seed=None, rows=self.config.tests)
+        return PackedDocuments(
+            self.held_out, self.config.row_length, seed=None, rows=self.config.tests
+        )
 
     def fingerprint(self) -> str:
         """Of the tokens and what they stand for, however the text was stored."""
-        digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
+        digest = hashlib.sha256(
+            json.dumps(
+                sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+            ).encode()
+        )
         for tokens in (self.train, self.held_out):
             digest.update(tokens.starts.data)
             digest.update(tokens.ids.data)
@@ -220,7 +263,9 @@ class Text(Task):
     def metrics(self) -> Mapping[str, Metric]:
         found: dict[str, Metric] = {
             "perplexity": lambda model: {"perplexity": self.perplexity(model)},
-            "effective latent rank": lambda model: {"effective_latent_rank": self.latent_rank(model)},
+            "effective latent rank": lambda model: {
+                "effective_latent_rank": self.latent_rank(model)
+            },
         }
         if self.config.probes:
             found["probes"] = lambda model: {"probe_cross_entropy": self.probe_curve(model)}
@@ -231,14 +276,21 @@ class Text(Task):
         return _stacked(self.eval_dataset(), range(len(self.eval_dataset())))  # type: ignore[arg-type]
 
     def perplexity(self, model: "ObjectiveModel") -> Score:
-        """exp of the mean cross-entropy of the held-out rows, per token of this vocabulary; the items are the rows."""
+        """exp of the mean cross-entropy of the held-out rows, per token of this vocabulary; the
+        items are the rows."""
         sums, counts = [], []
         with inference(model):
             for rows in _batches(self._test_rows):
                 batch = _on(model.device, rows)
                 h_BTD, scored = model.hidden(batch), batch.scored().view(batch.input_ids.shape)
-                for h_TD, targets_T, mask_T in zip(h_BTD, batch.targets().view(scored.shape), scored, strict=True):
-                    sums.append(cross_entropy(model.next_token_logits, h_TD[mask_T], targets_T[mask_T]).item())
+                for h_TD, targets_T, mask_T in zip(
+                    h_BTD, batch.targets().view(scored.shape), scored, strict=True
+                ):
+                    sums.append(
+                        cross_entropy(
+                            model.next_token_logits, h_TD[mask_T], targets_T[mask_T]
+                        ).item()
+                    )
                     counts.append(int(mask_T.sum()))
         return exp_score(ratio_score(sums, counts))
 
@@ -246,7 +298,11 @@ class Text(Task):
         """One benchmark of the LM Evaluation Harness."""
         config = self.config
         return language_benchmark(
-            model, self.tokenizer, name, files=config.benchmark_files(), limit=config.lm_eval_limit or None
+            model,
+            self.tokenizer,
+            name,
+            files=config.benchmark_files(),
+            limit=config.lm_eval_limit or None,
         )
 
     def latent_rank(self, model: "ObjectiveModel") -> Score:
@@ -255,17 +311,28 @@ class Text(Task):
         return latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
 
     def probe_curve(self, model: "ObjectiveModel") -> list[float]:
-        """Held-out cross-entropy of a linear probe of the frozen states for the token 1, 2, ... K ahead (see `probes`).
+        """Held-out cross-entropy of a linear probe of the frozen states for the token 1, 2, ... K
+        ahead (see `probes`).
 
-        The probes learn from rows of the training text in another order, as many as their minibatches use or memory allows.
+        The probes learn from rows of the training text in another order, as many as their
+        minibatches use or memory allows.
         """
         T = self.config.row_length
-        most = min(PROBE_BYTES // (4 * model.backbone.width), self.config.probe_steps * PROBE_BATCH, len(self.train.ids))
+        most = min(
+            PROBE_BYTES // (4 * model.backbone.width),
+            self.config.probe_steps * PROBE_BATCH,
+            len(self.train.ids),
+        )
         rows = _stacked(PackedDocuments(self.train, T, seed=6), range(-(-most // T)))
         h_ND, targets_NK = self._states(model, rows)
         test_h_ND, test_targets_NK = self._states(model, self._test_rows)
         return probe_cross_entropy(
-            h_ND, targets_NK, test_h_ND, test_targets_NK, vocab_size=len(self.tokenizer), steps=self.config.probe_steps
+            h_ND,
+            targets_NK,
+            test_h_ND,
+            test_targets_NK,
+            vocab_size=len(self.tokenizer),
+            steps=self.config.probe_steps,
         )
 
     def _states(self, model: "ObjectiveModel", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -30,29 +30,40 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256  # a byte-level vocabulary begins with all of them, and knows no unknown word
 MAX_CHARACTERS = 2**27  # of the documents that a vocabulary is learned from
-DOCUMENTS_PER_BATCH = 512  # that the tokenizers library is given at a time, to share among the cores
+DOCUMENTS_PER_BATCH = (
+    512  # that the tokenizers library is given at a time, to share among the cores
+)
 
 
 def trained_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens learned from documents, the first 134 million characters of them.
+    """A byte-level BPE of `vocab_size` tokens learned from documents, the first 134 million
+    characters of them.
 
-    `<|endoftext|>` is token 0, both beginning and end of a document; a text that is tokenised for the model begins with it, as
-    documents do in training. There is no padding token: transformers would keep its embedding at zero.
+    `<|endoftext|>` is token 0, both beginning and end of a document; a text that is tokenised for
+    the model begins with it, as documents do in training. There is no padding token: transformers
+    would keep its embedding at zero.
 
-    It is a function of the documents alone, and kept in the user's cache directory under their hash only to save time.
+    It is a function of the documents alone, and kept in the user's cache directory under their hash
+    only to save time.
 
     Raises:
         NextLatError: a vocabulary with no room for the 256 bytes and the end of text.
     """
     if vocab_size < BYTES + 1:
-        raise NextLatError(f"task.vocab_size is {vocab_size}: a byte-level vocabulary has at least {BYTES + 1} tokens.")
+        raise NextLatError(
+            f"task.vocab_size is {vocab_size}: a byte-level vocabulary has at least {BYTES + 1} tokens."
+        )
     sample = list(_first_characters(documents))
-    digest = hashlib.sha256(f"byte-level BPE 1, tokenizers {tokenizers_version}, {vocab_size}".encode())
+    digest = hashlib.sha256(
+        f"byte-level BPE 1, tokenizers {tokenizers_version}, {vocab_size}".encode()
+    )
     for document in sample:
         data = document.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     cached = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextlat/tokenizers" / f"{digest.hexdigest()}.json"
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "nextlat/tokenizers"
+        / f"{digest.hexdigest()}.json"
     )
     core = _cached(cached)
     if core is None:
@@ -67,7 +78,8 @@ def trained_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTo
         )
         core.train_from_iterator(sample, trainer)
         core.post_processor = processors.TemplateProcessing(
-            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, core.token_to_id(END_OF_TEXT))]
+            single=f"{END_OF_TEXT} $A",
+            special_tokens=[(END_OF_TEXT, core.token_to_id(END_OF_TEXT))],
         )
         _keep(core, cached)
     return PreTrainedTokenizerFast(
@@ -91,7 +103,9 @@ def _first_characters(documents: Iterable[str]) -> Iterator[str]:
 def _cached(path: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(path)) if path.is_file() else None
-    except Exception:  # the tokenizers library raises nothing more precise; what cannot be read is learned again
+    except (
+        Exception
+    ):  # the tokenizers library raises nothing more precise; what cannot be read is learned again
         return None
 
 
@@ -107,13 +121,16 @@ def _keep(core: Tokenizer, path: Path) -> None:
 
 
 def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer as published: a directory (relative to the working directory or to $NEXTLAT_DATA) or a hub id.
+    """A tokenizer as published: a directory (relative to the working directory or to $NEXTLAT_DATA)
+    or a hub id.
 
-    One without an end-of-sequence token, as the bare files of GPT-2's, gets `<|endoftext|>` if its vocabulary has that; one without
-    a beginning-of-sequence token begins documents with the end-of-sequence token.
+    One without an end-of-sequence token, as the bare files of GPT-2's, gets `<|endoftext|>` if its
+    vocabulary has that; one without a beginning-of-sequence token begins documents with the
+    end-of-sequence token.
 
     Raises:
-        NextLatError: it cannot be loaded, is none of the tokenizers library, or has no token that ends a document.
+        NextLatError: it cannot be loaded, is none of the tokenizers library, or has no token that
+            ends a document.
     """
     where = str(find_data(name) or name)
     try:
@@ -125,7 +142,9 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
             "set task.vocab_size."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise NextLatError(f"task.tokenizer = '{name}' has no tokenizer.json: convert it to a fast tokenizer.")
+        raise NextLatError(
+            f"task.tokenizer = '{name}' has no tokenizer.json: convert it to a fast tokenizer."
+        )
     if tokenizer.eos_token is None:
         if END_OF_TEXT not in tokenizer.get_vocab():
             raise NextLatError(
@@ -160,12 +179,16 @@ class Tokens:
         return self.ids[self.starts[index] : self.starts[index + 1]]
 
 
-def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None) -> Tokens:
-    """Documents as tokens: each begins with the beginning-of-sequence token and ends with the end-of-sequence token.
+def tokenize(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None
+) -> Tokens:
+    """Documents as tokens: each begins with the beginning-of-sequence token and ends with the
+    end-of-sequence token.
 
-    It begins with one so that the first word is predicted too, and from something; it ends with one so that the model learns to
-    stop, which it would not if only the next document, across the boundary, told it. (In GPT-2's and our vocabularies
-    both are the same token.) Special tokens written out in a document are ordinary text.
+    It begins with one so that the first word is predicted too, and from something; it ends with one
+    so that the model learns to stop, which it would not if only the next document, across the
+    boundary, told it. (In GPT-2's and our vocabularies both are the same token.) Special tokens
+    written out in a document are ordinary text.
 
     Args:
         max_tokens: no document after the one that reaches so many is taken; None = all are.
@@ -176,7 +199,11 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_t
     core.no_padding()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     first, last = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    ids, sizes, total = bytearray(), [0], 0  # a bytearray grows in place: one copy of all tokens in memory, not two
+    ids, sizes, total = (
+        bytearray(),
+        [0],
+        0,
+    )  # a bytearray grows in place: one copy of all tokens in memory, not two
     iterator = iter(documents)
     while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
         for encoding in core.encode_batch_fast(batch, add_special_tokens=False):
@@ -190,23 +217,32 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_t
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
-    """Rows of T tokens cut from the documents laid end to end; nothing is left out and nothing is filled up but the last row.
+    """Rows of T tokens cut from the documents laid end to end; nothing is left out and nothing is
+    filled up but the last row.
 
-    A document that reaches the end of its row goes on at the start of the next one as a segment of its own: positions restart
-    there as they do at every document, so that nothing ever looks across.
+    A document that reaches the end of its row goes on at the start of the next one as a segment of
+    its own: positions restart there as they do at every document, so that nothing ever looks
+    across.
 
     Args:
         tokens: the documents. row_length: T.
-        seed: a stream without end, in which the documents are shuffled anew for every epoch by (seed, epoch): row i depends on
-            (seed, i) and on nothing else. None: once, in order.
+        seed: a stream without end, in which the documents are shuffled anew for every epoch by
+            (seed, epoch): row i depends on (seed, i) and on nothing else. None: once, in order.
         rows: without a seed, how many at most.
 
-    Items: `input_ids`, `labels`, `position_ids`, each (T,) int64; without a seed also `attention_mask`, 0 on the padded end.
+    Items: `input_ids`, `labels`, `position_ids`, each (T,) int64; without a seed also
+        `attention_mask`, 0 on the padded end.
     """
 
-    def __init__(self, tokens: Tokens, row_length: int, *, seed: int | None, rows: int | None = None) -> None:
+    def __init__(
+        self, tokens: Tokens, row_length: int, *, seed: int | None, rows: int | None = None
+    ) -> None:
         self.tokens, self.row_length, self.seed = tokens, row_length, seed
-        self.rows = -(-len(tokens.ids) // row_length) if rows is None else min(rows, -(-len(tokens.ids) // row_length))
+        self.rows = (
+            -(-len(tokens.ids) // row_length)
+            if rows is None
+            else min(rows, -(-len(tokens.ids) // row_length))
+        )
         self._epoch = -1
         self._order, self._starts = np.arange(len(tokens)), tokens.starts
 
@@ -237,7 +273,11 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(x) for name, x in row.items()}
 
     def _shuffle(self, epoch: int) -> None:
-        """`order[c]` is the document that comes c-th in this epoch, `starts[c]` where it begins among the epoch's tokens."""
+        """`order[c]` is the document that comes c-th in this epoch, `starts[c]` where it begins
+        among the epoch's tokens."""
         if self.seed is not None and epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.tokens))
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng((self.seed, epoch)).permutation(len(self.tokens)),
+            )
             self._starts = np.concatenate([[0], np.cumsum(self.tokens.sizes[self._order])])
