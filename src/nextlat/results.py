@@ -1,0 +1,349 @@
+"""results.json: what was measured on a run, with all that a reader must know to show it.
+
+A task declares each `Metric` once. The declaration travels with the value, so that the report
+knows no metric and no task by name, and a new task brings its own words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nextlat.errors import NextLatError
+from nextlat.scores import Score, mean_score, share_interval
+from nextlat.validation import Settings, read_json
+
+FORMAT = 2
+RESULTS, SCORES = "results.json", "scores.npz"
+
+Unit = Literal["share", "nats", "factor", "number"]
+Parameter = bool | int | float | str
+
+
+class Metric(Settings):
+    """What is measured, declared once by a task (or by `evaluation`, for what every task has).
+
+    Attributes:
+        name: identifies the metric, without any parameter in it.
+        title: in tables and figures.
+        noun: in a sentence, after "higher" or "lower"; default: the title in lower case.
+        definition: one sentence or two.
+        source: where the definition comes from, "" = nowhere.
+        unit: share (shown in per cent), nats, factor (times something) or number.
+        higher_is_better: None = neither, and nothing is claimed about it.
+        items: what the error is taken over, in the plural.
+        parameters: e.g. {"length": 24}; with the name they identify a measurement.
+        counterpart: `key` of the metric of the baseline to compare with; None = the same one.
+        counterpart_name: what that is of the baseline, e.g. "the transformer of".
+        reference: a fixed value to compare with instead of a baseline.
+        reference_name: what that value stands for.
+        headline: whether it gets a sentence and a panel of its own.
+        published: the key of its published counterpart in `Published`, None = there is none.
+        note: what must be said below every table that shows it, "" = nothing.
+    """
+
+    name: str
+    title: str
+    noun: str = ""
+    definition: str = ""
+    source: str = ""
+    unit: Unit = "share"
+    higher_is_better: bool | None = True
+    items: str = "items"
+    parameters: dict[str, Parameter] = {}
+    counterpart: str | None = None
+    counterpart_name: str = ""
+    reference: float | None = None
+    reference_name: str = ""
+    headline: bool = True
+    published: str | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name and parameters, e.g. `accuracy[length=24, predictor=dynamics]`."""
+        inside = ", ".join(f"{name}={value}" for name, value in sorted(self.parameters.items()))
+        return f"{self.name}[{inside}]" if inside else self.name
+
+
+class MeasuredMetric(Metric):
+    """A metric with its value, as results.json holds it.
+
+    Attributes:
+        value: None where it is not finite.
+        stderr: one standard error over items; None where it is unknown.
+        interval: 95 % (Wilson) of a share whose items are each 0 or 1, otherwise None.
+    """
+
+    value: float | None
+    stderr: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric and the score of one model in it: what a task's measure returns."""
+
+    metric: Metric
+    score: Score
+
+    def record(self) -> MeasuredMetric:
+        """As results.json holds it."""
+        score = self.score
+        return MeasuredMetric(
+            **self.metric.model_dump(),
+            value=score.value if np.isfinite(score.value) else None,
+            stderr=score.stderr if np.isfinite(score.stderr) else None,
+            interval=share_interval(score),
+        )
+
+
+class Line(Settings):
+    """One line of a chart.
+
+    Attributes:
+        values: at x = first, first + 1, ...
+        series: what sets it apart from the model's other lines, "" = nothing does.
+        first: x of the first value.
+        dots: whether every value is marked.
+    """
+
+    values: list[float]
+    series: str = ""
+    first: int = 1
+    dots: bool = False
+
+
+class Mark(Settings):
+    """A value to compare with: horizontal at `y` (from x = `start` to `end`, None = all along), or
+    vertical at `x`."""
+
+    text: str
+    x: float | None = None
+    y: float | None = None
+    start: float | None = None
+    end: float | None = None
+
+
+class Chart(Settings):
+    """One figure of a model's curves; those of all models and seeds are drawn into one.
+
+    Attributes:
+        name: identifies it, and names the file.
+        title: above it.
+        x: label of the horizontal axis.
+        unit: of the values.
+        lines: of this model, in the order of their line styles.
+        alt: what it shows, for those who do not see it; "{models}" becomes the models' names.
+        caption: below it.
+        marks: see `Mark`.
+        minus_baseline: draw the difference to the baseline's line at the same seed.
+        linear_within: the axis is linear for values up to this and logarithmic beyond; None =
+            linear.
+    """
+
+    name: str
+    title: str
+    x: str
+    unit: Unit = "share"
+    lines: list[Line]
+    alt: str
+    caption: str = ""
+    marks: list[Mark] = []
+    minus_baseline: bool = False
+    linear_within: float | None = None
+
+
+class Picture(Settings):
+    """What a file beside results.json lets the report draw.
+
+    Attributes:
+        kind: how it is drawn, a key of `report.pictures`: "map" (a street map and how a model sees
+            it), "simplex" (exact and decoded beliefs); "" = it is not drawn.
+        file: its name.
+        title: heading above the pictures of all models, "" = none.
+        text: below the heading.
+    """
+
+    kind: Literal["map", "simplex", ""] = ""
+    file: str
+    title: str = ""
+    text: str = ""
+
+
+class Solved(Settings):
+    """When a seed counts as having solved the task, where seeds fall into one of two basins.
+
+    Attributes:
+        metric: `key` of the metric that decides.
+        at_least: its value from which on the task is solved.
+        loss_below: held-out next-token loss that only a model which solves it has, in nats; None =
+            unknown.
+        definition: both in words.
+    """
+
+    metric: str
+    at_least: float
+    loss_below: float | None = None
+    definition: str
+
+
+class Saying(Settings):
+    """What a paper says of some methods in words.
+
+    Attributes:
+        methods: as the paper names them.
+        text: what it says, without a full stop.
+        of: the metrics that it is about name this in `Metric.published`; None = none measured here.
+    """
+
+    methods: tuple[str, ...]
+    text: str
+    of: str | None = None
+
+
+class PublishedFigures(Settings):
+    """The published figures of one metric.
+
+    Attributes:
+        title: of the metric.
+        unit: of the figures.
+        by_method: method, or method and horizon ("MTP d=4") -> figure.
+    """
+
+    title: str
+    unit: Unit = "share"
+    by_method: dict[str, float]
+
+
+class Published(Settings):
+    """What a paper reports on a task, at its own scale.
+
+    Attributes:
+        setting: of what (data, sizes).
+        source: the paper.
+        figures: key, which metrics name in `Metric.published` -> figures.
+        sayings: what it says without a figure.
+    """
+
+    setting: str
+    source: str
+    figures: dict[str, PublishedFigures] = {}
+    sayings: list[Saying] = []
+
+
+class TaskFacts(Settings):
+    """What the report must know of a task."""
+
+    name: str
+    title: str
+    solved: Solved | None = None
+    published: Published | None = None
+
+
+class ObjectiveFacts(Settings):
+    """What the report must know of an objective; see `objectives.objective.Objective`.
+
+    Attributes:
+        name: as in recipes.
+        title: in the report.
+        published_as: as the paper calls it.
+        horizon: d, 0 = it has none.
+        parts: names of its loss parts in metrics.jsonl -> their titles.
+    """
+
+    name: str
+    title: str
+    published_as: str
+    horizon: int = 0
+    parts: dict[str, str] = {}
+
+
+class DecodingFacts(Settings):
+    """How a model decoded its prompts with and without drafts.
+
+    Attributes:
+        draft_length: tokens drafted per cycle.
+        prompts: how many.
+        identical: whether drafts left the output as it was.
+        acceptance_by_position: share of the tokens drafted at positions 1, 2, ... that were kept.
+        tokens_per_second: way of decoding -> rate.
+    """
+
+    draft_length: int
+    prompts: int
+    identical: bool
+    acceptance_by_position: list[float]
+    tokens_per_second: dict[str, float]
+
+
+class Result(Settings):
+    """The entry of one run in results.json."""
+
+    task: TaskFacts
+    objective: ObjectiveFacts
+    seed: int
+    steps: int
+    metrics: list[MeasuredMetric]
+    charts: list[Chart] = []
+    pictures: list[Picture] = []
+    decoding: DecodingFacts | None = None
+
+
+class Results(Settings):
+    """results.json: the entry of a run, or those of several runs."""
+
+    format: Literal[2] = 2
+    runs: list[Result]
+
+
+def read_results(directory: str | Path) -> list[Result]:
+    """The entries of results.json.
+
+    Raises:
+        NextLatError: there is no such file, it is corrupt, or it has another format.
+    """
+    path, again = Path(directory) / RESULTS, f"run 'nextlat evaluate {directory}' again"
+    try:
+        content = read_json(path, again)
+    except FileNotFoundError as error:
+        raise NextLatError(
+            f"{directory} has no {RESULTS}: run 'nextlat evaluate {directory}' first."
+        ) from error
+    version = 1 if isinstance(content, list) else content.get("format") if content else None
+    if version != FORMAT and isinstance(version, int):
+        age = "an older" if version < FORMAT else "a newer"
+        way_out = again if version < FORMAT else "update nextlat to read it"
+        raise NextLatError(f"{path} is of {age} version of nextlat (format {version}): {way_out}.")
+    return Results.from_json(content, f"{path} is corrupt, {again}").runs
+
+
+def read_scores(directory: str | Path) -> Mapping[str, Score]:
+    """scores.npz: metric key -> what every item contributed; none where there is no such file.
+
+    Raises:
+        NextLatError: it is corrupt.
+    """
+    path = Path(directory) / SCORES
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: mean_score(file[key]) for key in file.files}
+    except Exception as error:  # zip, header and dtype faults have no common class
+        raise NextLatError(
+            f"{path} is corrupt ({error}): run 'nextlat evaluate {directory}' again."
+        ) from error
+
+
+def facts_of(objective: Any) -> ObjectiveFacts:
+    """What the report must know of an objective."""
+    return ObjectiveFacts(
+        name=objective.name,
+        title=objective.title,
+        published_as=objective.published_as,
+        horizon=objective.horizon,
+        parts=dict(objective.parts),
+    )
