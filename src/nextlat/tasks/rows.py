@@ -112,37 +112,46 @@ def row_keys(rows: np.ndarray) -> np.ndarray:
 
 
 def redraw(
-    into: Sequence[np.ndarray],
+    count: int,
     draw: Callable[[np.ndarray], tuple[Sequence[np.ndarray], np.ndarray]],
     failure: Callable[[int], str],
     *,
     tries: Callable[[int, int], int] = lambda pending, attempt: 1,
-) -> None:
-    """Fill arrays with random rows; a row whose candidates are all refused is drawn again.
+    fill: int = 0,
+) -> list[np.ndarray]:
+    """Random rows; one whose candidates are all refused is drawn again.
 
     Args:
-        into: arrays of R rows each, to be filled in place.
-        draw: numbers (C,) of the rows to draw a candidate for, ascending -> the candidates, one
-            array (C, ...) for each of `into`, and which (C,) are good. Candidates may be narrower
-            than the rows of `into`, the rest of which then stays as it is.
+        count: R.
+        draw: numbers (C,) of the rows to draw a candidate for, ascending -> the candidates, as one
+            or several arrays (C, ...), and which of them (C,) are good. After the first attempt
+            candidates may be narrower.
         failure: the number of a row for which none was found -> a sentence that says so.
         tries: rows still to be drawn, number of the attempt (from 0) -> candidates for each of
             them. The first good one is taken.
+        fill: what stands where a candidate is narrower than those of the first attempt.
+
+    Returns:
+        One array (R, ...) for each that `draw` gives.
 
     Raises:
         NextLatError: hardly any candidate is good.
     """
-    pending = np.arange(len(into[0]))
+    drawn: list[np.ndarray] = []
+    pending = np.arange(count)
     for attempt in range(ROUNDS):
-        if len(pending) == 0:
-            return
         rows = np.repeat(pending, tries(len(pending), attempt))
         candidates, good = draw(rows)
+        if not drawn:
+            drawn = [np.empty_like(x, shape=(count, *x.shape[1:])) for x in candidates]
         chosen = np.flatnonzero(good)
         found, first = np.unique(rows[chosen], return_index=True)
-        for target, candidate in zip(into, candidates, strict=True):
-            within = tuple(slice(size) for size in candidate.shape[1:])
-            target[(found, *within)] = candidate[chosen[first]]
+        for array, candidate in zip(drawn, candidates, strict=True):
+            if candidate.shape[1:] != array.shape[1:]:
+                array[found] = fill
+            within = array[(slice(None), *(slice(size) for size in candidate.shape[1:]))]
+            within[found] = candidate[chosen[first]]  # a view
         pending = np.setdiff1d(pending, found, assume_unique=True)
-    if len(pending):
-        raise NextLatError(failure(int(pending[0])))
+        if len(pending) == 0:
+            return drawn
+    raise NextLatError(failure(int(pending[0])))

@@ -4,28 +4,44 @@ Beside it what several tasks need: the word-level tokenizer, data directories, a
 measuring. Rows are in `tasks.rows`.
 """
 
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from pydantic import Field
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer, WhitespaceSplit
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
+from nextlat.batch import Batch
+from nextlat.losses import cross_entropy
 from nextlat.results import Chart, Measurement, Metric, Picture, Published, Solved
+from nextlat.scores import Score, ratio_score
 from nextlat.validation import Settings
 
 if TYPE_CHECKING:  # tasks know a model by what it does, and import none
     from nextlat.model import ObjectiveModel
 
 PAD, UNK, FIRST_WORD = 0, 1, 2  # token ids of every word-level tokenizer
+
+NEXTLAT = "Teoh et al., arXiv 2511.05963"  # sources of metrics and published figures
+OURS = "ours"
+
+RowCount = Annotated[int, Field(ge=1, le=10**9)]
+TestCount = Annotated[int, Field(ge=2, le=10**7)]  # fewer than two items have no error
+Length = Annotated[int, Field(ge=1, le=2**20)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]
+MAX_TOKENS = 2**35  # of all rows of a task
 
 Measure = Callable[["ObjectiveModel"], Iterable[Measurement | Chart]]
 
@@ -81,17 +97,17 @@ class Task(ABC):
         trained in."""
 
     @property
-    def metrics(self) -> Sequence[Metric]:  # abstract when all tasks have it
+    @abstractmethod
+    def metrics(self) -> Sequence[Metric]:
         """All that this task may measure, in the order of the report."""
-        return ()
 
+    @abstractmethod
     def measures(self) -> Mapping[str, Measure]:
         """What is shown while it is measured -> the measurement of a trained model.
 
         Together they give measurements of `metrics`, in that order, and charts. One that a model
         does not allow is left out.
         """
-        return {}
 
     def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
         """Files beside results.json, with their JSON content, that a report draws from."""
@@ -128,6 +144,30 @@ def inference(model: object) -> Iterator[None]:
             trained.train()
 
 
+def held_out_cross_entropy(
+    model: "ObjectiveModel", dataset: Dataset[dict[str, Tensor]], *, batch_size: int = 1
+) -> Score:
+    """Cross-entropy in nats per scored token; the items are the rows.
+
+    Args:
+        model: a model.
+        dataset: held-out rows.
+        batch_size: rows in a forward pass, of equal length if more than one.
+    """
+    sums, counts = [], []
+    with inference(model):
+        for rows in DataLoader(dataset, batch_size=batch_size):
+            batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
+            shape = batch.input_ids.shape
+            targets_BT, scored_BT = batch.targets().view(shape), batch.scored().view(shape)
+            states_BTD = model.hidden(batch)
+            for h_TD, y_T, scored_T in zip(states_BTD, targets_BT, scored_BT, strict=True):
+                loss = cross_entropy(model.next_token_logits, h_TD[scored_T], y_T[scored_T])
+                sums.append(loss.item())
+                counts.append(int(scored_T.sum()))
+    return ratio_score(sums, counts)
+
+
 def word_tokenizer(
     words: Sequence[str],
     *,
@@ -157,6 +197,28 @@ def word_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def check_size(rows: int, length: int) -> None:
+    """Whether so many rows of so many tokens can be meant.
+
+    Raises:
+        ValueError: they are more than any memory holds.
+    """
+    if rows * length > MAX_TOKENS:
+        raise ValueError(
+            f"{rows:,} rows of {length:,} tokens are too many to be held in memory: take fewer"
+        )
+
+
+def world_fingerprint(config: TaskConfig, *data: np.ndarray) -> str:
+    """Hash of the settings that are not the defaults (so that a setting which comes with a later
+    version changes nothing) and of the data that they gave."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for array in data:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def find_data(path: str, *, file: bool = False) -> Path | None:
