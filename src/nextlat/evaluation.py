@@ -172,6 +172,8 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Resu
         with temporary.open("wb") as file:
             np.savez(file, **{m.metric.key: m.score.per_item for m in measurements})  # type: ignore[arg-type]
         temporary.replace(directory / SCORES)
+        # Of a version before format 2. vLLM takes every *.safetensors here for weights.
+        (directory / "scores.safetensors").unlink(missing_ok=True)
         for picture, content in artifacts:
             write_json(directory / picture.file, content)
         write_json(directory / RESULTS, Results(runs=[result]).model_dump(mode="json"))
