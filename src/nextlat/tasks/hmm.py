@@ -10,7 +10,7 @@ Shapes: P sequences, L tokens of a sequence, S hidden states, M symbols, D width
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
@@ -48,40 +48,35 @@ ROWS_PER_CHUNK = 1024
 POINTS = 2000  # beliefs in the picture
 BATCH = 128  # sequences measured at a time
 
-BELIEF_R2 = Metric(
+_declare = partial(Metric, source=OURS, items="sequences")
+BELIEF_R2 = _declare(
     name="belief_r2",
     title="Belief state, R\N{SUPERSCRIPT TWO}",
     noun="share of the belief's variance that a linear probe reads off the state",
     definition="How much of the variance of the exact belief (the probabilities of the hidden "
     "states given all symbols so far) a linear probe of the transformer's state explains, fitted "
     "on half of the held-out sequences and read on the others; 1 = all.",
-    source=OURS,
     unit="number",
-    items="sequences",
 )
-NEXT_TOKEN_KL = Metric(
+NEXT_TOKEN_KL = _declare(
     name="next_token_kl",
     title="KL from the exact distribution",
     noun="divergence from the exact next-token distribution",
     definition="KL divergence of the model's next-token distribution from the exact one, which is "
     "known here; nats, mean over positions.",
-    source=OURS,
     unit="nats",
     higher_is_better=False,
-    items="sequences",
 )
-ENTROPY_FLOOR = Metric(
+ENTROPY_FLOOR = _declare(
     name="entropy_floor",
     title="Entropy of the process",
     definition="Mean entropy of the exact next-token distribution at the same positions, below "
     "which no cross-entropy can lie; of the data, not of a model.",
-    source=OURS,
     unit="nats",
     higher_is_better=None,
-    items="sequences",
     headline=False,
 )
-TRANSITION_ERROR = Metric(
+TRANSITION_ERROR = _declare(
     name="transition_consistency_error",
     title="Transition consistency error",
     definition="How far the latent dynamics model misses the next state, divided by how far the "
@@ -90,7 +85,6 @@ TRANSITION_ERROR = Metric(
     source=f"{OURS}, after the theorem of {NEXTLAT}",
     unit="number",
     higher_is_better=False,
-    items="sequences",
 )
 
 
@@ -126,19 +120,19 @@ class HMMConfig(TaskConfig):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        own = {
-            "mess3": ("alpha", "x"),
-            "random": ("states", "symbols", "concentration", "process_seed"),
-            "given": ("transition", "emission"),
-        }
+        belongs_to = {
+            "alpha": "mess3", "x": "mess3", "states": "random", "symbols": "random",
+            "concentration": "random", "process_seed": "random",
+        }  # fmt: skip
         process = f'task.process = "{self.process}"'
-        matrices = [getattr(self, name) is not None for name in own["given"]]
+        matrices = [self.transition is not None, self.emission is not None]
         if self.process == "given" and not all(matrices):
             raise ValueError(f"{process} needs both task.transition and task.emission")
         if self.process != "given" and any(matrices):
             raise ValueError(f'{process} has its own matrices: remove them, or set it to "given"')
-        for name in (name for other in own if other != self.process for name in own[other]):
-            if getattr(self, name) != type(self).model_fields[name].default:
+        for name, owner in belongs_to.items():
+            default = type(self).model_fields[name].default
+            if owner != self.process and getattr(self, name) != default:
                 raise ValueError(f"task.{name} has no meaning with {process}: remove it")
         states = len(self.transition) if self.transition is not None else self.states
         check_size(self.tests, self.length * states)
@@ -311,9 +305,6 @@ class HMM(Task):
         states, size = probe.true.shape[-1], probe.symbols.size
         chosen = np.linspace(0, size - 1, min(POINTS, size)).astype(np.int64)
         record = {
-            "process": self.config.process,
-            "transition": self.process.transition.tolist(),
-            "emission": self.process.emission.tolist(),
             "r2": probe.r2.value,
             "symbol": probe.symbols.reshape(-1)[chosen].tolist(),
             "true": probe.true.reshape(-1, states)[chosen].round(5).tolist(),
