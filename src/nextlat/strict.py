@@ -8,9 +8,10 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, create_model
 
 from nextlat.errors import NextLatError
+from nextlat.validation import Settings
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -61,6 +62,8 @@ class Reader:
         """
         if not isinstance(table, dict):
             raise NextLatError(f"{self.source(place)}: '{place}' must be a table.")
+        if issubclass(kind, Settings):
+            return self._settings(kind, table, place)
         self._check_keys(kind, table, place, extra)
         adapter = _adapter(kind)
         try:
@@ -75,6 +78,20 @@ class Reader:
             raise NextLatError(self._sentence(error, table, place)) from error
         except (ValueError, TypeError) as error:
             raise NextLatError(f"{self.where}: [{place}] {error}.") from error
+
+    def _settings(self, kind: type[Settings], table: dict[str, Any], place: str) -> Any:
+        # An override that looks like a number may be meant as a word: `task.place=10115`.
+        words = {
+            key: text
+            for key, value in table.items()
+            if (text := self.requests.get(f"{place}.{key}", ("", ""))[0])
+            and not isinstance(value, str)
+            and key in kind.model_fields
+            and kind.model_fields[key].annotation in (str, str | None)
+        }
+        whole = create_model("_", __base__=Settings, **{place: (kind, ...)})
+        read = whole.from_json({place: {**table, **words}}, self.source)
+        return getattr(read, place)
 
     @staticmethod
     def _validate(adapter: TypeAdapter[Any], table: dict[str, Any]) -> Any:

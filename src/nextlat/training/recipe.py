@@ -144,7 +144,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready tables, every default spelt out; `from_dict` reads it back."""
         content = {
-            "task": {"name": self.task_name, **asdict(self.task)},
+            "task": {"name": self.task_name, **self.task.model_dump()},
             "objective": self.objective,
             **{key: getattr(self, key) for key in _TOP},
             **{key: asdict(getattr(self, key)) for key in _TABLES},

@@ -10,7 +10,7 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.tasks.task import find_data
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+FILES = ".txt, .jsonl or .parquet"
 INSTALL = "pip install 'nextlat[text]'"
 
 
@@ -19,7 +19,8 @@ class Documents:
     space in them are dropped.
 
     Args:
-        read: gives the documents. where: how to name the source in a sentence.
+        read: gives the documents.
+        where: how to name the source in a sentence.
 
     Attributes:
         dropped: empty documents met in the latest iteration.
@@ -50,9 +51,10 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
     """The documents of one local file.
 
     Args:
-        path: relative to the working directory or to $NEXTLAT_DATA. key: the setting that names it.
-        column: of the records of a .jsonl or .parquet file. separator: of a .txt file; white space
-            beside it is no text.
+        path: relative to the working directory or to $NEXTLAT_DATA.
+        key: the setting that names it.
+        column: of the records of a .jsonl or .parquet file.
+        separator: of a .txt file; white space beside it is not text.
 
     Raises:
         NextLatError: no such file, or of another kind; when iterated: it cannot be read, is
@@ -61,17 +63,15 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
     file = find_data(path, file=True)
     if file is None:
         raise NextLatError(
-            f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {_either(SUFFIXES)} file."
-        )
-    if file.suffix not in SUFFIXES:
-        raise NextLatError(
-            f"{key} = '{path}' is no {_either(SUFFIXES)} file: convert it, or rename it."
+            f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {FILES} file."
         )
     readers: dict[str, Callable[[], Iterator[str]]] = {
         ".txt": lambda: _separated(file, separator),
         ".jsonl": lambda: _records(file, column),
         ".parquet": lambda: _parquet(file, column),
     }
+    if file.suffix not in readers:
+        raise NextLatError(f"{key} = '{path}' is not a {FILES} file: convert it, or rename it.")
     return Documents(readers[file.suffix], str(file))
 
 
@@ -83,7 +83,9 @@ def from_dataset(
 
     Args:
         name: hub id, or a directory (relative to the working directory or to $NEXTLAT_DATA).
-            subset: its configuration, if any.
+        subset: its configuration, if any.
+        split: of the dataset.
+        column: of the records.
         streaming: read over the network as it comes; otherwise it is downloaded whole first and
             kept in the library's cache.
 
@@ -93,10 +95,6 @@ def from_dataset(
     """
     where = f"split {split} of dataset {name}" + (f" ({subset})" if subset else "")
     return Documents(lambda: _dataset(name, subset, split, column, streaming), where)
-
-
-def _either(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _separated(file: Path, separator: str) -> Iterator[str]:
@@ -118,17 +116,19 @@ def _records(file: Path, column: str) -> Iterator[str]:
                         record = json.loads(line)
                     except json.JSONDecodeError as error:
                         raise NextLatError(
-                            f"line {number} of {file} is no JSON ({error.msg} at column {error.colno}): give one record a line."
+                            f"line {number} of {file} is not JSON ({error.msg} at column "
+                            f"{error.colno}): give one record per line."
                         ) from error
                     if not isinstance(record, dict):
                         raise NextLatError(
-                            f"line {number} of {file} is no JSON object: give one record a line."
+                            f"line {number} of {file} is not a JSON object: give one record per "
+                            "line."
                         )
                     yield _text(record, column, f"line {number} of {file}")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise NextLatError(
-            f"cannot read {file}: {reason}; it must hold one JSON object a line, in UTF-8."
+            f"cannot read {file}: {reason}; it must hold one JSON object per line, in UTF-8."
         ) from error
 
 
@@ -160,7 +160,8 @@ def _dataset(
         import datasets
     except ImportError as error:
         raise NextLatError(
-            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a local file."
+            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a "
+            "local file."
         ) from error
     try:
         where = str(find_data(name) or name)
@@ -170,12 +171,12 @@ def _dataset(
             yield _text(record, column, f"dataset {name}")
     except NextLatError:
         raise
-    except (
-        Exception
-    ) as error:  # the library, the hub's client and the network raise whatever they like
+    # The library, the hub's client and the network raise whatever they like.
+    except Exception as error:
         raise NextLatError(
-            f"dataset {name} cannot be read ({first_line(error)}): check its name, subset and split and the network, or "
-            f"set task.train and task.validation to local {_either(SUFFIXES)} files of it, or task.dataset to a directory of them."
+            f"dataset {name} cannot be read ({first_line(error)}): check its name, subset and split "
+            f"and the network, or set task.train and task.validation to local {FILES} files of it, "
+            "or task.dataset to a directory of them."
         ) from error
 
 
@@ -184,7 +185,8 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
     value = record[column]
     if not isinstance(value, str | None):
         raise NextLatError(
-            f"column '{column}' of {where} holds {type(value).__name__} values, not text: choose another task.column."
+            f"column '{column}' of {where} holds {type(value).__name__} values, not text: choose "
+            "another task.column."
         )
     return value or ""
 
@@ -192,5 +194,6 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
 def _check_column(names: list[str], column: str, where: str) -> None:
     if column not in names:
         raise NextLatError(
-            f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set task.column."
+            f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set "
+            "task.column."
         )
