@@ -385,16 +385,17 @@ def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips
 ) -> None:
     answers = {split: by_heart(task, split) for split in SPLITS}
     known = answers["seen"] | answers["held-out"]
-    *measured, chart = task.accuracies(Scribe(task, known))
+    *measured, chart = task.greedy_answers(Scribe(task, known))
     found = by_key(measured)
     assert found.keys() == {m.key for m in task.metrics if "sampled" not in m.parameters}
     assert all(score.value == 1 for score in found.values())
     assert [line.values for line in chart.lines] == [[1, 1], [1, 1]]
     for split in SPLITS:
         assert found[solved(split).key].per_item.shape == (SMALL.tests,)
-        assert task.solved_by_sampling(Scribe(task, known, sure=100.0), split).score.value == 1
-        # Any token is about as likely here.
-        assert task.solved_by_sampling(Scribe(task, known), split).score.value < 0.1
+    sure, unsure = (task.sampled_answers(Scribe(task, known, sure=x)) for x in (100.0, 1.0))
+    assert [m.metric for m in sure] == [solved(split, sampled=True) for split in SPLITS]
+    assert [m.score.value for m in sure] == [1, 1]
+    assert all(m.score.value < 0.1 for m in unsure)  # any token is about as likely here
     slips = {prompt: list(answer) for prompt, answer in answers["seen"].items()}
     prompts = [tuple(row) for row in task._prompts("seen").tolist()]
     slips[prompts[0]][4] += 1  # the first result
@@ -402,7 +403,7 @@ def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips
     slips[prompts[2]][5] = END  # stops after one equation, then tells on
     # A test may have been drawn twice.
     wrong = [sum(prompt == prompts[i] for prompt in prompts) for i in range(3)]
-    *measured, chart = task.accuracies(Scribe(task, slips | answers["held-out"]))
+    *measured, chart = task.greedy_answers(Scribe(task, slips | answers["held-out"]))
     found = by_key(measured)
     shares = [1 - wrong[0] / SMALL.tests, 1 - (wrong[1] + wrong[2]) / SMALL.tests]
     assert found[solved("seen").key].value == pytest.approx(1 - sum(wrong) / SMALL.tests)

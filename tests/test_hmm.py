@@ -208,8 +208,8 @@ def test_an_exact_filter_has_the_belief_the_distribution_and_the_dynamics(task: 
 
 
 def test_what_is_broken_shows_where_it_is_broken(task: HMM) -> None:
-    assert task.belief_probe(Filter(task, forgets=True, noise=1.0)).r2.value < 0.05
-    some = task.belief_probe(Filter(task, noise=4.0)).r2.value
+    assert task.belief_probe(Filter(task, forgets=True, noise=1.0))[0].value < 0.05
+    some = task.belief_probe(Filter(task, noise=4.0))[0].value
     assert 0.2 < some < 0.98
     # A dynamics model that goes only three quarters of the way misses a quarter of every move.
     [slow] = task.transition_consistency(Filter(task, slips=0.25))

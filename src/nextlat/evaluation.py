@@ -5,7 +5,7 @@ Beside it, scores.npz keeps what each item (pair, walk, sequence) contributed, s
 can be compared item by item without running them again; reports read only these files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nextlat.results import (
     facts_of,
 )
 from nextlat.tasks import Task
-from nextlat.tasks.task import NEXTLAT, OURS, Measure, held_out_cross_entropy
+from nextlat.tasks.task import NEXTLAT, OURS, held_out_cross_entropy
 from nextlat.training.recipe import Recipe
 from nextlat.training.run_directory import read_record
 
@@ -62,9 +62,7 @@ ACCEPTED_TOKENS = Metric(
     name="accepted_tokens_per_cycle",
     title="Accepted tokens per cycle",
     noun="number of accepted tokens per cycle",
-    definition="Drafted tokens accepted per forward pass, the transformer's own token not counted: "
-    "the \N{LEFT DOUBLE QUOTATION MARK}accepted tokens\N{RIGHT DOUBLE QUOTATION MARK} of the "
-    "NextLat paper.",
+    definition="Drafted tokens accepted per forward pass, the transformer's own token not counted.",
     source=NEXTLAT,
     unit="number",
     headline=False,
@@ -94,10 +92,9 @@ SPEEDUP_TRANSFORMERS = Metric(
     reference_name="transformers' KV-cached generate",
     headline=False,
 )
+SPEEDS = (SPEEDUP, SPEEDUP_TRANSFORMERS)
 # What every task has beside its own: the loss before them, decoding after them.
-METRICS = (
-    NEXT_TOKEN_LOSS, MEAN_ACCEPTANCE_LENGTH, ACCEPTED_TOKENS, SPEEDUP, SPEEDUP_TRANSFORMERS
-)  # fmt: skip
+METRICS = (NEXT_TOKEN_LOSS, MEAN_ACCEPTANCE_LENGTH, ACCEPTED_TOKENS, *SPEEDS)
 
 Progress = Callable[[str, int, int], None]  # what is measured now, how many are done, of how many
 
@@ -151,10 +148,16 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Resu
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.run.threads or threads)
     try:
-        measurements, charts, decoding, artifacts = _measure(task, model, progress)
+        found = _measure(task, model, progress)
     finally:
         torch.set_num_threads(threads)
-    speeds, facts = decoding
+    order = {metric.key: i for i, metric in enumerate((NEXT_TOKEN_LOSS, *task.metrics))}
+    measurements = sorted(
+        (x for x in found if isinstance(x, Measurement)),
+        key=lambda x: order.get(x.metric.key, len(order)),
+    )
+    speeds = [x for x in found if isinstance(x, MeasuredMetric)]
+    files = [x for x in found if isinstance(x, tuple)]
     result = Result(
         task=TaskFacts(
             name=task.name, title=task.title, solved=task.solved, published=task.published
@@ -163,59 +166,46 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Resu
         seed=recipe.seed,
         steps=recipe.steps,
         metrics=[*(measurement.record() for measurement in measurements), *speeds],
-        charts=charts,
-        pictures=[picture for picture, _ in artifacts],
-        decoding=facts,
+        charts=[x for x in found if isinstance(x, Chart)],
+        pictures=[picture for picture, _ in files],
+        decoding=next((x for x in found if isinstance(x, DecodingFacts)), None),
     )
     with write_errors(directory):
         temporary = directory / f"{TEMPORARY}{SCORES}"
         with temporary.open("wb") as file:
-            np.savez(file, **{m.metric.key: m.score.per_item for m in measurements})  # type: ignore[arg-type]
+            items: dict[str, Any] = {m.metric.key: m.score.per_item for m in measurements}
+            np.savez(file, **items)
         temporary.replace(directory / SCORES)
         # Of a version before format 2. vLLM takes every *.safetensors here for weights.
         (directory / "scores.safetensors").unlink(missing_ok=True)
-        for picture, content in artifacts:
+        for picture, content in files:
             write_json(directory / picture.file, content)
         write_json(directory / RESULTS, Results(runs=[result]).model_dump(mode="json"))
     return result
 
 
-Decoding = tuple[list[MeasuredMetric], DecodingFacts | None]
-
-
-def _measure(
-    task: Task, model: ObjectiveModel, progress: Progress | None
-) -> tuple[list[Measurement], list[Chart], Decoding, list[tuple[Any, Any]]]:
-    """Measurements and charts, decoding, and the pictures with the content of their files."""
+def _measure(task: Task, model: ObjectiveModel, progress: Progress | None) -> list[Any]:
+    """What all stages find: measurements, charts, `measure_decoding`, `Task.artifacts`."""
 
     def loss(model: ObjectiveModel) -> list[Measurement]:
         return [Measurement(NEXT_TOKEN_LOSS, held_out_cross_entropy(model, task.eval_dataset()))]
 
-    stages: dict[str, Measure] = {"next-token loss": loss, **task.measures()}
-    decodes = bool(task.prompts(1)) and model.objective.max_draft_length != 0
-    names = [*stages, *(["decoding"] if decodes else []), "pictures"]
-    show = progress or (lambda name, done, total: None)
-    found: list[Measurement | Chart] = []
-    for done, (name, measure) in enumerate(stages.items()):
-        show(name, done, len(names))
+    stages: list[tuple[str, Callable[[ObjectiveModel], Iterable[Any]]]] = [
+        ("next-token loss", loss),
+        *task.measures().items(),
+    ]
+    if task.prompts(1) and model.objective.max_draft_length != 0:
+        stages.append(("decoding", lambda model: measure_decoding(model, task)))
+    stages.append(("pictures", task.artifacts))
+    found: list[Any] = []
+    for done, (name, measure) in enumerate(stages):
+        if progress:
+            progress(name, done, len(stages))
         found += measure(model)
-    decoding: Decoding = ([], None)
-    if decodes:
-        show("decoding", len(stages), len(names))
-        decoding = measure_decoding(model, task)
-    show("pictures", len(names) - 1, len(names))
-    order = [metric.key for metric in (NEXT_TOKEN_LOSS, *task.metrics)]
-    measurements = sorted(
-        (m for m in found if isinstance(m, Measurement)),
-        key=lambda m: order.index(m.metric.key) if m.metric.key in order else len(order),
-    )
-    charts = [chart for chart in found if isinstance(chart, Chart)]
-    return measurements, charts, decoding, list(task.artifacts(model))
+    return found
 
 
-def measure_decoding(
-    model: ObjectiveModel, task: Task
-) -> tuple[list[MeasuredMetric], DecodingFacts]:
+def measure_decoding(model: ObjectiveModel, task: Task) -> list[MeasuredMetric | DecodingFacts]:
     """Greedy self-speculation on held-out prompts, interleaved with plain decoding by us and by
     transformers.
 
@@ -236,17 +226,16 @@ def measure_decoding(
         model.objective.needed_at_inference or plain.outputs == theirs.outputs
     )
     total = drafted.total
-    found = [
+    values = [
         (MEAN_ACCEPTANCE_LENGTH, total.mean_acceptance_length),
         (ACCEPTED_TOKENS, total.accepted_per_cycle),
         (SPEEDUP, drafted.tokens_per_second / plain.tokens_per_second),
         (SPEEDUP_TRANSFORMERS, drafted.tokens_per_second / theirs.tokens_per_second),
     ]
-    metrics = []
-    for metric, value in found:
-        void = not identical and metric in (SPEEDUP, SPEEDUP_TRANSFORMERS)
-        declared = metric.model_dump() | ({"higher_is_better": None} if void else {})
-        metrics.append(MeasuredMetric(**declared, value=value))
+    found: list[MeasuredMetric | DecodingFacts] = []
+    for metric, value in values:
+        void = {"higher_is_better": None} if metric in SPEEDS and not identical else {}
+        found.append(MeasuredMetric(**metric.model_dump() | void, value=value))
     facts = DecodingFacts(
         draft_length=length,
         prompts=len(prompts),
@@ -254,4 +243,4 @@ def measure_decoding(
         acceptance_by_position=total.acceptance_by_position,
         tokens_per_second={str(way): timing.tokens_per_second for way, timing in timings.items()},
     )
-    return metrics, facts
+    return [*found, facts]

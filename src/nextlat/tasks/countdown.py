@@ -14,7 +14,7 @@ Shapes: P problems, n numbers, A tokens of an answer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -33,7 +33,7 @@ from nextlat.results import (
     PublishedFigures,
     Saying,
 )
-from nextlat.scores import mean_score
+from nextlat.scores import Score, mean_score
 from nextlat.tasks.answers import END, FIRST_SYMBOL, SAMPLED, generate_answers, symbol_tokenizer
 from nextlat.tasks.countdown_problems import (
     OPERATIONS,
@@ -71,26 +71,20 @@ EXAMPLES = 3  # answers shown of every verdict
 Split = Literal["seen", "held-out"]
 SPLITS: tuple[Split, ...] = ("seen", "held-out")
 TARGETS = {"seen": "targets seen in training", "held-out": "held-out targets"}
-SOURCE = f"Gandhi et al. 2024; {NEXTLAT}"
+_declare = partial(Metric, source=f"Gandhi et al. 2024; {NEXTLAT}", items="problems")
 
 
 def solved(split: Split, *, sampled: bool = False) -> Metric:
     """Share of problems solved, greedily or by one sampled answer."""
-    by_sampling = " by one answer for each, sampled at temperature 1" if sampled else ""
-    first = (
-        f"Share of unseen problems that the model solves{by_sampling or ' greedily'} by any valid "
-        "derivation: each number used once, every equation true, the last one yielding the target. "
-        "The targets occur in training, in other problems."
-    )
-    other = f"The same{by_sampling} for targets that never occur in training."
-    return Metric(
+    how = "by one answer for each, sampled at temperature 1," if sampled else "greedily"
+    return _declare(
         name="solved",
         title=f"Solved, {TARGETS[split]}{' (sampled)' if sampled else ''}",
         noun=f"share of problems solved{' by one sampled answer' if sampled else ''} with "
         f"{TARGETS[split]}",
-        definition=first if split == "seen" else other,
-        source=SOURCE,
-        items="problems",
+        definition=f"Share of unseen problems ({TARGETS[split]}) that the model solves {how} by "
+        "any valid derivation: each number used once, every equation true, the last one yielding "
+        "the target.",
         parameters={"targets": split, **(SAMPLED if sampled else {})},
         published=None if sampled else "solved",
     )
@@ -98,14 +92,12 @@ def solved(split: Split, *, sampled: bool = False) -> Metric:
 
 def true_equation(equation: int, split: Split) -> Metric:
     """Share of answers whose equation at one position, from 1, is true."""
-    return Metric(
+    return _declare(
         name="true_equation",
         title=f"Equation {equation} true, {TARGETS[split]}",
         noun=f"share of true equations at position {equation} with {TARGETS[split]}",
         definition=f"Share of unseen problems ({TARGETS[split]}) whose equation {equation}, given "
         "greedily, is well-formed and true, whether or not its numbers are available.",
-        source=SOURCE,
-        items="problems",
         parameters={"equation": equation, "targets": split},
         headline=False,  # in the chart; whether the problem is solved is what counts
     )
@@ -293,28 +285,21 @@ class Countdown(Task):
         ]
 
     def measures(self) -> Mapping[str, Measure]:
-        return {
-            "problems solved": self.accuracies,
-            "sampled answers": lambda model: [
-                self.solved_by_sampling(model, split) for split in SPLITS
-            ],
-        }
+        return {"problems solved": self.greedy_answers, "sampled answers": self.sampled_answers}
 
-    def accuracies(self, model: "ObjectiveModel") -> list[Measurement | Chart]:
-        """Of greedy answers: the share of test problems solved by any valid derivation, and the
-        share whose i-th equation is true, whether or not its operands are available."""
+    def greedy_answers(self, model: "ObjectiveModel") -> list[Measurement | Chart]:
+        """The share of test problems solved by any valid derivation, and the share whose i-th
+        equation is true, whether or not its operands are available."""
         found: list[Measurement | Chart] = []
         lines = []
         for split in SPLITS:
             answers = self._answers(model, split)
-            found.append(self._share_solved(solved(split), answers, split))
+            found.append(Measurement(solved(split), self._share_solved(answers, split)))
             shares = []
             for i in range(1, self.config.numbers):
                 tokens = answers[:, SLOT * (i - 1) : SLOT * i - 1].tolist()
-                true = [
-                    equation is not None and arithmetic(equation) is Verdict.SOLVED
-                    for equation in map(read_equation, tokens)
-                ]
+                given = map(read_equation, tokens)
+                true = [e is not None and arithmetic(e) is Verdict.SOLVED for e in given]
                 found.append(Measurement(true_equation(i, split), mean_score(true)))
                 shares.append(float(np.mean(true)))
             lines.append(Line(values=shares, series=TARGETS[split], dots=True))
@@ -328,16 +313,18 @@ class Countdown(Task):
         )
         return [*found, chart]
 
-    def solved_by_sampling(
-        self, model: "ObjectiveModel", split: Split, seed: int = 0
-    ) -> Measurement:
+    def sampled_answers(self, model: "ObjectiveModel", seed: int = 0) -> list[Measurement]:
         """Share of test problems that one answer sampled at temperature 1 solves."""
-        answers = self._answers(model, split, seed)
-        return self._share_solved(solved(split, sampled=True), answers, split)
+        return [
+            Measurement(
+                solved(split, sampled=True),
+                self._share_solved(self._answers(model, split, seed), split),
+            )
+            for split in SPLITS
+        ]
 
-    def _share_solved(self, metric: Metric, answers: np.ndarray, split: Split) -> Measurement:
-        verdicts = self.verdicts(answers, split)
-        return Measurement(metric, mean_score([v is Verdict.SOLVED for v in verdicts]))
+    def _share_solved(self, answers: np.ndarray, split: Split) -> Score:
+        return mean_score([v is Verdict.SOLVED for v in self.verdicts(answers, split)])
 
     def _answers(
         self, model: "ObjectiveModel", split: Split, seed: int | None = None
@@ -351,10 +338,8 @@ class Countdown(Task):
     def verdicts(self, answers: np.ndarray, split: Split) -> list[Verdict]:
         """One verdict per test problem on the answers (P, A) to all of them."""
         tests = self._tests[split]
-        problems = zip(
-            tests.numbers.tolist(), tests.targets.tolist(), answers.tolist(), strict=True
-        )
-        return [verdict(*problem) for problem in problems]
+        columns = (tests.numbers.tolist(), tests.targets.tolist(), answers.tolist())
+        return [verdict(*problem) for problem in zip(*columns, strict=True)]
 
     def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
         """rejections.json: for seen and held-out targets how many answers come to which verdict,

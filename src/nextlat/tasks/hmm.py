@@ -9,8 +9,7 @@ Shapes: P sequences, L tokens of a sequence, S hidden states, M symbols, D width
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
@@ -48,40 +47,35 @@ ROWS_PER_CHUNK = 1024
 POINTS = 2000  # beliefs in the picture
 BATCH = 128  # sequences measured at a time
 
-BELIEF_R2 = Metric(
+_declare = partial(Metric, source=OURS, items="sequences")
+BELIEF_R2 = _declare(
     name="belief_r2",
     title="Belief state, R\N{SUPERSCRIPT TWO}",
     noun="share of the belief's variance that a linear probe reads off the state",
     definition="How much of the variance of the exact belief (the probabilities of the hidden "
     "states given all symbols so far) a linear probe of the transformer's state explains, fitted "
     "on half of the held-out sequences and read on the others; 1 = all.",
-    source=OURS,
     unit="number",
-    items="sequences",
 )
-NEXT_TOKEN_KL = Metric(
+NEXT_TOKEN_KL = _declare(
     name="next_token_kl",
     title="KL from the exact distribution",
     noun="divergence from the exact next-token distribution",
     definition="KL divergence of the model's next-token distribution from the exact one, which is "
     "known here; nats, mean over positions.",
-    source=OURS,
     unit="nats",
     higher_is_better=False,
-    items="sequences",
 )
-ENTROPY_FLOOR = Metric(
+ENTROPY_FLOOR = _declare(
     name="entropy_floor",
     title="Entropy of the process",
     definition="Mean entropy of the exact next-token distribution at the same positions, below "
     "which no cross-entropy can lie; of the data, not of a model.",
-    source=OURS,
     unit="nats",
     higher_is_better=None,
-    items="sequences",
     headline=False,
 )
-TRANSITION_ERROR = Metric(
+TRANSITION_ERROR = _declare(
     name="transition_consistency_error",
     title="Transition consistency error",
     definition="How far the latent dynamics model misses the next state, divided by how far the "
@@ -90,7 +84,6 @@ TRANSITION_ERROR = Metric(
     source=f"{OURS}, after the theorem of {NEXTLAT}",
     unit="number",
     higher_is_better=False,
-    items="sequences",
 )
 
 
@@ -126,19 +119,19 @@ class HMMConfig(TaskConfig):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        own = {
-            "mess3": ("alpha", "x"),
-            "random": ("states", "symbols", "concentration", "process_seed"),
-            "given": ("transition", "emission"),
-        }
+        belongs_to = {
+            "alpha": "mess3", "x": "mess3", "states": "random", "symbols": "random",
+            "concentration": "random", "process_seed": "random",
+        }  # fmt: skip
         process = f'task.process = "{self.process}"'
-        matrices = [getattr(self, name) is not None for name in own["given"]]
+        matrices = [self.transition is not None, self.emission is not None]
         if self.process == "given" and not all(matrices):
             raise ValueError(f"{process} needs both task.transition and task.emission")
         if self.process != "given" and any(matrices):
             raise ValueError(f'{process} has its own matrices: remove them, or set it to "given"')
-        for name in (name for other in own if other != self.process for name in own[other]):
-            if getattr(self, name) != type(self).model_fields[name].default:
+        for name, owner in belongs_to.items():
+            default = type(self).model_fields[name].default
+            if owner != self.process and getattr(self, name) != default:
                 raise ValueError(f"task.{name} has no meaning with {process}: remove it")
         states = len(self.transition) if self.transition is not None else self.states
         check_size(self.tests, self.length * states)
@@ -233,7 +226,7 @@ class HMM(Task):
 
     def measures(self) -> Mapping[str, Measure]:
         return {
-            "belief state": lambda model: [Measurement(BELIEF_R2, self.belief_probe(model).r2)],
+            "belief state": lambda model: [Measurement(BELIEF_R2, self.belief_probe(model)[0])],
             "next-token distribution": self.distributions,
             "transition consistency": self.transition_consistency,
         }
@@ -252,15 +245,22 @@ class HMM(Task):
                 [model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows]
             )
 
-    def belief_probe(self, model: "ObjectiveModel") -> "Probe":
-        """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on
-        half of the sequences, read on the rest."""
+    def belief_probe(self, model: "ObjectiveModel") -> tuple[Score, np.ndarray]:
+        """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on the
+        first half of the held-out sequences, read on the others, which are the items.
+
+        Returns:
+            1 - SSE / SST over all positions and coordinates, and the decoded beliefs (P / 2, L, S).
+        """
         half = self.config.tests // 2
         h, true = self.states(model)[:, 1:].double().numpy(), self.beliefs[:, 1:]
         h = np.concatenate([h, np.ones((*h.shape[:2], 1))], axis=2)
         fit_h, fit_true = h[:half].reshape(-1, h.shape[2]), true[:half].reshape(-1, true.shape[2])
-        weights = np.linalg.lstsq(fit_h, fit_true, rcond=None)[0]
-        return Probe(self._held_out[half:], true[half:], h[half:] @ weights)
+        decoded = h[half:] @ np.linalg.lstsq(fit_h, fit_true, rcond=None)[0]
+        true = true[half:]
+        variation = ((true - true.mean(axis=(0, 1))) ** 2).sum(axis=(1, 2))
+        error = ((true - decoded) ** 2).sum(axis=(1, 2))
+        return ratio_score(variation - error, variation), decoded
 
     def distributions(self, model: "ObjectiveModel") -> list[Measurement]:
         """KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1, where the model's
@@ -307,38 +307,14 @@ class HMM(Task):
     def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
         """beliefs.json: true and decoded beliefs at 2,000 positions, with the symbol read last, to
         draw the simplex from."""
-        probe = self.belief_probe(model)
-        states, size = probe.true.shape[-1], probe.symbols.size
-        chosen = np.linspace(0, size - 1, min(POINTS, size)).astype(np.int64)
+        r2, decoded = self.belief_probe(model)
+        half = self.config.tests // 2
+        true, symbols = self.beliefs[half:, 1:], self._held_out[half:]
+        chosen = np.linspace(0, symbols.size - 1, min(POINTS, symbols.size)).astype(np.int64)
         record = {
-            "process": self.config.process,
-            "transition": self.process.transition.tolist(),
-            "emission": self.process.emission.tolist(),
-            "r2": probe.r2.value,
-            "symbol": probe.symbols.reshape(-1)[chosen].tolist(),
-            "true": probe.true.reshape(-1, states)[chosen].round(5).tolist(),
-            "decoded": probe.decoded.reshape(-1, states)[chosen].round(5).tolist(),
+            "r2": r2.value,
+            "symbol": symbols.reshape(-1)[chosen].tolist(),
+            "true": true.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
+            "decoded": decoded.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
         }
         return [(Picture(kind="simplex", file="beliefs.json"), record)]
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """What a linear probe reads on sequences that it was not fitted on.
-
-    Attributes:
-        symbols: (P, L).
-        true: (P, L, S) exact beliefs.
-        decoded: (P, L, S) beliefs that the probe reads.
-    """
-
-    symbols: np.ndarray
-    true: np.ndarray
-    decoded: np.ndarray
-
-    @property
-    def r2(self) -> Score:
-        """1 - SSE / SST over all positions and coordinates; the items are the sequences."""
-        variation = ((self.true - self.true.mean(axis=(0, 1))) ** 2).sum(axis=(1, 2))
-        error = ((self.true - self.decoded) ** 2).sum(axis=(1, 2))
-        return ratio_score(variation - error, variation)

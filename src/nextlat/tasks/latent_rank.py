@@ -3,17 +3,19 @@
 Shapes: R rows, T tokens, D width.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.results import Metric
-from nextlat.scores import Score, jackknife_score, rank_of_factor, triangular_factor
+from nextlat.scores import Score, effective_rank, jackknife_score, triangular_factor
 from nextlat.tasks.task import NEXTLAT, inference
+
+if TYPE_CHECKING:
+    from nextlat.model import ObjectiveModel
 
 EFFECTIVE_LATENT_RANK = Metric(
     name="effective_latent_rank",
@@ -28,19 +30,8 @@ EFFECTIVE_LATENT_RANK = Metric(
 )
 
 
-class LatentModel(Protocol):
-    """What the latent rank needs of a model: `backbone.hidden(batch) -> h_BTD`, the transformer's
-    states of whole rows."""
-
-    @property
-    def backbone(self) -> Backbone: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-
 def latent_rank(
-    model: LatentModel,
+    model: "ObjectiveModel",
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -51,7 +42,7 @@ def latent_rank(
     """Effective rank of the hidden states of whole rows (in the paper 256 rows of 256 tokens).
 
     The states are the transformer's own, whatever an objective makes of them, of every position
-    that is not padding, prompts included. See `scores.rank_of_factor` for the definition. The error
+    that is not padding, prompts included. See `scores.effective_rank` for the definition. The error
     is a jackknife over groups of rows.
 
     Args:
@@ -80,9 +71,9 @@ def latent_rank(
                 h_BTD = model.backbone.hidden(Batch.from_inputs(ids, ids, positions, mask))
                 states.append(h_BTD.flatten(0, 1) if mask is None else h_BTD[mask.bool()])
             factors.append(triangular_factor(torch.cat(states)))
-        value = rank_of_factor(torch.cat(factors))
+        value = effective_rank(torch.cat(factors))
         without = [
-            rank_of_factor(torch.cat(factors[:i] + factors[i + 1 :])) if groups > 1 else value
+            effective_rank(torch.cat(factors[:i] + factors[i + 1 :])) if groups > 1 else value
             for i in range(groups)
         ]
     return jackknife_score(value, without)

@@ -16,7 +16,7 @@ Shapes: P problems, d arms, l nodes of an arm, N names, E edges, K = E + 1 nodes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 import numpy as np
@@ -58,25 +58,20 @@ BRANCH = 2  # the only node of a path that does not follow from the one before i
 SOLVED = 0.99  # share of exact paths
 OF_GUESSING = 0.1  # share of the loss of guessing
 
-SOURCE = f"Bachmann & Nagarajan 2024; {NEXTLAT}"
-
-EXACT_PATHS = Metric(
+_declare = partial(Metric, source=f"Bachmann & Nagarajan 2024; {NEXTLAT}", items="graphs")
+EXACT_PATHS = _declare(
     name="exact_path_accuracy",
     title="Exact paths",
     noun="share of exact paths",
     definition="Share of unseen graphs whose whole path from the centre to the goal the model "
     "gives greedily, node by node.",
-    source=SOURCE,
-    items="graphs",
     published="exact_path_accuracy",
 )
-SAMPLED_PATHS = Metric(
+SAMPLED_PATHS = _declare(
     name="exact_path_accuracy",
     title="Exact paths (sampled)",
     noun="share of exact paths when sampling",
     definition="The same with every node sampled at temperature 1.",
-    source=SOURCE,
-    items="graphs",
     parameters=SAMPLED,
 )
 
@@ -85,14 +80,12 @@ def node_accuracy(node: int) -> Metric:
     """Accuracy at one node of the path, from 1, given the true ones before it."""
     branch = node == BRANCH
     hard = "; the only hard one, chance is one over the number of arms" if branch else ""
-    return Metric(
+    return _declare(
         name="node_accuracy",
         title=f"Node {node} of the path{', the branch' if branch else ''}",
         noun=f"accuracy at {'the branch' if branch else f'node {node} of the path'}",
         definition=f"Share of unseen graphs for which the model predicts node {node} of the path, "
         f"given the true ones before it{hard}.",
-        source=SOURCE,
-        items="graphs",
         parameters={"node": node},
         headline=branch,  # the others are in the chart, and of no interest
     )

@@ -41,7 +41,7 @@ RowCount = Annotated[int, Field(ge=1, le=10**9)]
 TestCount = Annotated[int, Field(ge=2, le=10**7)]  # fewer than two items have no error
 Length = Annotated[int, Field(ge=1, le=2**20)]
 Seed = Annotated[int, Field(ge=0, le=2**53)]
-MAX_TOKENS = 2**35  # of all rows of a task
+MAX_TOKENS = 2**33  # of all rows of a task
 
 Measure = Callable[["ObjectiveModel"], Iterable[Measurement | Chart]]
 

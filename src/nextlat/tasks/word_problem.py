@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -23,7 +24,16 @@ from torch.utils.data import Dataset
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.results import Chart, Line, Mark, Measurement, Metric, Published, Saying
+from nextlat.results import (
+    Chart,
+    Line,
+    Mark,
+    Measurement,
+    Metric,
+    Parameter,
+    Published,
+    Saying,
+)
 from nextlat.scores import mean_score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
@@ -53,32 +63,26 @@ Predictor = Literal["transformer", "dynamics"]
 
 
 def accuracy(predictor: Predictor, length: int) -> Metric:
-    """Accuracy at the last of `length` elements, of the transformer or of the dynamics alone."""
-    parameters = {"length": length, "predictor": predictor}
+    """Accuracy at the last of `length` elements."""
+    parameters: Mapping[str, Parameter] = {"predictor": predictor, "length": length}
+    declare = partial(
+        Metric, name="accuracy", parameters=parameters, items="sequences", published=predictor
+    )
     if predictor == "transformer":
-        return Metric(
-            name="accuracy",
+        return declare(
             title=f"Transformer, {length} elements",
             noun=f"accuracy of the transformer at {length} elements",
             definition="Share of word problems whose last product the transformer predicts.",
             source=f"Merrill, Petty & Sabharwal 2024; {NEXTLAT}",
-            items="sequences",
-            parameters=parameters,
-            published=predictor,
         )
-    return Metric(
-        name="accuracy",
+    return declare(
         title=f"Dynamics alone, {length} elements",
         noun=f"accuracy at {length} elements of the latent dynamics model run alone",
         definition="The same for the latent dynamics model run alone, as an RNN, from the "
-        "transformer's first state; compared with the baseline's transformer at the same length, "
-        "since the baseline has no such model.",
+        "transformer's first state.",
         source=NEXTLAT,
-        items="sequences",
-        parameters=parameters,
         counterpart=accuracy("transformer", length).key,
         counterpart_name="the transformer of",
-        published=predictor,
         note="The dynamics model run alone is compared with the transformer of the baseline at the "
         "same length.",
     )
@@ -234,14 +238,11 @@ class WordProblem(Task):
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
     def accuracies(self, model: "ObjectiveModel") -> list[Measurement | Chart]:
-        """Accuracy at the last position of test sequences of each length, and a chart of the
-        accuracy by position at the longest.
-
-        Of the transformer, and, where the objective has one, of the latent dynamics model run
-        alone, as an RNN, from the transformer's state at `begin` (arXiv 2511.05963, A5).
-        """
+        """Accuracy at the last position of test sequences of each length, and a chart of it by
+        position at the longest: of the transformer, and, where the objective has one, of the latent
+        dynamics model run alone, as an RNN, from the state at `begin` (arXiv 2511.05963, A5)."""
         found: list[Measurement | Chart] = []
-        by_position: dict[Predictor, list[float]] = {}
+        lines: list[Line] = []
         for n in self._lengths:
             rng = np.random.default_rng((len(self.group.names), n))
             words = (
@@ -250,44 +251,41 @@ class WordProblem(Task):
                 else rng.integers(len(self.group.names), size=(self.config.tests, n))
             )
             rows = self.rows(words)
-            input_ids = torch.from_numpy(rows["input_ids"][:, :-1].astype(np.int64))
-            with inference(model):
-                predicted = {
-                    who: logits.argmax(-1).cpu().numpy()
-                    for who, logits in self._logits(model, input_ids.to(model.device)).items()
-                }
-            for who, tokens in predicted.items():
+            for predictor, tokens in self._predictions(model, rows["input_ids"][:, :-1]).items():
                 correct = (tokens == rows["labels"][:, 2:]).astype(np.float64)
-                found.append(Measurement(accuracy(who, n), mean_score(correct[:, -1])))
+                found.append(Measurement(accuracy(predictor, n), mean_score(correct[:, -1])))
                 if n == max(self._lengths):
-                    by_position[who] = correct.mean(0).tolist()
-        return [*found, self._chart(by_position)]
-
-    def _logits(self, model: "ObjectiveModel", input_ids: Tensor) -> dict[Predictor, Tensor]:
-        """(S, n + 1) inputs -> logits (S, n, V) of each way to predict the products."""
-        h, _ = model.step(input_ids)
-        found: dict[Predictor, Tensor] = {"transformer": model.next_token_logits(h[:, 1:])}
-        if model.objective.max_draft_length is None:
-            state, logits = h[:, 0], []
-            for t in range(1, input_ids.shape[1]):
-                state, next_logits = model.objective.draft(state, input_ids[:, t])
-                logits.append(next_logits)
-            found["dynamics"] = torch.stack(logits, dim=1)
-        return found
-
-    def _chart(self, by_position: Mapping[Predictor, list[float]]) -> Chart:
-        series = {"transformer": "transformer", "dynamics": "latent dynamics model run alone"}
-        return Chart(
+                    alone = "latent dynamics model run alone"
+                    series = alone if predictor == "dynamics" else predictor
+                    lines.append(Line(values=correct.mean(0).tolist(), series=series))
+        chart = Chart(
             name="accuracy",
             title="Accuracy by position",
             x="elements read",
-            lines=[Line(values=values, series=series[who]) for who, values in by_position.items()],
+            lines=lines,
             alt="Accuracy of {models} by the number of elements read.",
             marks=[
                 Mark(text="trained up to here", x=self.config.length),
                 Mark(text="chance", y=1 / len(self.group.names)),
             ],
         )
+        return [*found, chart]
+
+    def _predictions(
+        self, model: "ObjectiveModel", input_ids: np.ndarray
+    ) -> dict[Predictor, np.ndarray]:
+        """(S, n + 1) inputs -> the products (S, n) that each way to predict them gives."""
+        ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
+        with inference(model):
+            h, _ = model.step(ids)
+            found: dict[Predictor, Tensor] = {"transformer": model.next_token_logits(h[:, 1:])}
+            if model.objective.max_draft_length is None:
+                state, logits = h[:, 0], []
+                for t in range(1, ids.shape[1]):
+                    state, next_logits = model.objective.draft(state, ids[:, t])
+                    logits.append(next_logits)
+                found["dynamics"] = torch.stack(logits, dim=1)
+            return {who: logits.argmax(-1).cpu().numpy() for who, logits in found.items()}
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:

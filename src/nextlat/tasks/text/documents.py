@@ -3,6 +3,7 @@ files, or a Hugging Face dataset."""
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,36 @@ class Documents:
     Args:
         read: gives the documents.
         where: how to name the source in a sentence.
+        way_out: what to do if it cannot be read, the second half of the sentence.
 
     Attributes:
         dropped: empty documents met in the latest iteration.
 
     Raises:
-        NextLatError: (when iterated to its end) there is no document, or whatever is wrong with the
-            source.
+        NextLatError: (when iterated) the source cannot be read, or (at its end) there is no
+            document.
     """
 
-    def __init__(self, read: Callable[[], Iterator[str]], where: str) -> None:
-        self.read, self.where, self.dropped = read, where, 0
+    def __init__(self, read: Callable[[], Iterator[str]], where: str, way_out: str = "") -> None:
+        self.read, self.where, self.way_out, self.dropped = read, where, way_out, 0
 
     def __iter__(self) -> Iterator[str]:
         self.dropped, found = 0, False
-        for document in self.read():
-            if document.strip():
-                found = True
-                yield document
-            else:
-                self.dropped += 1
+        try:
+            for document in self.read():
+                if document.strip():
+                    found = True
+                    yield document
+                else:
+                    self.dropped += 1
+        except NextLatError:
+            raise
+        # pyarrow, datasets, the hub's client and the network raise whatever they like.
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise NextLatError(
+                f"{self.where} cannot be read ({reason}): {self.way_out}."
+            ) from error
         if not found:
             raise NextLatError(
                 f"{self.where} holds no document with any text in it: choose another one."
@@ -66,13 +77,13 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
             f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {FILES} file."
         )
     readers: dict[str, Callable[[], Iterator[str]]] = {
-        ".txt": lambda: _separated(file, separator),
-        ".jsonl": lambda: _records(file, column),
-        ".parquet": lambda: _parquet(file, column),
+        ".txt": partial(_separated, file, separator),
+        ".jsonl": partial(_records, file, column),
+        ".parquet": partial(_parquet, file, column),
     }
     if file.suffix not in readers:
         raise NextLatError(f"{key} = '{path}' is not a {FILES} file: convert it, or rename it.")
-    return Documents(readers[file.suffix], str(file))
+    return Documents(readers[file.suffix], str(file), "give a whole file, its text in UTF-8")
 
 
 def from_dataset(
@@ -93,43 +104,36 @@ def from_dataset(
         NextLatError: (when iterated) the library is missing, the dataset cannot be reached, or it
             has no such split or column.
     """
-    where = f"split {split} of dataset {name}" + (f" ({subset})" if subset else "")
-    return Documents(lambda: _dataset(name, subset, split, column, streaming), where)
+    return Documents(
+        partial(_dataset, name, subset, split, column, streaming),
+        f"split {split} of dataset {name}{f' ({subset})' if subset else ''}",
+        "check its name, subset and split and the network, or set task.train and task.validation "
+        f"to local {FILES} files of it, or task.dataset to a directory of them",
+    )
 
 
 def _separated(file: Path, separator: str) -> Iterator[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(
-            f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give text in UTF-8."
-        ) from error
-    yield from (document.strip() for document in text.split(separator))
+    for document in file.read_text(encoding="utf-8").split(separator):
+        yield document.strip()
 
 
 def _records(file: Path, column: str) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise NextLatError(
-                            f"line {number} of {file} is not JSON ({error.msg} at column "
-                            f"{error.colno}): give one record per line."
-                        ) from error
-                    if not isinstance(record, dict):
-                        raise NextLatError(
-                            f"line {number} of {file} is not a JSON object: give one record per "
-                            "line."
-                        )
-                    yield _text(record, column, f"line {number} of {file}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NextLatError(
-            f"cannot read {file}: {reason}; it must hold one JSON object per line, in UTF-8."
-        ) from error
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise NextLatError(
+                    f"line {number} of {file} is not JSON ({error.msg} at column {error.colno}): "
+                    "give one record per line."
+                ) from error
+            if not isinstance(record, dict):
+                raise NextLatError(
+                    f"line {number} of {file} is not a JSON object: give one record per line."
+                )
+            yield _text(record, column, f"line {number} of {file}")
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:
@@ -139,18 +143,11 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
         raise NextLatError(
             f"reading {file} needs pyarrow: {INSTALL}, or convert it to .jsonl."
         ) from error
-    try:
-        table: Any = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        _check_column(names, column, str(file))
-        for batch in table.iter_batches(columns=[column]):
-            yield from (
-                _text({column: value}, column, str(file)) for value in batch.column(0).to_pylist()
-            )
-    except (OSError, pyarrow.ArrowException) as error:
-        raise NextLatError(
-            f"cannot read {file} ({first_line(error)}): give a whole .parquet file."
-        ) from error
+    table: Any = pyarrow.parquet.ParquetFile(file)
+    _check_column(table.schema_arrow.names, column, str(file))
+    for batch in table.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _text({column: value}, column, str(file))
 
 
 def _dataset(
@@ -163,21 +160,11 @@ def _dataset(
             f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a "
             "local file."
         ) from error
-    try:
-        where = str(find_data(name) or name)
-        with hub_or_cache(where):
-            rows: Any = datasets.load_dataset(where, subset, split=split, streaming=streaming)
-        for record in rows:
-            yield _text(record, column, f"dataset {name}")
-    except NextLatError:
-        raise
-    # The library, the hub's client and the network raise whatever they like.
-    except Exception as error:
-        raise NextLatError(
-            f"dataset {name} cannot be read ({first_line(error)}): check its name, subset and split "
-            f"and the network, or set task.train and task.validation to local {FILES} files of it, "
-            "or task.dataset to a directory of them."
-        ) from error
+    where = str(find_data(name) or name)
+    with hub_or_cache(where):
+        rows: Any = datasets.load_dataset(where, subset, split=split, streaming=streaming)
+    for record in rows:
+        yield _text(record, column, f"dataset {name}")
 
 
 def _text(record: dict[str, Any], column: str, where: str) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -146,16 +146,9 @@ class TextConfig(TaskConfig):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        if (self.train is None) == (self.dataset is None):
-            raise ValueError(
-                "the task text needs task.train (a file) or task.dataset (of Hugging Face), one of "
-                "the two"
-            )
-        if (self.tokenizer is None) == (self.vocab_size is None):
-            raise ValueError(
-                "the task text needs task.tokenizer (one that exists) or task.vocab_size, one of "
-                "the two"
-            )
+        for one, other, need in self._alternatives():
+            if one is not None and other is not None:
+                raise ValueError(need)
         if self.validation is not None and self.validation_split is not None:
             raise ValueError(
                 "task.validation and task.validation_split both say what is held out: remove one"
@@ -175,7 +168,18 @@ class TextConfig(TaskConfig):
             )
         return self
 
+    def _alternatives(self) -> Iterator[tuple[Any, Any, str]]:
+        """Pairs of settings one of which must be given, in a recipe or on the command line."""
+        need = "the task text needs {} or {}, one of the two".format
+        train, dataset = "task.train (a file)", "task.dataset (of Hugging Face)"
+        yield self.train, self.dataset, need(train, dataset)
+        tokenizer, vocabulary = "task.tokenizer (one that exists)", "task.vocab_size"
+        yield self.tokenizer, self.vocab_size, need(tokenizer, vocabulary)
+
     def build(self) -> "Text":
+        for one, other, need in self._alternatives():
+            if one is None and other is None:
+                raise NextLatError(f"{need}.")
         return Text(self)
 
     def sources(self) -> tuple[Documents, Documents]:
