@@ -16,9 +16,8 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nextlat.batch import IGNORE
-from nextlat.tasks.streets.rides import SequenceModel, inference
-from nextlat.tasks.task import Rows
+from nextlat.tasks.rows import Rows
+from nextlat.tasks.task import SequenceModel, inference
 
 SAMPLED = "_sampled"  # behind the names of metrics of answers that are not greedy
 PAD, UNK, END = 0, 1, 2
@@ -49,28 +48,9 @@ def symbol_tokenizer(
     )  # fmt: skip
 
 
-def row_keys(rows: np.ndarray) -> np.ndarray:
-    """(P, n) -> (P,) one opaque value per row, equal exactly where rows are."""
-    rows = np.ascontiguousarray(rows)
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
-
-
 class AnswerRows(Rows):
-    """Rows `prompt answer` with labels on the answer alone.
-
-    Args:
-        tokens: (P, T + A), of any integer type. prompt_length: T.
-    """
-
     def __init__(self, tokens: np.ndarray, prompt_length: int, seed: int | None = None) -> None:
-        super().__init__(len(tokens), seed)
-        self.tokens, self.prompt_length = tokens, prompt_length
-
-    def row(self, place: int) -> dict[str, Tensor]:
-        input_ids = torch.from_numpy(self.tokens[place].astype(np.int64))
-        labels = input_ids.clone()
-        labels[: self.prompt_length] = IGNORE
-        return {"input_ids": input_ids, "labels": labels}
+        super().__init__({"input_ids": tokens}, seed=seed, prompt_length=prompt_length)
 
 
 def generate_answers(

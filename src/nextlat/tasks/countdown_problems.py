@@ -16,7 +16,7 @@ from enum import StrEnum
 import numpy as np
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.answers import row_keys
+from nextlat.tasks.rows import row_keys
 
 OPERATIONS = "+*-/"  # in the order in which the search tries them
 BLOCK = 512  # problems searched at a time: their paths stay in the processor's cache

@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from nextlat.errors import NextLatError
 from nextlat.scores import Score, mean_score, ratio_score
-from nextlat.tasks.answers import AnswerRows, row_keys
+from nextlat.tasks.answers import AnswerRows
 from nextlat.tasks.hidden_markov import HiddenMarkov
-from nextlat.tasks.streets.rides import inference
-from nextlat.tasks.task import STREAM, Metric, Task
+from nextlat.tasks.rows import STREAM, row_keys
+from nextlat.tasks.task import Metric, Task, inference
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

@@ -13,7 +13,7 @@ from torch import Tensor
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.scores import Score, jackknife_score, rank_of_factor, triangular_factor
-from nextlat.tasks.streets.rides import inference
+from nextlat.tasks.task import inference
 
 
 class LatentModel(Protocol):

@@ -34,9 +34,9 @@ from nextlat.tasks.answers import (
     AnswerRows,
     forced_answers,
     generate_answers,
-    row_keys,
     symbol_tokenizer,
 )
+from nextlat.tasks.rows import row_keys
 from nextlat.tasks.task import Metric, Task
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.scores import Score, mean_score
 from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.task import Metric, Rows, Task
+from nextlat.tasks.rows import Rows
+from nextlat.tasks.task import Metric, Task
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
@@ -151,10 +152,10 @@ class WordProblem(Task):
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        return WordDataset(self, self._train, seed)
+        return Rows(self.rows(self._train), seed=seed)
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return WordDataset(self, self._held_out[: self.config.tests], None)
+        return Rows(self.rows(self._held_out[: self.config.tests]))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.config).encode())
@@ -216,17 +217,6 @@ class WordProblem(Task):
                 logits.append(following)
             found["dynamics"] = torch.stack(logits, dim=1)
         return found
-
-
-class WordDataset(Rows):
-    """Rows of given sequences."""
-
-    def __init__(self, task: WordProblem, words: np.ndarray, seed: int | None) -> None:
-        super().__init__(len(words), seed)
-        self.data = task.rows(words)
-
-    def row(self, place: int) -> dict[str, Tensor]:
-        return {name: x[place] for name, x in self.data.items()}
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:

@@ -9,50 +9,19 @@ Shapes: P rides, B rides of the running batch, T tokens, D width, V vocabulary, 
     or ride.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextlat.tasks.streets.network import StreetNetwork
 from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
+from nextlat.tasks.task import SequenceModel, inference
 
 NOWHERE = -1  # the true place of a ride that took a street that does not exist
 COMPACT_BELOW = 0.85  # share of rides still under way below which the finished ones leave the batch and its cache
-
-
-class SequenceModel(Protocol):
-    """What the street metrics need of a model; `nextlat.model.ObjectiveModel` has it, and so has
-    the exact world model of the tests.
-
-    `step(input_ids_BT, past) -> (h_BTD, past)` reads a few more tokens. The cache is opaque but for
-    `batch_select_indices(indices)`, in place, as in `transformers.Cache`.
-    """
-
-    def step(self, input_ids: Tensor, past_key_values: Any = None, /) -> tuple[Tensor, Any]: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def next_token_logits(self, h: Tensor, /) -> Tensor: ...
-
-
-@contextmanager
-def inference(model: object) -> Iterator[None]:
-    """No gradients and no dropout inside; the model's training mode is restored afterwards."""
-    trained = model if isinstance(model, nn.Module) and model.training else None
-    if trained is not None:
-        trained.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if trained is not None:
-            trained.train()
 
 
 @dataclass(frozen=True, eq=False)

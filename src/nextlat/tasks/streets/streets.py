@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from nextlat.errors import NextLatError
 from nextlat.scores import Score
 from nextlat.tasks.latent_rank import latent_rank
+from nextlat.tasks.rows import STREAM
 from nextlat.tasks.streets import metrics as score
 from nextlat.tasks.streets.conditioned_walks import conditioned_walks
 from nextlat.tasks.streets.map import reconstruct
@@ -29,7 +30,7 @@ from nextlat.tasks.streets.walks import (
     random_walks,
     tokenizer,
 )
-from nextlat.tasks.task import STREAM, Metric, Task, find_data
+from nextlat.tasks.task import Metric, Task, find_data
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel

@@ -23,8 +23,7 @@ from nextlat.errors import NextLatError
 from nextlat.losses import cross_entropy
 from nextlat.scores import Score, exp_score, ratio_score
 from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.streets.rides import inference
-from nextlat.tasks.task import Metric, Task, find_data
+from nextlat.tasks.task import Metric, Task, find_data, inference
 from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import check_benchmarks, language_benchmark
 from nextlat.tasks.text.probes import PROBE_BATCH, future_tokens, probe_cross_entropy

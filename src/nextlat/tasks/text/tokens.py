@@ -23,7 +23,8 @@ from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, write_text
 from nextlat.hub import hub_or_cache
-from nextlat.tasks.task import STREAM, find_data
+from nextlat.tasks.rows import STREAM
+from nextlat.tasks.task import find_data
 
 logger = logging.getLogger(__name__)
 
