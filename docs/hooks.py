@@ -1,12 +1,13 @@
 """What `mkdocs build` does beyond Markdown: it fills in what is generated, and renders equations.
 
 A page asks for a generated part by a comment of its own line, `<!-- generated: NAME -->`. Equations
-become MathML, which browsers draw themselves: no script, no font and no network.
+become MathML, which browsers draw themselves: no script and no network.
 """
 
 import html
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Take the two pages that lie in the root of the repository, where people look for them."""
+    """Add the two pages that lie in the root of the repository, where people look for them, and the
+    font of the equations."""
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, name.lower(), content=text))
+    package = find_spec("ziamath")  # found without importing it: only its font is wanted
+    assert package is not None and package.origin is not None
+    font = str(Path(package.origin).parent / "fonts" / "STIXTwoMath-Regular.ttf")
+    files.append(File.generated(config, "assets/STIXTwoMath-Regular.ttf", abs_src_path=font))
     return files
 
 
