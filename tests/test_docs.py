@@ -10,7 +10,12 @@ from types import ModuleType
 import pytest
 import typer
 
+from nextlat import evaluation
 from nextlat.cli import app
+from nextlat.objectives import OBJECTIVES
+from nextlat.tasks import TASKS
+from nextlat.training.recipe import Recipe, built_in_recipes, load_recipe
+from nextlat.validation import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -19,6 +24,10 @@ PROGRAMS = [
     for page in PAGES
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,7 @@ def test_a_public_name_without_a_docstring_is_noticed(
     monkeypatch.setattr("nextlat.model.attach.__doc__", None)
     monkeypatch.setattr("nextlat.model.ObjectiveModel.hidden.__doc__", None)
     assert [*generate.undocumented()] == ["nextlat.ObjectiveModel.hidden", "nextlat.attach"]
-    with pytest.raises(ValueError, match="without a docstring: nextlat.ObjectiveModel.hidden"):
+    with pytest.raises(ValueError, match="without a docstring: nextlat"):
         generate.reference()
 
 
@@ -68,6 +77,46 @@ def test_every_command_and_option_is_there(generate: ModuleType) -> None:
                     for option in [*parameter.opts, *parameter.secondary_opts]
                     if option.startswith("-")
                 )
+
+
+def test_every_task_and_each_of_its_metrics_is_there(generate: ModuleType) -> None:
+    asked_for = re.findall(r"<!-- generated: metrics ?(\S*) -->", page("tasks"))
+    assert asked_for == ["", *TASKS]
+    text = generate.filled(page("tasks"))
+    tasks = [load_recipe(name).task.build() for name in generate.SMALL.values()]
+    declared = [metric for task in tasks for metric in task.metrics] + generate.text_metrics()
+    assert len({metric.name for metric in declared}) > 15
+    for metric in [*declared, evaluation.NEXT_TOKEN_LOSS, evaluation.SPEEDUP]:
+        row = next(line for line in text.splitlines() if line.startswith(f"| {metric.title} |"))
+        assert metric.definition.replace("|", "\\|").replace("<", "&lt;") in row
+
+
+def test_every_recipe_and_every_key_is_there(generate: ModuleType) -> None:
+    text = generate.filled(page("recipes"))
+    for name in built_in_recipes():
+        assert f"### {name}\n" in text
+    tables = [*TASKS.values(), *(config for config, _ in OBJECTIVES.values())]
+    nested = [field.annotation for field in Recipe.model_fields.values()]
+    tables += [kind for kind in nested if isinstance(kind, type) and issubclass(kind, Settings)]
+    for kind in [Recipe, *tables]:
+        for key, field in kind.model_fields.items():
+            if kind is not Recipe or field.annotation not in nested:
+                assert f"| `{key}` |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| `lambda_kl` |"))
+    assert "| number ≥ 0 | `1.0` |" in row and "paper" in row
+
+
+def test_a_key_without_a_description_is_an_error(generate: ModuleType) -> None:
+    class Undescribed(Settings):
+        """Attributes:
+        steps: optimiser steps.
+        """
+
+        steps: int = 1
+        rate: float = 0.1
+
+    with pytest.raises(ValueError, match="Undescribed does not describe rate"):
+        generate.settings(Undescribed)
 
 
 def test_generated_parts_are_deterministic(generate: ModuleType) -> None:
