@@ -25,6 +25,9 @@ PROGRAMS = [
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
+TABLES = ("backbone", "optimizer", "schedule", "run")
+ABOVE_ALL_TABLES = ("objective", "steps", "batch_size", "gradient_accumulation", "seed")
+
 
 def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
@@ -95,13 +98,16 @@ def test_every_recipe_and_every_key_is_there(generate: ModuleType) -> None:
     text = generate.filled(page("recipes"))
     for name in built_in_recipes():
         assert f"### {name}\n" in text
-    tables = [*TASKS.values(), *(config for config, _ in OBJECTIVES.values())]
-    nested = [field.annotation for field in Recipe.model_fields.values()]
-    tables += [kind for kind in nested if isinstance(kind, type) and issubclass(kind, Settings)]
-    for kind in [Recipe, *tables]:
-        for key, field in kind.model_fields.items():
-            if kind is not Recipe or field.annotation not in nested:
-                assert f"| `{key}` |" in text
+    kinds = {
+        **{f'`[task]` with `name = "{name}"`': kind for name, kind in TASKS.items()},
+        **{f"`[objectives.{name}]`": kind for name, (kind, _) in OBJECTIVES.items()},
+        **{f"`[{name}]`": Recipe.model_fields[name].annotation for name in TABLES},
+    }
+    for heading, kind in kinds.items():
+        section = text.partition(f"### {heading}\n")[2].partition("\n### ")[0]
+        assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [*kind.model_fields]
+    assert {*Recipe.model_fields} == {*TABLES, *ABOVE_ALL_TABLES, "task", "objectives"}
+    assert all(f"| `{key}` |" in text for key in ABOVE_ALL_TABLES)
     row = next(line for line in text.splitlines() if line.startswith("| `lambda_kl` |"))
     assert "| number ≥ 0 | `1.0` |" in row and "paper" in row
 
