@@ -114,8 +114,10 @@ def test_every_recipe_and_every_key_is_there(generate: ModuleType) -> None:
 
 def test_a_key_without_a_description_is_an_error(generate: ModuleType) -> None:
     class Undescribed(Settings):
-        """Attributes:
-        steps: optimiser steps.
+        """A class.
+
+        Attributes:
+            steps: optimiser steps.
         """
 
         steps: int = 1
