@@ -179,7 +179,7 @@ def metric_row(metric: Metric) -> tuple[str, ...]:
         metric.title,
         UNITS[metric.unit],
         DIRECTIONS[metric.higher_is_better],
-        metric.items,
+        "" if metric.items == Metric.model_fields["items"].default else metric.items,
         metric.definition,
         metric.source,
     )
