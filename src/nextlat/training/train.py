@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -341,9 +340,9 @@ def check_trains(recipe: Recipe, task: Task) -> None:
     backbone = (
         recipe.backbone
         if recipe.backbone.pretrained is not None
-        else replace(recipe.backbone, layers=1)
+        else recipe.backbone.model_copy(update={"layers": 1})
     )
-    build_model(replace(recipe, backbone=backbone), task)
+    build_model(recipe.model_copy(update={"backbone": backbone}), task)
 
 
 def _check_horizon(recipe: Recipe, task: Task) -> None:
