@@ -24,17 +24,19 @@ from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach, llama
 from nextlat.tasks import Task
+from nextlat.training.checkpoints import (
+    checkpoint_step,
+    last_complete_checkpoint,
+    model_fault,
+    rotate_checkpoints,
+)
 from nextlat.training.recipe import Recipe, differences
 from nextlat.training.run_directory import (
     RECORD,
     MetricsLog,
-    checkpoint_step,
-    last_complete_checkpoint,
-    model_fault,
     provenance,
     read_record,
     refuse_foreign_directory,
-    rotate_checkpoints,
     sole_writer,
 )
 from nextlat.training.trainer import FirstRows, NextLatTrainer, StopSignal, no_library_bars
