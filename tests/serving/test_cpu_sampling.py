@@ -1,4 +1,4 @@
-"""The mended kernel of vLLM's CPU package, and that the fault is found by its effect."""
+"""What is mended in vLLM's CPU package, and that faults are found by their effect."""
 
 import sys
 from collections.abc import Callable
@@ -31,6 +31,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., None]]:
         table[KERNEL](output, x, ends, old, new)
         return output
 
+    def apply_top_k_top_p(logits: Tensor, k: Tensor, p: Tensor | None) -> Tensor:
+        return logits[:, : k.max()]
+
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
@@ -38,12 +41,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., None]]:
         "vllm.triton_utils.dispatcher": {"register_kernels": table.update},
         "vllm.v1": {},
         "vllm.v1.sample": {},
-        "vllm.v1.sample.rejection_sampler": {"expand_batch_to_tokens": expand_batch_to_tokens},
+        "vllm.v1.sample.rejection_sampler": {
+            "expand_batch_to_tokens": expand_batch_to_tokens,
+            "apply_top_k_top_p": apply_top_k_top_p,
+        },
     }
     for name, attributes in contents.items():
         module = ModuleType(name)
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
+    vars(sys.modules["vllm.v1.sample"])["rejection_sampler"] = module
     return table
 
 
@@ -61,8 +68,18 @@ def test_what_cannot_be_mended_is_refused(
     kernels: dict[str, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "vllm.triton_utils.dispatcher")
-    with pytest.raises(NextLatError, match="loses the temperature"):
+    with pytest.raises(NextLatError, match="samples wrongly"):
         mend_sampling()
+
+
+def test_top_k_of_no_drafts_is_no_error(kernels: dict[str, Callable[..., None]]) -> None:
+    sampler: Any = sys.modules["vllm.v1.sample.rejection_sampler"]
+    nothing, k = torch.empty(0, 8), torch.empty(0, dtype=torch.int32)
+    with pytest.raises(RuntimeError):
+        sampler.apply_top_k_top_p(nothing, k, None)
+    mend_sampling()
+    assert sampler.apply_top_k_top_p(nothing, k, None) is nothing
+    assert sampler.apply_top_k_top_p(torch.ones(1, 8), torch.tensor([3]), None).shape == (1, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])

