@@ -110,7 +110,7 @@ def test_a_comparison_of_nothing_is_refused(tmp_path: Path) -> None:
         (["objective=mtp"], {}, "use --objectives"),
         (["seed=3"], {}, "use --seeds"),
         (["objectives.bst.pair_share=0.5"], {"objectives": "nextlat,next-token"}, "not compared"),
-        (["objectives.bts.pair_share=0.5"], {}, "unknown objective 'bts'"),
+        (["objectives.bts.pair_share=0.5"], {}, r"\[objectives\] has no 'bts'"),
         (["objectives.mtp.lambda_mtp=0"], {}, "lambda_mtp"),
         ([], {"seeds": [1, 1]}, "seeds 1 1"),
         ([], {"horizon": 0}, "horizon"),

@@ -32,6 +32,7 @@ RECIPES = {
     "path-star": ("path-star-small", ["arms=2", "names=9", "graphs=40", "tests=20"]),
     "countdown": ("countdown-small", ["problems=40", "tests=20"]),
     "hmm": ("hmm-small", ["length=12", "tests=20"]),
+    "streets": ("city-tiny", ["tests=12"]),
     "text": (
         "text-small",
         ["train=stories.txt", "validation=", "vocab_size=300", "row_length=32", "held_out=10",

@@ -12,12 +12,12 @@ from pathlib import Path
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.objectives import OBJECTIVES
-from nextlat.strict import nearest
 from nextlat.tasks import Task
 from nextlat.training.jobs import Job, check_seeds
-from nextlat.training.recipe import Recipe, load_recipe, recipe_horizon
+from nextlat.training.recipe import Recipe, load_recipe, read_recipe_file
 from nextlat.training.run_directory import read_record
 from nextlat.training.train import check_same_run, check_trains
+from nextlat.validation import nearest
 
 LONGEST_FIRST = ("bst", "mtp", "jtp", "nextlat", "next-token")  # so that no core idles at the end
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
@@ -93,6 +93,23 @@ def plan(
     return Plan(jobs, skipped, max(1, cores // (recipes[names[0], seeds[0]].run.threads or cores)))
 
 
+def _recipe_horizon(name_or_path: str | Path) -> tuple[int | None, set[str]]:
+    """The horizon that a recipe's file sets, for its own objective or else for NextLat, and the
+    objectives it has a table for.
+
+    Raises:
+        NextLatError: no such recipe, or not TOML.
+    """
+    content = read_recipe_file(name_or_path)[1]
+    tables = content.get("objectives", {})
+    tables = tables if isinstance(tables, dict) else {}  # `load_recipe` says what is wrong with it
+    for name in (content.get("objective"), "nextlat"):
+        table = tables.get(name)
+        if isinstance(table, dict) and isinstance(table.get("horizon"), int):
+            return table["horizon"], {*tables}
+    return None, {*tables}
+
+
 def _names(objectives: str) -> list[str]:
     asked = (
         [*OBJECTIVES]
@@ -144,7 +161,7 @@ def _settings(
     if not has_one or any(item.partition("=")[0].strip() == key for item in own):
         return tuple(own)
     if horizon is None:
-        common, tables = recipe_horizon(recipe)
+        common, tables = _recipe_horizon(recipe)
         horizon = common if objective not in tables else None
     return tuple(own if horizon is None else [*own, f"{key}={horizon}"])
 

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,19 @@ from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach, llama
 from nextlat.tasks import Task
+from nextlat.training.checkpoints import (
+    checkpoint_step,
+    last_complete_checkpoint,
+    model_fault,
+    rotate_checkpoints,
+)
 from nextlat.training.recipe import Recipe, differences
 from nextlat.training.run_directory import (
     RECORD,
     MetricsLog,
-    checkpoint_step,
-    last_complete_checkpoint,
-    model_fault,
     provenance,
     read_record,
     refuse_foreign_directory,
-    rotate_checkpoints,
     sole_writer,
 )
 from nextlat.training.trainer import FirstRows, NextLatTrainer, StopSignal, no_library_bars
@@ -341,9 +342,9 @@ def check_trains(recipe: Recipe, task: Task) -> None:
     backbone = (
         recipe.backbone
         if recipe.backbone.pretrained is not None
-        else replace(recipe.backbone, layers=1)
+        else recipe.backbone.model_copy(update={"layers": 1})
     )
-    build_model(replace(recipe, backbone=backbone), task)
+    build_model(recipe.model_copy(update={"backbone": backbone}), task)
 
 
 def _check_horizon(recipe: Recipe, task: Task) -> None:

@@ -26,7 +26,8 @@ from transformers.utils import logging as library_logging
 from nextlat.errors import NextLatError
 from nextlat.files import atomic_directory, staging_directory
 from nextlat.model import ObjectiveModel
-from nextlat.training.run_directory import MetricsLog, rotate_checkpoints
+from nextlat.training.checkpoints import rotate_checkpoints
+from nextlat.training.run_directory import MetricsLog
 
 Item = dict[str, Tensor]
 
