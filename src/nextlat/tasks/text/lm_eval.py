@@ -11,20 +11,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
+from nextlat.model import ObjectiveModel
 from nextlat.results import Measurement, Metric
 from nextlat.scores import Score, exp_score, mean_score, ratio_score
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from nextlat.model import ObjectiveModel
 
 METRICS = {  # of the harness -> in words; all others it may have are left out
     "acc": "accuracy",
@@ -72,8 +69,8 @@ def check_benchmarks(names: Sequence[str], files: str | None) -> None:
 
 
 def language_benchmark(
-    model: "ObjectiveModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: ObjectiveModel,
+    tokenizer: PreTrainedTokenizerBase,
     name: str,
     *,
     files: str | None = None,
@@ -83,7 +80,6 @@ def language_benchmark(
     2511.05963); the items are the documents.
 
     Args:
-        model: a model.
         tokenizer: of the model.
         name: of the harness ("piqa").
         files: directory of further definitions, in its own YAML.
@@ -154,7 +150,7 @@ def score(metric: str, items: Sequence[Any]) -> Score:
 class _WithLogits(nn.Module):
     """A model that needs its objective to predict, as the harness expects a causal LM to be."""
 
-    def __init__(self, model: "ObjectiveModel") -> None:
+    def __init__(self, model: ObjectiveModel) -> None:
         super().__init__()
         self.model = model
         self.config, self.device, self.name_or_path = model.config, model.device, ""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
 from nextlat.results import (
     Chart,
     Line,
@@ -60,9 +61,6 @@ from nextlat.tasks.text.tokens import (
     tokenize,
     trained_tokenizer,
 )
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +304,7 @@ class Text(Task):
                 documents.where, len(tokens), len(tokens.ids), documents.dropped,
             )  # fmt: skip
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self, seed: int) -> PackedDocuments:
         return PackedDocuments(self.train, self.config.row_length, seed=seed)
 
     def eval_dataset(self) -> PackedDocuments:
@@ -344,24 +342,24 @@ class Text(Task):
             found["probes"] = self.probe_chart
         return found | {name: partial(self.benchmark, name) for name in self.config.benchmarks}
 
-    def perplexity(self, model: "ObjectiveModel") -> list[Measurement]:
+    def perplexity(self, model: ObjectiveModel) -> list[Measurement]:
         """exp of the mean cross-entropy of the held-out rows, per token of this vocabulary."""
         loss = held_out_cross_entropy(model, self.eval_dataset(), batch_size=ROWS_PER_BATCH)
         return [Measurement(PERPLEXITY, exp_score(loss))]
 
-    def benchmark(self, name: str, model: "ObjectiveModel") -> list[Measurement]:
+    def benchmark(self, name: str, model: ObjectiveModel) -> list[Measurement]:
         """One benchmark of the LM Evaluation Harness."""
         files, limit = self.config.benchmark_files(), self.config.lm_eval_limit or None
         return language_benchmark(model, self.tokenizer, name, files=files, limit=limit)
 
-    def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
+    def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
         """Effective rank of the states of the first 256 held-out rows."""
         count = min(LATENT_ROWS, len(self.eval_dataset()))
         [rows] = DataLoader(Subset(self.eval_dataset(), range(count)), batch_size=count)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
-    def probe_chart(self, model: "ObjectiveModel") -> list[Chart]:
+    def probe_chart(self, model: ObjectiveModel) -> list[Chart]:
         """Held-out cross-entropy of a linear probe of the frozen states for the token 1, 2, ... K
         ahead (see `probes`), as far as a document reaches.
 
@@ -398,7 +396,7 @@ class Text(Task):
         return [chart]
 
     def _states(
-        self, model: "ObjectiveModel", rows: Dataset[dict[str, Tensor]]
+        self, model: ObjectiveModel, rows: Dataset[dict[str, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Rows -> h_ND and the tokens ahead, targets_NK, of the positions that have any."""
         states, targets = [], []
