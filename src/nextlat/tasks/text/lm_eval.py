@@ -22,6 +22,7 @@ from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel
 from nextlat.results import Measurement, Metric
 from nextlat.scores import Score, exp_score, mean_score, ratio_score
+from nextlat.tasks.task import find_data
 
 METRICS = {  # of the harness -> in words; all others it may have are left out
     "acc": "accuracy",
@@ -82,7 +83,8 @@ def language_benchmark(
     Args:
         tokenizer: of the model.
         name: of the harness ("piqa").
-        files: directory of further definitions, in its own YAML.
+        files: directory of further definitions, in its own YAML; relative to the working directory
+            or to $NEXTLAT_DATA.
         limit: documents of each, None = all.
 
     Raises:
@@ -179,7 +181,13 @@ def _manager(files: str | None) -> Any:
             "task.lm_eval needs the LM Evaluation Harness, which is not installed: pip install "
             "'nextlat[lm-eval]', or set task.lm_eval= for none."
         ) from error
-    return TaskManager(include_path=files)
+    if files is None:
+        return TaskManager()
+    if (directory := find_data(files)) is None:
+        raise NextLatError(
+            f"there is no directory {files} (nor in $NEXTLAT_DATA): correct task.lm_eval_files."
+        )
+    return TaskManager(include_path=str(directory))
 
 
 @contextmanager
