@@ -267,7 +267,7 @@ def test_problems_depend_on_the_configuration_alone(task: Countdown) -> None:
     [
         ("83-14=69,91-88=3,69/3=23 end", Verdict.SOLVED),  # the stored one
         ("91-88=3,83-14=69,69/3=23 end", Verdict.SOLVED),  # in another order
-        ("83-14=69,91-88=3,69/3=23 end 5 end", Verdict.SOLVED),  # what follows the end does not count
+        ("83-14=69,91-88=3,69/3=23 end 5 end", Verdict.SOLVED),  # nothing after the end counts
         ("83-14=69,91-88=3,69/3=23", Verdict.NO_END),
         ("83-14=69,91-88=3,69/3= end", Verdict.MALFORMED),
         ("83-14=69,91-88=3,69/3=23, end", Verdict.MALFORMED),  # a comma too many

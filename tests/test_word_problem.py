@@ -1,4 +1,4 @@
-"""The word problem: groups, products, splits, and a perfect tracker that must score 1 everywhere."""
+"""The word problem: groups, products, splits, and a perfect tracker that must score 1."""
 
 from types import SimpleNamespace
 

@@ -91,8 +91,8 @@ def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:
 
 
 def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
-    """Score of a statistic that is no mean, from its values with each item left out (Efron & Stein
-    1981).
+    """Score of a statistic that is not a mean, from its values with each item left out (Efron &
+    Stein 1981).
 
     The items are the pseudo-values n value - (n - 1) value_without_i, shifted so that their mean is
     `value` itself: the statistic is reported as defined, not bias-corrected.

@@ -48,16 +48,16 @@ def generate_answers(
     seed: int | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """The `length` tokens (P, A) with which a model continues each prompt, whatever they are: it is
-    not stopped at `end`.
+    """The `length` tokens (P, A) with which a model continues each prompt; it does not stop at
+    `end`.
 
     Args:
         model: a model.
         prompts: (P, T) token ids.
         length: A.
         seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every
-            problem and position that depends on nothing but the seed, so that two models meet the
-            same draws in whatever batches.
+            problem and position that depends on the seed alone, so that two models meet the same
+            draws, in batches of any size.
         batch_size: prompts continued at a time.
     """
     found = np.empty((len(prompts), length), dtype=np.int64)

@@ -115,8 +115,8 @@ class CountdownConfig(TaskConfig):
             drawn again.
         pause: tokens between problem and answer.
         problems: for training, drawn once and for all.
-        tests: problems on seen and as many on held-out targets, none of them, in whatever order of
-            its numbers, among the training problems.
+        tests: problems on seen and as many on held-out targets, none of them among the training
+            problems in any order of its numbers.
     """
 
     numbers: Annotated[int, Field(ge=2, le=5)] = 4

@@ -47,7 +47,7 @@ def first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    values = list(numbers.T[:, :, None])  # one (B, Q) array per number still there
+    values = list(numbers.T[:, :, None])  # one (B, Q) array per number that is left
     while len(values) > 2:
         values = _next_level(values)
     (a, b), t = values, targets[:, None]
@@ -79,7 +79,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
-    """(P, n - 1, 4) the equations of solution paths, as (left, index in OPERATIONS, right, result)."""
+    """(P, n - 1, 4) equations of solution paths, as (left, index in OPERATIONS, right, result)."""
     count, n = numbers.shape
     steps = []
     for m in range(2, n + 1):  # the last step is the lowest digit
@@ -116,7 +116,7 @@ class Problems:
     equations: np.ndarray
 
     def keys(self) -> np.ndarray:
-        """(P,) one value per problem, whatever the order of its numbers."""
+        """(P,) one value per problem, the same for every order of its numbers."""
         return _keys(self.numbers, self.targets)
 
 
@@ -169,7 +169,7 @@ def draw_problems(
         draw,
         lambda row: (
             f"no problem with target {chosen[row]} was found among {numbers} numbers up to "
-            f"{max_number}, often as it was tried: choose other targets, more or larger numbers, or "
+            f"{max_number} in many attempts: choose other targets, more or larger numbers, or "
             "fewer tests."
         ),
         tries=lambda pending, attempt: max(1, BLOCK // pending),

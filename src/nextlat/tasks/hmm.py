@@ -1,4 +1,4 @@
-"""Hidden Markov models: does the hidden state of the transformer hold the exact belief state? (ours)
+"""Hidden Markov models: does the state of the transformer hold the exact belief state? (ours)
 
 The theorem of arXiv 2511.05963 says that a transformer which predicts its own next latent state
 exactly carries a belief state, a sufficient statistic of the past. Here that state is known: the

@@ -41,8 +41,8 @@ def latent_rank(
 ) -> Score:
     """Effective rank of the hidden states of whole rows (in the paper 256 rows of 256 tokens).
 
-    The states are the transformer's own, whatever an objective makes of them, of every position
-    that is not padding, prompts included. See `scores.effective_rank` for the definition. The error
+    The states are the transformer's own, before an objective changes them, of every position that
+    is not padding, prompts included. See `scores.effective_rank` for the definition. The error
     is a jackknife over groups of rows.
 
     Args:

@@ -3,7 +3,7 @@ arXiv 2511.05963).
 
 G(d, l) is a centre with d disjoint arms of l nodes each, the centre counted. A row is
 
-    a b | c d | ... / start goal = p_1 ... p_l end        written  a,b|c,d|.../start,goal=p_1,...,p_l
+    a b | c d | ... / start goal = p_1 ... p_l end       written  a,b|c,d|.../start,goal=p_1,...,p_l
 
 edges as (parent, child) in random order, then the path from the centre to the goal. E = d (l - 1)
 edges give a prompt of 3 E + 3 tokens and an answer of l; with the end-of-sequence token, on which
@@ -166,8 +166,8 @@ class Stars:
         return cls(nodes, rng.integers(arms, size=count), order)
 
     def keys(self) -> np.ndarray:
-        """(P,) one value per problem, equal exactly for equal graphs with equal goals, in whatever
-        order they are written."""
+        """(P,) one value per problem, the same exactly for equal graphs with equal goals, in any
+        order of writing."""
         # The goal's arm, then the others by their first node.
         first = self.nodes[:, :, 1].copy()
         np.put_along_axis(first, self.goal[:, None], -1, axis=1)

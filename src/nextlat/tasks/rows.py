@@ -1,5 +1,5 @@
-"""Rows of tokens: those of an array in any order, streams made in chunks, and rows drawn again until
-none is refused.
+"""Rows of tokens: those of an array in any order, streams made in chunks, and rows drawn again
+until none is refused.
 
 Shapes: R rows, T tokens of a row.
 """
@@ -27,7 +27,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     in order.
 
     Args:
-        columns: `input_ids` and whatever else a batch has.
+        columns: `input_ids` and what else a batch has.
         seed: the order of an epoch follows from (seed, epoch); None = once, in order.
         prompt_length: tokens at the start of a row that have no label, where `columns` has no
             `labels`.
@@ -142,16 +142,19 @@ def redraw(
     for attempt in range(ROUNDS):
         rows = np.repeat(pending, tries(len(pending), attempt))
         candidates, good = draw(rows)
-        if not drawn:
-            drawn = [np.empty_like(x, shape=(count, *x.shape[1:])) for x in candidates]
-        chosen = np.flatnonzero(good)
-        found, first = np.unique(rows[chosen], return_index=True)
-        for array, candidate in zip(drawn, candidates, strict=True):
-            if candidate.shape[1:] != array.shape[1:]:
-                array[found] = fill
-            within = array[(slice(None), *(slice(size) for size in candidate.shape[1:]))]
-            within[found] = candidate[chosen[first]]  # a view
-        pending = np.setdiff1d(pending, found, assume_unique=True)
+        if attempt == 0 and len(rows) == count:  # no copy of what is good for the most part
+            drawn, pending = list(candidates), np.flatnonzero(~good)
+        else:
+            if not drawn:
+                drawn = [np.empty_like(x, shape=(count, *x.shape[1:])) for x in candidates]
+            chosen = np.flatnonzero(good)
+            found, first = np.unique(rows[chosen], return_index=True)
+            for array, candidate in zip(drawn, candidates, strict=True):
+                if candidate.shape[1:] != array.shape[1:]:
+                    array[found] = fill
+                within = array[(slice(None), *(slice(size) for size in candidate.shape[1:]))]
+                within[found] = candidate[chosen[first]]  # a view
+            pending = np.setdiff1d(pending, found, assume_unique=True)
         if len(pending) == 0:
             return drawn
     raise NextLatError(failure(int(pending[0])))

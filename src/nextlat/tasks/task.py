@@ -79,8 +79,7 @@ class Task(ABC):
 
     @abstractmethod
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        """A stream of training rows, long enough never to end: item i depends on (seed, i) and on
-        nothing else."""
+        """A stream of training rows that never ends: item i depends on (seed, i) alone."""
 
     @abstractmethod
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
@@ -200,10 +199,10 @@ def word_tokenizer(
 
 
 def check_size(rows: int, length: int) -> None:
-    """Whether so many rows of so many tokens can be meant.
+    """Refuse a number of rows of some length that no memory holds.
 
     Raises:
-        ValueError: they are more than any memory holds.
+        ValueError: there are too many tokens.
     """
     if rows * length > MAX_TOKENS:
         raise ValueError(

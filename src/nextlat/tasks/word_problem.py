@@ -115,8 +115,8 @@ def group(name: str) -> Group:
         return Group((i[:, None] + i) % n, tuple(map(str, range(n))))
     if kind not in ("S", "A") or not 2 + (kind == "A") <= n <= 6:
         raise NextLatError(
-            f"'{name}' is no group known here: use Z2 to Z{MAX_ORDER} (cyclic), S2 to S6 or A3 to "
-            "A6 (permutations)."
+            f"'{name}' is not a group known here: use Z2 to Z{MAX_ORDER} (cyclic), S2 to S6 or A3 "
+            "to A6 (permutations)."
         )
     elements = [p for p in itertools.permutations(range(n)) if kind == "S" or _even(p)]
     index = {p: i for i, p in enumerate(elements)}

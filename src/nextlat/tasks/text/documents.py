@@ -157,8 +157,8 @@ def _dataset(
         import datasets
     except ImportError as error:
         raise NextLatError(
-            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a "
-            "local file."
+            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to "
+            "a local file."
         ) from error
     where = str(find_data(name) or name)
     with hub_or_cache(where):

@@ -66,8 +66,8 @@ def check_benchmarks(names: Sequence[str], files: str | None) -> None:
     for name in names:
         if name not in manager.all_tasks:
             raise NextLatError(
-                f"the LM Evaluation Harness knows no benchmark '{name}' (task.lm_eval): 'lm_eval ls "
-                "tasks' lists those that it knows, task.lm_eval_files names a directory with more."
+                f"the LM Evaluation Harness knows no benchmark '{name}' (task.lm_eval): 'lm_eval "
+                "ls tasks' lists the known ones, task.lm_eval_files names a directory with more."
             )
 
 

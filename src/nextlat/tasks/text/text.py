@@ -74,7 +74,7 @@ PERPLEXITY = Metric(
     name="perplexity",
     title="Perplexity",
     definition="Exponential of the held-out cross-entropy per token: among how many equally likely "
-    "tokens the model chooses, as it were. Comparable for the same vocabulary only.",
+    "tokens the model chooses, so to speak. Comparable for the same vocabulary only.",
     source="the usual language-modelling measure",
     unit="number",
     higher_is_better=False,
@@ -101,8 +101,8 @@ class TextConfig(TaskConfig):
         streaming: do not download the dataset whole first.
         column: of the records that holds the text.
         separator: between the documents of a .txt file.
-        held_out: without `validation` and `validation_split`, the first so many documents are held
-            out.
+        held_out: how many documents, the first, are held out where there is no `validation` or
+            `validation_split`.
         tokenizer: of a directory or the hub, as published.
         vocab_size: of a byte-level BPE learned from the training documents.
         max_tokens: training tokens that are taken, from the first document on, and held in memory

@@ -124,8 +124,8 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
     end-of-sequence token.
 
     Raises:
-        NextLatError: it cannot be loaded, is none of the tokenizers library, or has no token that
-            ends a document.
+        NextLatError: it cannot be loaded, is not one of the tokenizers library, or has no token
+            that ends a document.
     """
     where = str(find_data(name) or name)
     try:
@@ -189,7 +189,7 @@ def tokenize(
     Args:
         documents: to tokenise.
         tokenizer: with a beginning- and an end-of-sequence token.
-        max_tokens: no document after the one that reaches so many is taken; None = all are.
+        max_tokens: no document is taken after the one that reaches this; None = all are.
     """
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # ours to change
     core.encode_special_tokens = True
@@ -212,8 +212,8 @@ def tokenize(
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
-    """Rows of T tokens cut from the documents laid end to end; nothing is left out and only the last
-    row is padded.
+    """Rows of T tokens cut from the documents laid end to end; nothing is left out and only the
+    last row is padded.
 
     A document that reaches the end of its row goes on at the start of the next one as a segment of
     its own: positions restart there as they do at every document, so that nothing ever looks
@@ -223,7 +223,7 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         tokens: the documents.
         row_length: T.
         seed: a stream without end, in which the documents are shuffled anew for every epoch by
-            (seed, epoch): row i depends on (seed, i) and on nothing else. None: once, in order.
+            (seed, epoch): row i depends on (seed, i) alone. None: once, in order.
         rows: without a seed, how many at most.
 
     The items have `input_ids`, `labels`, `position_ids`, each (T,) int64; without a seed also
