@@ -27,8 +27,9 @@ from nextlat.errors import NextLatError
 from nextlat.files import write_json
 from nextlat.report.runs import Run, read_runs
 from nextlat.report.solving import METRIC, TASK, found_at
-from nextlat.training.jobs import Job, check_seeds, watch
+from nextlat.terminal import watch
 from nextlat.training.recipe import load_recipe
+from nextlat.training.sweep import Job, check_seeds
 
 NEXT_TOKEN, OF_NEXTLAT = "next-token", "objectives.nextlat."
 FOUND_AT = "found_at"  # of Path-Star: the step

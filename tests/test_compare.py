@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from fabricated_runs import FIVE, write_run
 from nextlat.cli import app
 from nextlat.errors import NextLatError
-from nextlat.training.jobs import Job, run
 from nextlat.training.recipe import BUILT_IN, load_recipe
-from nextlat.training.sweep import plan
+from nextlat.training.sweep import Job, plan, run
 
 SHORT = ["steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "task.tests=12"]
 # What stands in for `nextlat train`: it notes that it was called, and puts a finished run in place
@@ -180,7 +179,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ]
         ),
     )
-    monkeypatch.setattr("nextlat.training.jobs.POLL", 0.02)
+    monkeypatch.setattr("nextlat.training.sweep.POLL", 0.02)
     return folder
 
 

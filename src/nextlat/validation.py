@@ -218,7 +218,7 @@ def _field(owner: Any, name: str, table: Any) -> Any:
     return _model_in(field.annotation) if lookup is None else lookup.find(table)[0]
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _model_in(annotation: Any) -> Any:
     """The model that an annotation such as `Model | None` or `list[Model]` stands for."""
     if isinstance(annotation, type) and (
         issubclass(annotation, BaseModel) or is_dataclass(annotation)

@@ -90,8 +90,12 @@ def _safetensors_fault(path: Path) -> str | None:
         return f"is truncated or corrupt ({first_line(error)})"
 
 
-def load_state(path: Path) -> Any:
+def load_state(path: Path, *, mmap: bool = False) -> Any:
     """A file that `torch.save` wrote, read as tensors and plain containers: no code in it is run.
+
+    Args:
+        path: of the file.
+        mmap: leave the tensors on the disk.
 
     Raises:
         NextLatError: it is corrupt, or holds something else.
@@ -101,7 +105,7 @@ def load_state(path: Path) -> Any:
             if archive.testzip() is not None:
                 raise NextLatError("is corrupt")
         with safe_globals():  # numpy's, of the random state
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise NextLatError("is missing") from error
     except UnpicklingError as error:
@@ -131,7 +135,7 @@ def _state_fault(checkpoint: Path) -> str | None:
     random_states = [path.name for path in sorted(checkpoint.glob("rng_state*.pth"))]
     for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
         try:
-            load_state(checkpoint / name)
+            load_state(checkpoint / name, mmap=True)
         except NextLatError as error:
             return f"{name} {error}"
     try:
@@ -143,12 +147,19 @@ def _state_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def rotate_checkpoints(directory: Path, newest: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to step `newest`, and any beyond it (a run went
-    on from before those)."""
+def rotate_checkpoints(directory: Path, newest: int, keep: int, spared: Path | None = None) -> None:
+    """Delete all but the last checkpoints up to a step, and any beyond it: a run went on from
+    before those.
+
+    Args:
+        directory: of the run.
+        newest: the step.
+        keep: how many stay.
+        spared: one that stays in any case.
+    """
     found = checkpoints(directory)
     known = [path for path in found if checkpoint_step(path) <= newest]
-    kept = known[max(len(known) - keep, 0) :]
+    kept = {*known[max(len(known) - keep, 0) :], spared}
     with write_errors(directory):
         for path in found:
             if path not in kept:

@@ -9,7 +9,6 @@ runs/city-small-nextlat-d1-s0/
     checkpoint-200/   the same layout, optimizer.pt scheduler.pt rng_state.pth trainer_state.json
 """
 
-import json
 import os
 import platform
 import subprocess
@@ -26,7 +25,7 @@ import transformers
 from pydantic import Field, TypeAdapter
 
 from nextlat.errors import NextLatError, first_line
-from nextlat.files import sync, write_errors, write_text
+from nextlat.files import write_errors
 from nextlat.training.checkpoints import checkpoints
 from nextlat.validation import Settings, check_format, read_json
 
@@ -196,36 +195,6 @@ def sole_writer(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object per line, appended to as training goes.
-
-    Args:
-        directory: of the run. step: where this process takes up the run; lines of later steps,
-            which it will write again, and a last line cut off by a kill are removed. first: whether
-            this is the process that writes it.
-    """
-
-    def __init__(self, directory: Path, step: int, *, first: bool = True) -> None:
-        self._path = directory / METRICS
-        lines = read_metrics(directory)
-        kept = [line for line in lines if line["step"] <= step]
-        self.seconds: float = max(
-            (line["seconds"] for line in kept if "seconds" in line), default=0.0
-        )
-        if first and self._path.exists():
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Write one line, at once."""
-        with write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-
-    def sync(self) -> None:
-        """Force the lines to the disk: before a checkpoint that relies on them."""
-        if self._path.exists():
-            sync(self._path)
-
-
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without a last one that was cut off; none if there is no such
     file.
@@ -252,6 +221,18 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
             ) from error
         lines.append(line)
     return lines
+
+
+def last_metrics(directory: Path) -> dict[str, Any] | None:
+    """The last line of metrics.jsonl, of a run that may be writing it now; None if there is none."""
+    try:
+        with (directory / METRICS).open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
+            texts = file.read().split(b"\n")[:-1]
+        line = _LINE.validate_json(texts[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return line if isinstance(line.get("step"), int) else None
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

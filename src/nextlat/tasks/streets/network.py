@@ -197,25 +197,23 @@ class StreetNetwork:
         return part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
-    """K pairs of intersections, with the fewest moves between them.
+    """K pairs of intersections.
 
     Attributes:
         source: (K,) int64.
         destination: (K,) int64.
-        hops: (K,) int64.
     """
 
     source: np.ndarray
     destination: np.ndarray
-    hops: np.ndarray
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: slice | np.ndarray) -> "Pairs":
-        return Pairs(self.source[index], self.destination[index], self.hops[index])
+        return Pairs(self.source[index], self.destination[index])
 
 
 def held_out_pairs(
@@ -240,38 +238,33 @@ def held_out_pairs(
     rng = np.random.default_rng(seed)
     if n * n <= MAX_LISTED_PAIRS:
         hops = network.hops_to(np.arange(n))  # (destination, source)
-        eligible = np.flatnonzero((hops > 0) & (hops <= max_hops))
-        chosen = rng.permutation(eligible)[: min(count, int(max_share * len(eligible)))]
-        destination, source = chosen // n, chosen % n
-        found = Pairs(source, destination, hops[destination, source].astype(np.int64))
+        keys = np.flatnonzero((hops > 0) & (hops <= max_hops))
+        limit = int(max_share * len(keys))
+        destination, source = np.divmod(rng.permutation(keys)[: min(count, limit)], n)
     else:
-        found = _sampled_pairs(network, count, max_hops, max_share, rng)
-    if len(found) == 0:
+        source, destination = _sampled_pairs(network, count, max_hops, max_share, rng)
+    if len(source) == 0:
         raise NextLatError(
             f"no pair of intersections can be held out (at most {max_hops} moves apart, at most "
             f"{max_share:g} of all pairs): take a larger network or a larger max_hops."
         )
-    return found
+    return Pairs(source, destination)
 
 
 def _sampled_pairs(
     network: StreetNetwork, count: int, max_hops: int, max_share: float, rng: np.random.Generator
-) -> Pairs:
-    """The same by rejection, for networks too large to list every pair."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and destinations by rejection, for networks too large to list every pair."""
     n = len(network)
     keys: np.ndarray = np.zeros(0, dtype=np.int64)
-    hops: np.ndarray = np.zeros(0, dtype=np.int64)
     drawn = 0
     for _ in range(50):
         fresh = np.unique(rng.integers(0, n * n, size=max(1024, 2 * (count - len(keys)))))
         fresh = rng.permutation(np.setdiff1d(fresh, keys, assume_unique=True))
-        destinations, column = np.unique(fresh % n, return_inverse=True)
-        distance = network.hops_to(destinations)[column, fresh // n].astype(np.int64)
-        eligible = (distance > 0) & (distance <= max_hops)
+        destinations, row = np.unique(fresh % n, return_inverse=True)
+        hops = network.hops_to(destinations)[row, fresh // n]
         drawn += len(fresh)
-        keys = np.concatenate([keys, fresh[eligible]])
-        hops = np.concatenate([hops, distance[eligible]])
+        keys = np.concatenate([keys, fresh[(hops > 0) & (hops <= max_hops)]])
         if len(keys) >= count:
             break
-    count = min(count, int(max_share * n * n * len(keys) / drawn))
-    return Pairs(keys[:count] // n, keys[:count] % n, hops[:count])
+    return np.divmod(keys[: min(count, int(max_share * n * n * len(keys) / drawn))], n)

@@ -1,7 +1,7 @@
 """Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its
 random-walks variant, for any city."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
 from nextlat.results import Measurement, Metric, Picture, Published, PublishedFigures
+from nextlat.scores import Score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
 from nextlat.tasks.streets.map import map_record, reconstruct
@@ -42,8 +43,8 @@ from nextlat.tasks.streets.walks import (
     tokenizer,
     walk_stream,
 )
-from nextlat.tasks.task import NEXTLAT, Measure, Task, TaskConfig, find_data
-from nextlat.validation import CountOrZero, Share
+from nextlat.tasks.task import NEXTLAT, Measure, Seed, Task, TaskConfig, find_data
+from nextlat.validation import Share
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
@@ -103,7 +104,7 @@ class StreetsConfig(TaskConfig):
     box: tuple[Degrees, Degrees, Degrees, Degrees] | None = None
     rows: Lines = 8
     columns: Lines = 8
-    city_seed: CountOrZero = 0
+    city_seed: Seed = 0
     one_way: Share = 0.5
     missing: Share = 0.1
     diagonal: bool = True
@@ -185,16 +186,15 @@ class Streets(Task):
             self.network, config.held_out, max_hops=min(config.max_hops, config.max_moves), seed=1
         )
         self._tested = self.pairs[: config.tests]
+        self._lengths: dict[str, Any] = {
+            "min_moves": config.min_moves,
+            "max_moves": config.max_moves,
+        }
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        config = self.config
+        row_length = self.config.row_length
         return walk_stream(
-            self.network,
-            row_length=config.row_length,
-            min_moves=config.min_moves,
-            max_moves=config.max_moves,
-            seed=seed,
-            exclude=self.pairs,
+            self.network, row_length=row_length, seed=seed, exclude=self.pairs, **self._lengths
         )
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
@@ -209,14 +209,8 @@ class Streets(Task):
     @cached_property
     def _walks(self) -> Walks:
         """One random walk for each held-out pair that is measured."""
-        config, rng = self.config, np.random.default_rng(3)
-        return conditioned_walks(
-            self.network,
-            self._tested,
-            min_moves=config.min_moves,
-            max_moves=config.max_moves,
-            rng=rng,
-        )
+        rng = np.random.default_rng(3)
+        return conditioned_walks(self.network, self._tested, rng=rng, **self._lengths)
 
     @cached_property
     def _prefixes(self) -> PrefixPairs:
@@ -236,36 +230,30 @@ class Streets(Task):
         ]
 
     def measures(self) -> Mapping[str, Measure]:
-        network, pairs, max_moves = self.network, self._tested, self.config.max_moves
+        city, pairs, max_moves = self.network, self._tested, self.config.max_moves
         probability = self.config.detour_probability
 
+        def scored(metric: Metric, score: Callable[..., Score], *of: Any) -> Measure:
+            return lambda model: [Measurement(metric, score(model, city, *of))]
+
         def continuations(model: "ObjectiveModel") -> list[Measurement]:
+            scores = identical_continuations(model, city, self._prefixes, max_moves)
             metrics = (IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS)
-            scores = identical_continuations(model, network, self._prefixes, max_moves)
             return list(map(Measurement, metrics, scores))
 
         def driven_off(model: "ObjectiveModel") -> Iterable[Measurement]:
             for kind in DETOURS:
                 score = detour_robustness(
-                    model, network, pairs, max_moves, probability=probability, kind=kind
+                    model, city, pairs, max_moves, probability=probability, kind=kind
                 )
                 yield Measurement(detours(kind, probability), score)
 
         return {
-            "next-token test": lambda model: [
-                Measurement(NEXT_TOKEN_TEST, next_token_test(model, network, self._walks))
-            ],
-            "valid trajectories": lambda model: [
-                Measurement(
-                    VALID_TRAJECTORIES, valid_trajectories(model, network, pairs, max_moves)
-                )
-            ],
-            "sequence compression": lambda model: [
-                Measurement(
-                    SEQUENCE_COMPRESSION,
-                    sequence_compression(model, network, self._prefixes, max_moves),
-                )
-            ],
+            "next-token test": scored(NEXT_TOKEN_TEST, next_token_test, self._walks),
+            "valid trajectories": scored(VALID_TRAJECTORIES, valid_trajectories, pairs, max_moves),
+            "sequence compression": scored(
+                SEQUENCE_COMPRESSION, sequence_compression, self._prefixes, max_moves
+            ),
             "identical continuations": continuations,
             "detours": driven_off,
             "effective latent rank": self.latent_rank,
@@ -281,15 +269,9 @@ class Streets(Task):
 
     def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
-        config = self.config
         length = max(LATENT_TOKENS, self.max_length)
-        drawn = random_walks(
-            self.network,
-            2 * LATENT_ROWS * length // (config.min_moves + config.max_moves),
-            min_moves=config.min_moves,
-            max_moves=config.max_moves,
-            rng=np.random.default_rng(5),
-        )
-        rows = pack(drawn, length, LATENT_ROWS)
+        count = 2 * LATENT_ROWS * length // sum(self._lengths.values())
+        walks = random_walks(self.network, count, rng=np.random.default_rng(5), **self._lengths)
+        rows = pack(walks, length, LATENT_ROWS)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]

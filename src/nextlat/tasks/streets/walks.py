@@ -84,8 +84,7 @@ def random_walks(
         NextLatError: walks of some length keep failing, as in a network without loops.
     """
     n = len(network)
-    pairs = exclude or Pairs(*np.zeros((3, 0), dtype=np.int64))
-    excluded = pairs.source * n + pairs.destination
+    excluded = exclude.source * n + exclude.destination if exclude else np.zeros(0)
     drawn = rng.integers(min_moves, max_moves + 1, size=count)
     # Longest first, so that the walkers still on their way are always the first ones.
     order = np.argsort(-drawn, kind="stable")
@@ -111,8 +110,7 @@ def random_walks(
         # however small it is.
         tries=lambda pending, attempt: max(4, 512 // pending) if attempt else 1,
     )
-    back = np.empty(count, dtype=np.int64)
-    back[order] = np.arange(count)
+    back = np.argsort(order)
     return Walks(drawn, nodes[back].astype(np.int64), moves[back].astype(np.int64))
 
 
