@@ -9,9 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nextlat.scores import mean_score
-from nextlat.tasks.streets.map import reconstruct
-from nextlat.tasks.streets.map_record import map_record
-from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.map import map_record, reconstruct
+from nextlat.tasks.streets.sources import generate_city
 
 ITEMS = 200
 CITY = {  # metric -> (next-token, NextLat)
@@ -32,7 +31,7 @@ PARTS = {  # of the loss, and how high they begin
     "jtp": {"multi_token": 1.0},
     "bst": {"pairs": 4.0, "pairs_next": 2.0, "pairs_previous": 2.0},
 }
-NETWORK = StreetNetwork.embedded(rows=5, columns=5, seed=0)
+NETWORK = generate_city(rows=5, columns=5, seed=0)
 
 
 def write_run(

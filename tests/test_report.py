@@ -41,8 +41,7 @@ from nextlat.report import (
 from nextlat.report.comparison import TaskComparison
 from nextlat.report.drawing import PALETTE
 from nextlat.report.wording import with_error
-from nextlat.tasks.streets.map import reconstruct
-from nextlat.tasks.streets.map_record import map_record, read_map_record
+from nextlat.tasks.streets.map import map_record, read_map_record, reconstruct
 
 OBJECTIVES = ("next-token", "nextlat")
 VOID = {"meta", "img", "br"}

@@ -1,4 +1,4 @@
-"""The command line: train | evaluate | generate | compare | report | demo.
+"""The command line: train | evaluate | generate | serve | compare | report | demo.
 
 Nothing else prints (by `terminal`). Heavy imports stay inside the commands, so that `--help`
 answers at once.
@@ -310,6 +310,27 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
             "use words that it does."
         )
     return ids
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="Run directory or hub id of a saved model.")],
+    draft_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens drafted per cycle; default: 4, or 0 where the model cannot."),
+    ] = None,
+) -> None:
+    """Serve a run with vLLM, its latent dynamics model drafting; takes vLLM's options, too."""
+    import signal
+
+    from nextlat.serving.serve import serve as run_server
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    raise typer.Exit(run_server(run, draft_length, context.args, _say))
 
 
 @app.command()

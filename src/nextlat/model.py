@@ -26,6 +26,7 @@ from nextlat.decoding import generate
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
+from nextlat.serving.draft_config import write_draft_config
 
 SIDECAR, SIDECAR_CONFIG, SIDECAR_WEIGHTS, SIDECAR_FORMAT = (
     "nextlat",
@@ -192,6 +193,7 @@ class ObjectiveModel(nn.Module):
         }
         save_file(weights, sidecar / SIDECAR_WEIGHTS, metadata={"format": "pt"})
         (sidecar / SIDECAR_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+        write_draft_config(sidecar, self.objective)
 
     def _backbone_description(self) -> dict[str, Any]:
         backbone = self.backbone

@@ -12,8 +12,7 @@ from nextlat.report import drawing, plots, task_plots
 from nextlat.report.comparison import TaskComparison
 from nextlat.report.maps import draw_maps
 from nextlat.report.runs import MAP, Run
-from nextlat.tasks.streets.map import ReconstructedMap
-from nextlat.tasks.streets.map_record import read_map_record
+from nextlat.tasks.streets.map import ReconstructedMap, read_map_record
 from nextlat.tasks.streets.network import StreetNetwork
 
 MAPS_TITLE = "The city in the model's head"
