@@ -20,7 +20,6 @@ from nextlat.batch import Batch
 from nextlat.decoding.speed import TRANSFORMERS, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, write_errors, write_json
-from nextlat.losses import cross_entropy
 from nextlat.model import ObjectiveModel, load
 from nextlat.scores import Score, ratio_score, share_interval
 from nextlat.tasks import Task
@@ -145,18 +144,14 @@ def _evaluate(
     return entry
 
 
-@torch.no_grad()
 def next_token_loss(model: ObjectiveModel, task: Task) -> Score:
     """Cross-entropy of held-out rows in nats per scored token; the items are the rows."""
     sums, counts = [], []
     for row in DataLoader(task.eval_dataset(), batch_size=1):
         batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in row.items()})
-        h_ND = model.hidden(batch).flatten(0, 1)
-        scored = batch.scored().nonzero().squeeze(1)
-        sums.append(
-            cross_entropy(model.next_token_logits, h_ND[scored], batch.targets()[scored]).item()
-        )
-        counts.append(len(scored))
+        row_sums, row_counts = model.next_token_loss(batch)
+        sums += row_sums.tolist()
+        counts += row_counts.tolist()
     return ratio_score(sums, counts)
 
 

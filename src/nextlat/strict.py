@@ -86,7 +86,8 @@ class Reader:
         self, kind: type, table: dict[str, Any], place: str, extra: Sequence[str]
     ) -> None:
         hints = get_type_hints(kind, include_extras=True)
-        valid = [f.name for f in fields(kind) if f.init]
+        of_fields = getattr(kind, "model_fields", None)  # of a pydantic model
+        valid = [f.name for f in fields(kind) if f.init] if of_fields is None else [*of_fields]
         for key, value in table.items():
             full = f"{place}.{key}".lstrip(".")
             if key not in valid:

@@ -148,7 +148,7 @@ class Recipe:
             "objective": self.objective,
             **{key: getattr(self, key) for key in _TOP},
             **{key: asdict(getattr(self, key)) for key in _TABLES},
-            "objectives": {self.objective: asdict(self.objective_config)},
+            "objectives": {self.objective: self.objective_config.model_dump(mode="json")},
         }
         return json.loads(json.dumps(content, default=str))
 

@@ -6,7 +6,7 @@ on the task is left out with a sentence that says why.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from nextlat.batch import IGNORE
@@ -139,7 +139,7 @@ def _settings(
         for item in overrides
         if _belongs_to(item) in (None, objective) or _belongs_to(item) not in OBJECTIVES
     ]
-    has_one = "horizon" in {field.name for field in fields(OBJECTIVES[objective][0])}
+    has_one = "horizon" in OBJECTIVES[objective][0].model_fields
     key = f"objectives.{objective}.horizon"
     if not has_one or any(item.partition("=")[0].strip() == key for item in own):
         return tuple(own)

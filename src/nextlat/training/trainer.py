@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as library_logging
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
 from nextlat.files import atomic_directory, staging_directory
+from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
 from nextlat.training.run_directory import MetricsLog, rotate_checkpoints
 
@@ -65,20 +67,16 @@ def evaluation_loss(
     their tokens.
     """
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-    counts = torch.stack([model.counts(**batch) for batch in loader]).sum(0).to(model.device)
+    counts = add_counts([model.counts(**batch) for batch in loader])
+    counts = {name: count.to(model.device) for name, count in counts.items()}
     sums: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in loader:
-                out = model(
-                    **{key: value.to(model.device) for key, value in batch.items()}, counts=counts
-                )
-                for name, value in {"loss": out.loss, **out.losses}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double()
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model):
+        for batch in loader:
+            out = model(
+                **{key: value.to(model.device) for key, value in batch.items()}, counts=counts
+            )
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
     return {name: value.item() for name, value in sums.items()}
 
 
@@ -265,7 +263,7 @@ class NextLatTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Item], num_batches: int, device: torch.device
-    ) -> tuple[list[Item], Tensor | None]:
+    ) -> tuple[list[Item], Any]:
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return [], None
@@ -278,7 +276,8 @@ class NextLatTrainer(Trainer):
                 batches,
                 None,
             )  # the batch is the whole step, whose own counts the loss takes anyway
-        counts = torch.stack([self._model.counts(**batch) for batch in batches]).sum(0).to(device)
+        counts = add_counts([self._model.counts(**batch) for batch in batches])
+        counts = {name: count.to(device) for name, count in counts.items()}
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
@@ -288,7 +287,7 @@ class NextLatTrainer(Trainer):
         model: torch.nn.Module,
         inputs: Item,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         self._model.objective.step = (
             self.state.global_step + 1

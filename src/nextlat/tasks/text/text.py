@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.losses import cross_entropy
 from nextlat.scores import Score, exp_score, ratio_score
 from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.streets.rides import inference
@@ -279,19 +278,10 @@ class Text(Task):
         """exp of the mean cross-entropy of the held-out rows, per token of this vocabulary; the
         items are the rows."""
         sums, counts = [], []
-        with inference(model):
-            for rows in _batches(self._test_rows):
-                batch = _on(model.device, rows)
-                h_BTD, scored = model.hidden(batch), batch.scored().view(batch.input_ids.shape)
-                for h_TD, targets_T, mask_T in zip(
-                    h_BTD, batch.targets().view(scored.shape), scored, strict=True
-                ):
-                    sums.append(
-                        cross_entropy(
-                            model.next_token_logits, h_TD[mask_T], targets_T[mask_T]
-                        ).item()
-                    )
-                    counts.append(int(mask_T.sum()))
+        for rows in _batches(self._test_rows):
+            row_sums, row_counts = model.next_token_loss(_on(model.device, rows))
+            sums += row_sums.tolist()
+            counts += row_counts.tolist()
         return exp_score(ratio_score(sums, counts))
 
     def benchmark(self, name: str, model: "ObjectiveModel") -> dict[str, Score]:
