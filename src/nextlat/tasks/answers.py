@@ -12,7 +12,8 @@ from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nextlat.tasks.task import FIRST_WORD, SequenceModel, inference, word_tokenizer
+from nextlat.backbone import evaluation_mode
+from nextlat.tasks.task import FIRST_WORD, SequenceModel, word_tokenizer
 
 END, FIRST_SYMBOL = FIRST_WORD, FIRST_WORD + 1
 SAMPLED = {"sampled": True}  # parameter of metrics of answers that are not greedy
@@ -61,7 +62,7 @@ def generate_answers(
     """
     found = np.empty((len(prompts), length), dtype=np.int64)
     draws = None if seed is None else np.random.default_rng(seed).random(found.shape)
-    with inference(model):
+    with evaluation_mode(model):
         for first in range(0, len(prompts), batch_size):
             rows, past = slice(first, first + batch_size), None
             input_ids = torch.from_numpy(prompts[rows].astype(np.int64)).to(model.device)
@@ -93,7 +94,7 @@ def forced_answers(
         batch_size: problems read at a time.
     """
     found = np.empty((len(tokens), tokens.shape[1] - prompt_length), dtype=np.int64)
-    with inference(model):
+    with evaluation_mode(model):
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             input_ids = torch.from_numpy(tokens[rows, :-1].astype(np.int64)).to(model.device)

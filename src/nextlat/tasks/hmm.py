@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
 from nextlat.results import Measurement, Metric, Picture
@@ -34,7 +35,6 @@ from nextlat.tasks.task import (
     TaskConfig,
     TestCount,
     check_size,
-    inference,
     word_tokenizer,
     world_fingerprint,
 )
@@ -237,7 +237,7 @@ class HMM(Task):
         """(P, L + 1, D) states of the transformer on the held-out sequences, from `begin` on, in
         fp32 on the CPU."""
         rows = self.rows(self._held_out).split(BATCH)
-        with inference(model):
+        with evaluation_mode(model):
             return torch.cat(
                 [model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows]
             )
@@ -267,7 +267,7 @@ class HMM(Task):
         log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
         symbols = slice(FIRST_SYMBOL, FIRST_SYMBOL + p.shape[-1])
         log_q = []
-        with inference(model):
+        with evaluation_mode(model):
             for ids in self.rows(self._held_out)[:, :-1].split(BATCH):
                 h_BTD, _ = model.step(ids.to(model.device))
                 logits = model.next_token_logits(h_BTD).double().cpu()
@@ -292,7 +292,7 @@ class HMM(Task):
             return []
         missed, moved = [], []
         rows, states = self.rows(self._held_out).split(BATCH), self.states(model).split(BATCH)
-        with inference(model):
+        with evaluation_mode(model):
             for ids, h in zip(rows, states, strict=True):
                 e = model.backbone.embed(ids[:, 1:].to(model.device))
                 predicted = dynamics(h[:, :-1].to(model.device), e).float().cpu()

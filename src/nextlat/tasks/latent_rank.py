@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import Batch
 from nextlat.model import ObjectiveModel
 from nextlat.results import Metric
 from nextlat.scores import Score, effective_rank, jackknife_score, triangular_factor
-from nextlat.tasks.task import NEXTLAT, inference
+from nextlat.tasks.task import NEXTLAT
 
 EFFECTIVE_LATENT_RANK = Metric(
     name="effective_latent_rank",
@@ -53,7 +54,7 @@ def latent_rank(
     """
     groups = min(groups, len(input_ids))
     factors = []
-    with inference(model):
+    with evaluation_mode(model):
         for group in np.array_split(np.arange(len(input_ids)), groups):
             states = []
             for first in range(0, len(group), batch_size):

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
@@ -47,7 +48,6 @@ from nextlat.tasks.task import (
     TaskConfig,
     TestCount,
     check_size,
-    inference,
     word_tokenizer,
     world_fingerprint,
 )
@@ -273,7 +273,7 @@ class WordProblem(Task):
     ) -> dict[Predictor, np.ndarray]:
         """(S, n + 1) inputs -> the products (S, n) that each way to predict them gives."""
         ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
-        with inference(model):
+        with evaluation_mode(model):
             h, _ = model.step(ids)
             found: dict[Predictor, Tensor] = {"transformer": model.next_token_logits(h[:, 1:])}
             if model.objective.max_draft_length is None:

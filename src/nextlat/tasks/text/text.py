@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
@@ -42,7 +43,6 @@ from nextlat.tasks.task import (
     TaskConfig,
     TestCount,
     held_out_cross_entropy,
-    inference,
 )
 from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import (
@@ -380,7 +380,7 @@ class Text(Task):
     ) -> tuple[Tensor, Tensor]:
         """Rows -> h_ND and the tokens ahead, targets_NK, of the positions that have any."""
         states, targets = [], []
-        with inference(model):
+        with evaluation_mode(model):
             for part in DataLoader(rows, batch_size=ROWS_PER_BATCH):
                 batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in part.items()})
                 ahead_NK = future_tokens(batch, self.config.probes)
