@@ -31,9 +31,8 @@ from nextlat.results import (
     TaskFacts,
 )
 from nextlat.scores import mean_score
-from nextlat.tasks.streets.map import reconstruct
-from nextlat.tasks.streets.map_record import map_record
-from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.map import map_record, reconstruct
+from nextlat.tasks.streets.sources import generate_city
 
 ITEMS = 200
 FIVE = ("next-token", "nextlat", "mtp", "jtp", "bst")
@@ -51,7 +50,7 @@ PARTS = {  # of the loss: title, and how high it begins
         "pairs_previous": ("Pairs: previous token, nats", 2.0),
     },
 }
-NETWORK = StreetNetwork.embedded(rows=5, columns=5, seed=0)
+NETWORK = generate_city(rows=5, columns=5, seed=0)
 PLAIN = "plain KV-cached decoding"
 DEFINED = {"definition": "Defined in a sentence.", "source": "somebody"}
 
@@ -103,9 +102,12 @@ def _metrics() -> Iterable[Metric]:
         published="effective_latent_rank",
         **DEFINED,
     )
-    for name, headline in (("exact_paths", True), ("exact_paths_sampled", True)):
+    for name, headline in (("exact_path_accuracy", True), ("exact_path_accuracy_sampled", True)):
         yield Metric(
-            name=name, title=name.replace("_", " "), headline=headline, published="exact_paths"
+            name=name,
+            title=name.replace("_", " "),
+            headline=headline,
+            published="exact_path_accuracy",
         )
     yield Metric(name="solved_seen", title="Solved, seen targets", published="solved")
     yield Metric(name="solved_held_out", title="Solved, held-out targets", published="solved")
@@ -182,7 +184,7 @@ TASKS = {
             name="path-star",
             title="Path-Star",
             solved=Solved(
-                metric="exact_paths",
+                metric="exact_path_accuracy",
                 at_least=0.99,
                 loss_below=LOSS_OF_BRANCH,
                 definition="A seed solves it with nearly all paths exact.",
@@ -191,9 +193,15 @@ TASKS = {
                 setting="larger graphs",
                 source="a paper",
                 sayings=[
-                    Saying(methods=("NextLat",), text="near 100 % on G(2, 10)", of="exact_paths"),
-                    Saying(methods=("BST",), text="starts to fail on G(7, 7)", of="exact_paths"),
-                    Saying(methods=("GPT", "MTP", "JTP"), text="failed", of="exact_paths"),
+                    Saying(
+                        methods=("NextLat",),
+                        text="near 100 % on G(2, 10)",
+                        of="exact_path_accuracy",
+                    ),
+                    Saying(
+                        methods=("BST",), text="starts to fail on G(7, 7)", of="exact_path_accuracy"
+                    ),
+                    Saying(methods=("GPT", "MTP", "JTP"), text="failed", of="exact_path_accuracy"),
                     Saying(methods=("GPT",), text="is not about anything measured"),
                 ],
             ),
@@ -429,8 +437,8 @@ def write_path_star_run(
     """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths."""
     paths = np.arange(ITEMS) < round(ITEMS * exact)
     items = {
-        "exact_paths": paths,
-        "exact_paths_sampled": paths,
+        "exact_path_accuracy": paths,
+        "exact_path_accuracy_sampled": paths,
         "next_token_loss": np.full(ITEMS, 0.2),
     }
     chart = Chart(

@@ -45,8 +45,7 @@ from nextlat.results import (
     Solved,
     TaskFacts,
 )
-from nextlat.tasks.streets.map import reconstruct
-from nextlat.tasks.streets.map_record import map_record
+from nextlat.tasks.streets.map import map_record, reconstruct
 
 OBJECTIVES = ("next-token", "nextlat")
 LIMIT = 0.1 * np.log(2) / 4
@@ -364,7 +363,7 @@ def test_the_terminal_shows_measurements_and_verdicts(runs: list[Path]) -> None:
 def test_many_models_are_shown_beside_the_baseline_in_several_tables(stars: list[Path]) -> None:
     tasks = compare(read_runs(stars))
     others = ["NextLat d=2", "MTP d=2", "JTP d=2", "BST"]
-    [exact] = [one for one in tasks[0].metrics if one.metric.name == "exact_paths"]
+    [exact] = [one for one in tasks[0].metrics if one.metric.name == "exact_path_accuracy"]
     assert {label: d.value for label, d in exact.differences.items()} == pytest.approx(
         dict(zip(others, (0.485, 0.0, 0.0, 0.48), strict=True)), abs=1e-9
     )

@@ -26,6 +26,7 @@ from nextlat.decoding import generate
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
+from nextlat.serving.draft_config import write_draft_config
 
 SIDECAR, SIDECAR_CONFIG, SIDECAR_WEIGHTS, SIDECAR_FORMAT = (
     "nextlat",
@@ -59,10 +60,18 @@ class ObjectiveModel(nn.Module):
         backbone: access to hidden states, embeddings and head of `lm`.
     """
 
+    # Told to `transformers.Trainer`: what it passes as num_items_in_batch counts shifted labels.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
+    _keys_to_ignore_on_save = None
+
     def __init__(self, lm: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
         self.lm = lm
         self.objective = objective
+        # Every weight once: files and the Trainer take no tied ones.
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_add_aliases)
 
     @property
     def backbone(self) -> Backbone:
@@ -87,6 +96,7 @@ class ObjectiveModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         counts: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> ObjectiveOutput:
         """Loss of the objective on a batch, or logits when there are no labels.
 
@@ -98,6 +108,8 @@ class ObjectiveModel(nn.Module):
             attention_mask: (B, T), 0 on padding.
             counts: what to divide by, if not the counts of this batch: those of a whole optimiser
                 step (see `Objective.counts`).
+            num_items_in_batch: the same as far as `transformers.Trainer` knows it: labelled tokens
+                of the whole step, by which every part is then divided.
 
         Raises:
             NextLatError: packed rows for a model that would attend across documents; shapes that
@@ -108,6 +120,8 @@ class ObjectiveModel(nn.Module):
         )
         if labels is None:
             return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
+        if counts is None and num_items_in_batch is not None:
+            counts = torch.ones_like(self.objective.counts(batch)) * num_items_in_batch
         losses = self.objective.loss(batch, counts)
         return ObjectiveOutput(loss=losses.total, losses=losses.means())
 
@@ -122,6 +136,14 @@ class ObjectiveModel(nn.Module):
         return self.objective.counts(
             Batch.from_inputs(input_ids, labels, position_ids, attention_mask)
         )
+
+    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """That of the LM."""
+        self.lm.gradient_checkpointing_enable(*arguments, **options)
+
+    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """That of the LM."""
+        self.lm.activation_checkpointing_enable(*arguments, **options)
 
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see
@@ -171,6 +193,7 @@ class ObjectiveModel(nn.Module):
         }
         save_file(weights, sidecar / SIDECAR_WEIGHTS, metadata={"format": "pt"})
         (sidecar / SIDECAR_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+        write_draft_config(sidecar, self.objective)
 
     def _backbone_description(self) -> dict[str, Any]:
         backbone = self.backbone
@@ -204,6 +227,24 @@ class ObjectiveModel(nn.Module):
                 f"{directory} holds a model of another shape: choose another run directory."
             ) from error
         self.objective.load_state_dict(other.objective.state_dict())
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Name of a tied weight -> the name it is saved under."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: kept for name, p in named if (kept := first.setdefault(id(p), name)) != name}
+
+
+def _drop_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    for alias in _aliases(model):
+        state.pop(prefix + alias, None)
+
+
+def _add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    for alias, kept in _aliases(model).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + alias, state[prefix + kept])
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Metric(Settings):
     unit: Unit = "share"
     higher_is_better: bool | None = True
     items: str = "items"
-    parameters: dict[str, Parameter] = {}
+    parameters: Mapping[str, Parameter] = {}
     counterpart: str | None = None
     counterpart_name: str = ""
     reference: float | None = None
@@ -343,8 +343,8 @@ def facts_of(objective: Any) -> ObjectiveFacts:
     """What the report must know of an objective."""
     return ObjectiveFacts(
         name=objective.name,
-        title=objective.title,
-        published_as=objective.published_as,
+        title=getattr(objective, "title", objective.name),
+        published_as=getattr(objective, "published_as", objective.name),
         horizon=objective.horizon,
-        parts=dict(objective.parts),
+        parts=dict(getattr(objective, "parts", {})),
     )

@@ -26,7 +26,7 @@ from nextlat.report.elements import (
 from nextlat.report.maps import draw_maps
 from nextlat.report.runs import Run, first_run
 from nextlat.results import Picture
-from nextlat.tasks.streets.map_record import read_map_record
+from nextlat.tasks.streets.map import read_map_record
 from nextlat.validation import Settings, read_json
 
 CORNERS = np.array(
@@ -165,7 +165,7 @@ class Drawer:
             label: known
             for label, runs in self._task.models.items()
             if _has(run := first_run(runs), picture)
-            and len((known := _read(run, picture, _simplex)).true[0]) == len(CORNERS)
+            and len((known := _read(run, picture, Simplex.from_json)).true[0]) == len(CORNERS)
         }
         if not found:
             return []
@@ -184,19 +184,13 @@ def _has(run: Run, picture: Picture) -> bool:
     return picture.file in {one.file for one in run.result.pictures}
 
 
-def _read(run: Run, picture: Picture, convert: Callable[[Any], Content]) -> Content:
+def _read(run: Run, picture: Picture, read: Callable[[Any, str], Content]) -> Content:
     path = run.directory / Path(picture.file).name
     again = f"run 'nextlat evaluate {run.directory}' again"
     try:
-        return convert(read_json(path, again))
+        return read(read_json(path, again), f"{path} is corrupt, {again}")
     except FileNotFoundError as error:
         raise NextLatError(f"{path} is missing: {again}.") from error
-    except (KeyError, TypeError, ValueError, NextLatError) as error:
-        raise NextLatError(f"{path} is corrupt ({error}): {again}.") from error
-
-
-def _simplex(content: Any) -> Simplex:
-    return Simplex.from_json(content, "the beliefs")
 
 
 def _no_formula(label: str) -> str:

@@ -14,7 +14,6 @@ from nextlat.scores import (
     jackknife_score,
     mean_score,
     paired_difference,
-    rank_of_factor,
     ratio_score,
     share_interval,
     triangular_factor,
@@ -87,7 +86,7 @@ def test_triangular_factors_of_parts_stack_to_the_whole():
         [triangular_factor(h[:5]), triangular_factor(h[5:100]), triangular_factor(h[100:])]
     )
     assert len(parts) == 5 + 7 + 7
-    assert rank_of_factor(parts) == pytest.approx(effective_rank(h), rel=1e-12)
+    assert effective_rank(parts) == pytest.approx(effective_rank(h), rel=1e-12)
 
 
 def test_mean_score():

@@ -1,7 +1,7 @@
 """Hidden Markov models with known parameters: sampling, and the exact belief state by forward
 filtering.
 
-Shapes: P sequences, L tokens a sequence, S hidden states, M symbols.
+Shapes: P sequences, L tokens of a sequence, S hidden states, M symbols.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,9 @@ class HiddenMarkov:
     that it enters.
 
     Attributes:
-        transition: (S, S) P(next state | state). emission: (S, M) P(symbol | state). stationary:
-            (S,).
+        transition: (S, S) P(next state | state).
+        emission: (S, M) P(symbol | state).
+        stationary: (S,) the distribution of the state before the first symbol.
     """
 
     transition: np.ndarray
@@ -37,14 +38,15 @@ class HiddenMarkov:
         """From two row-stochastic matrices.
 
         Raises:
-            NextLatError: not two matrices of the same number of states, a row that is no
+            NextLatError: not two matrices of the same number of states, a row that is not a
                 distribution, or several stationary distributions (the chain falls apart).
         """
         t, e = _distributions(transition, "transition"), _distributions(emission, "emission")
         if t.shape != (len(e), len(e)):
             raise NextLatError(
-                f"the transition matrix is {t.shape[0]} x {t.shape[1]}, the emission matrix {e.shape[0]} x {e.shape[1]}: "
-                f"with {len(e)} states the first must be {len(e)} x {len(e)}."
+                f"the transition matrix is {t.shape[0]} x {t.shape[1]}, the emission matrix "
+                f"{e.shape[0]} x {e.shape[1]}: with {len(e)} states the first must be {len(e)} x "
+                f"{len(e)}."
             )
         return cls(t, e, _stationary(t))
 
@@ -52,16 +54,12 @@ class HiddenMarkov:
     def mess3(cls, alpha: float, x: float) -> "HiddenMarkov":
         """The process Mess3 (Marzen & Crutchfield 2017): three states, three symbols.
 
-        A state is kept with probability 1 - 2 x and left for each other one with x; it gives its
-        own symbol with probability alpha, each other one with (1 - alpha) / 2.
-
-        Raises:
-            NextLatError: alpha outside [0, 1], or x outside (0, 1/2].
+        Args:
+            alpha: a state gives its own symbol with this probability, and each other one with
+                (1 - alpha) / 2.
+            x: a state is left for each other one with this probability, at most 1/2, and kept with
+                1 - 2 x.
         """
-        if not 0 <= alpha <= 1 or not 0 < x <= 0.5:
-            raise NextLatError(
-                f"Mess3 needs alpha from 0 to 1 and x above 0 up to 0.5, not alpha = {alpha} and x = {x}."
-            )
         same = np.eye(3)
         beta = (1 - alpha) / 2
         return cls.of(same * (1 - 2 * x) + (1 - same) * x, same * alpha + (1 - same) * beta)
@@ -69,20 +67,7 @@ class HiddenMarkov:
     @classmethod
     def random(cls, states: int, symbols: int, concentration: float, seed: int) -> "HiddenMarkov":
         """Every row of both matrices from a symmetric Dirichlet distribution: the lower the
-        concentration, the more peaked.
-
-        Raises:
-            NextLatError: fewer than two states or symbols, a seed below 0, or a concentration under
-                0.01 (rows of zeros and ones only).
-        """
-        if states < 2 or symbols < 2 or concentration < 0.01:
-            raise NextLatError(
-                "a random HMM needs states >= 2, symbols >= 2 and concentration >= 0.01."
-            )
-        if seed < 0:
-            raise NextLatError(
-                f"the seed of a random HMM is {seed}: give a whole number from 0 on."
-            )
+        concentration, the more peaked."""
         rng = np.random.default_rng((states, symbols, seed))
         rows = [
             rng.dirichlet(np.full(size, concentration), size=states) for size in (states, symbols)
@@ -91,13 +76,10 @@ class HiddenMarkov:
 
     def sample(self, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
         """(P, L) symbols."""
-        # One draw a step decides both the next state and its symbol: an edge (state, symbol) of the
-        # joint distribution.
-        edges = (
-            (self.transition[:, :, None] * self.emission)
-            .reshape(len(self.transition), -1)
-            .cumsum(axis=1)
-        )
+        # One draw per step decides both the next state and its symbol: an edge (state, symbol) of
+        # the joint distribution.
+        joint = self.transition[:, :, None] * self.emission
+        edges = joint.reshape(len(joint), -1).cumsum(axis=1)
         edges[:, -1] = 1.0
         state = np.searchsorted(self.stationary.cumsum()[:-1], rng.random(count), side="right")
         symbols = np.empty((count, length), dtype=np.int32)
@@ -129,7 +111,8 @@ def _distributions(rows: Sequence[Sequence[float]] | np.ndarray, name: str) -> n
     for i, row in enumerate(matrix):
         if not (row >= 0).all() or abs(row.sum() - 1) > TOLERANCE:
             raise NextLatError(
-                f"row {i + 1} of the {name} matrix, {row.tolist()}, is no distribution: give numbers from 0 on that sum to 1."
+                f"row {i + 1} of the {name} matrix, {row.tolist()}, is not a distribution: give "
+                "numbers from 0 on that sum to 1."
             )
     return matrix / matrix.sum(axis=1, keepdims=True)
 
@@ -140,7 +123,8 @@ def _stationary(transition: np.ndarray) -> np.ndarray:
     system = np.concatenate([transition.T - np.eye(states), np.ones((1, states))])
     if np.linalg.matrix_rank(system) < states:
         raise NextLatError(
-            "the states of this HMM fall into parts that never meet: give a transition matrix that joins them."
+            "the states of this HMM fall into parts that never meet: give a transition matrix that "
+            "joins them."
         )
     solution = np.linalg.lstsq(system, np.eye(states + 1)[-1], rcond=None)[0].clip(min=0)
     return solution / solution.sum()
