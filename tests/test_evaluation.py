@@ -28,6 +28,7 @@ TINY = [
     "schedule.warmup_steps=1", "schedule.decay_steps=1", "run.log_every=1", "run.threads=1",
 ]  # fmt: skip
 RECIPES = {
+    "streets": ("city-tiny", ["tests=20"]),
     "word-problem": ("word-problem-small", ["sequences=500", "tests=20", "length=8", "group=S3"]),
     "path-star": ("path-star-small", ["arms=2", "names=9", "graphs=40", "tests=20"]),
     "countdown": ("countdown-small", ["problems=40", "tests=20"]),

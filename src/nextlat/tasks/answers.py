@@ -52,7 +52,6 @@ def generate_answers(
     `end`.
 
     Args:
-        model: a model.
         prompts: (P, T) token ids.
         length: A.
         seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every
@@ -89,7 +88,6 @@ def forced_answers(
     """(P, A) the most likely token at every position of the answer, given the true ones before it.
 
     Args:
-        model: a model.
         tokens: (P, T + A) prompts with their true answers.
         prompt_length: T.
         batch_size: problems read at a time.

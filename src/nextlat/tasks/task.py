@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import Batch
 from nextlat.losses import cross_entropy
+from nextlat.model import ObjectiveModel
 from nextlat.results import Chart, Measurement, Metric, Picture, Published, Solved
 from nextlat.scores import Score, ratio_score
 from nextlat.validation import Settings
-
-if TYPE_CHECKING:  # tasks know a model by what it does, and import none
-    from nextlat.model import ObjectiveModel
 
 PAD, UNK, FIRST_WORD = 0, 1, 2  # token ids of every word-level tokenizer
 
@@ -43,7 +41,7 @@ Length = Annotated[int, Field(ge=1, le=2**20)]
 Seed = Annotated[int, Field(ge=0, le=2**53)]
 MAX_TOKENS = 2**33  # of all rows of a task
 
-Measure = Callable[["ObjectiveModel"], Iterable[Measurement | Chart]]
+Measure = Callable[[ObjectiveModel], Iterable[Measurement | Chart]]
 
 
 class TaskConfig(Settings, ABC):
@@ -108,7 +106,7 @@ class Task(ABC):
         does not allow is left out.
         """
 
-    def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """Files beside results.json, with their JSON content, that a report draws from."""
         return ()
 
@@ -144,12 +142,11 @@ def inference(model: object) -> Iterator[None]:
 
 
 def held_out_cross_entropy(
-    model: "ObjectiveModel", dataset: Dataset[dict[str, Tensor]], *, batch_size: int = 1
+    model: ObjectiveModel, dataset: Dataset[dict[str, Tensor]], *, batch_size: int = 1
 ) -> Score:
     """Cross-entropy in nats per scored token; the items are the rows.
 
     Args:
-        model: a model.
         dataset: held-out rows.
         batch_size: rows in a forward pass, of equal length if more than one.
     """

@@ -339,7 +339,6 @@ def _last_line(log: Path) -> str:
 
 def collect(done: Sequence[Job], out: Path) -> Path:
     """One results.json with the entries of all runs."""
-    entries = [entry for job in done for entry in read_results(job.directory)]
-    with write_errors(out):
-        write_json(out / RESULTS, Results(runs=entries).model_dump(mode="json"))
+    results = Results(runs=[entry for job in done for entry in read_results(job.directory)])
+    write_json(out / RESULTS, results.model_dump(mode="json"))
     return out / RESULTS

@@ -6,14 +6,14 @@ the loop, optimiser, schedules, mixed precision, distribution and reporting are 
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as library_logging
@@ -41,13 +41,24 @@ def no_library_bars() -> Iterator[None]:
             library_logging.enable_progress_bar()
 
 
-def evaluation_loss(model: ObjectiveModel, batches: DataLoader[Item]) -> dict[str, float]:
+def collate(items: list[Item]) -> Item:
+    """Rows of equal length to a batch; nothing is guessed or converted."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def evaluation_loss(
+    model: ObjectiveModel,
+    dataset: Dataset[Item],
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Item] = collate,
+) -> dict[str, float]:
     """Means of the objective and its named parts over a whole dataset, each over its own count
     (next_token: nats per token).
 
     The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
     their tokens.
     """
+    batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
     counts = torch.stack([model.counts(**batch) for batch in batches]).sum(0).to(model.device)
     sums: dict[str, Tensor] = {}
     was_training = model.training
@@ -201,10 +212,8 @@ class NextLatMixin(_Base):
             prefix = "_".join(filter(None, (metric_key_prefix, name)))
             ours = self.get_eval_dataloader(rows)
             # Not divided among the processes, where rows would be counted twice to make it even.
-            batches = DataLoader(
-                ours.dataset, self.args.per_device_eval_batch_size, collate_fn=ours.collate_fn
-            )
-            means = evaluation_loss(self.objective_model, batches)
+            size = self.args.per_device_eval_batch_size
+            means = evaluation_loss(self.objective_model, ours.dataset, size, ours.collate_fn)
             logs |= {f"{prefix}_{part}": value for part, value in means.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
