@@ -118,14 +118,17 @@ class ObjectiveModel(nn.Module):
 
     @property
     def config(self) -> Any:
+        """The configuration of `lm`."""
         return self.lm.config
 
     @property
     def device(self) -> torch.device:
+        """Where `lm` is."""
         return self.lm.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights of `lm`."""
         return self.lm.dtype
 
     def forward(
@@ -430,7 +433,9 @@ def llama(
             (Llama's rule).
         initializer_range: standard deviation of the weights; None = 0.02, the paper's.
         tie_embeddings: one table for embeddings and head.
-        bos_token_id, eos_token_id, pad_token_id: of the tokenizer.
+        bos_token_id: of the tokenizer.
+        eos_token_id: of the tokenizer.
+        pad_token_id: of the tokenizer.
         seed: of the initial weights, without touching torch's global random state; None = drawn
             from that state.
 
