@@ -20,10 +20,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
+from nextlat.backbone import llama
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write_errors, write_json
 from nextlat.hub import hub_or_cache
-from nextlat.model import ObjectiveModel, attach, llama
+from nextlat.model import ObjectiveModel, attach
 from nextlat.tasks import Task
 from nextlat.training.recipe import Recipe, differences
 from nextlat.training.run_directory import (
