@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nextlat.decoding.generate import speculative
     from nextlat.model import ObjectiveModel, attach, llama, load
     from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
+    from nextlat.training.trainer import NextLatTrainer
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOME = {
     "MTPConfig": "nextlat.objectives",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
+    "NextLatTrainer": "nextlat.training.trainer",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MTPConfig",
     "NextLatConfig",
     "NextLatError",
+    "NextLatTrainer",
     "NextTokenConfig",
     "ObjectiveModel",
     "attach",
