@@ -680,7 +680,8 @@ def test_full_disk_during_the_export_loses_nothing(
 
 def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(
-        NextLatError, match=r"the loss is nan at step 2, .* last sound at step 1: .*optimizer.learning_rate"
+        NextLatError,
+        match=r"the loss is nan at step 2, .* last sound at step 1: .*optimizer.learning_rate",
     ):
         train(
             tiny("optimizer.learning_rate=1e6", "schedule.warmup_steps=0"),

@@ -330,7 +330,7 @@ def serve(
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    raise typer.Exit(run_server(run, draft_length, context.args, _say))
+    raise typer.Exit(run_server(run, draft_length, context.args, terminal.say))
 
 
 @app.command()

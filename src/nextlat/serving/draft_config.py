@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nextlat.backbone import TOLERANCE, Backbone, probe_ids, quiet
+from nextlat.backbone import TOLERANCE, Backbone, evaluation_mode, probe_ids
 from nextlat.errors import NextLatError
 from nextlat.objectives import NextLat, NextLatConfig, Objective
 from nextlat.serving import ARCHITECTURE
@@ -79,7 +79,7 @@ def _surroundings(backbone: Backbone) -> dict[str, Any]:
     lm = backbone.lm
     embedding = lm.get_input_embeddings()
     names = [name for name, module in lm.named_modules() if module is embedding]
-    with quiet(lm), torch.no_grad():
+    with evaluation_mode(lm), torch.no_grad():
         scale, soft_cap = _head_form(backbone)
         return {
             "embedding": {

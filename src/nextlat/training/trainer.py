@@ -18,8 +18,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as library_logging
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
+from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
 from nextlat.training.checkpoints import load_state, rotate_checkpoints
 
@@ -59,18 +61,14 @@ def evaluation_loss(
     their tokens.
     """
     batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
-    counts = torch.stack([model.counts(**batch) for batch in batches]).sum(0).to(model.device)
+    counts = add_counts([model.counts(**batch) for batch in batches])
+    counts = {name: count.to(model.device) for name, count in counts.items()}
     sums: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
-                for name, value in {"loss": out.loss, **out.losses}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double()
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model):
+        for batch in batches:
+            out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
     return {name: value.item() for name, value in sums.items()}
 
 
@@ -124,7 +122,7 @@ class NextLatMixin(_Base):
         if not batch_samples or not several:
             return None  # the batch is the whole step, whose own counts the loss takes anyway
         counts = [self.objective_model.counts(**batch) for batch in batch_samples]
-        total = torch.stack(counts).sum(0).to(device)
+        total = {name: count.to(device) for name, count in add_counts(counts).items()}
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
     def compute_loss(

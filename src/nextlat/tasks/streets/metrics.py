@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.results import Metric
 from nextlat.scores import Score, mean_score, ratio_score
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, Step, greedy, ride
 from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, Walks
-from nextlat.tasks.task import NEXTLAT, OURS, SequenceModel, inference
+from nextlat.tasks.task import NEXTLAT, OURS, SequenceModel
 
 VAFA = "Vafa et al., arXiv 2406.03689"
 LOGIT_ELEMENTS = 1 << 24  # logits held at once while sequences are scored (64 MiB in fp32)
@@ -53,7 +54,7 @@ def next_token_test(model: SequenceModel, network: StreetNetwork, walks: Walks) 
     """
     prompts = Prompts(walks.source, walks.destination, walks.moves, walks.lengths)
     hits = np.zeros(len(prompts))
-    with inference(model):
+    with evaluation_mode(model):
         for rows, made, logits_MV in _forced_logits(model, prompts, prompts.lengths):
             token = logits_MV.argmax(-1).cpu().numpy()
             here = walks.nodes[rows, made]
@@ -300,7 +301,7 @@ def continuation_probabilities(model: SequenceModel, prompts: Prompts, told: Rid
     moves[row, prompts.lengths[row] + index] = told.tokens[row, index] - FIRST_DIRECTION
     whole = Prompts(prompts.source, prompts.destination, moves, prompts.lengths + told.lengths - 1)
     p = np.ones(told.tokens.shape)
-    with inference(model):
+    with evaluation_mode(model):
         for rows, made, logits_MV in _forced_logits(model, whole, told.lengths - 1):
             index = made - prompts.lengths[rows]
             token = torch.from_numpy(told.tokens[rows, index]).to(logits_MV.device)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE
-from nextlat.tasks.task import PAD, SequenceModel, inference
+from nextlat.tasks.task import PAD, SequenceModel
 
 BATCH = 256  # rides in lockstep
 COMPACT_BELOW = 0.85  # share of rides under way below which finished ones leave batch and cache
@@ -160,7 +161,7 @@ def ride(
         np.full((count, longest), PAD), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
     )
     start = prompts.intersections(network)
-    with inference(model):
+    with evaluation_mode(model):
         for rows in prompts.batches():
             nodes, limit = start[rows], budget[rows]
             prefix, prompt_ids = prompts.lengths[rows], prompts[rows].tokens()
