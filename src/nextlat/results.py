@@ -343,8 +343,8 @@ def facts_of(objective: Any) -> ObjectiveFacts:
     """What the report must know of an objective."""
     return ObjectiveFacts(
         name=objective.name,
-        title=getattr(objective, "title", objective.name),
-        published_as=getattr(objective, "published_as", objective.name),
+        title=objective.title,
+        published_as=objective.published_as,
         horizon=objective.horizon,
-        parts=dict(getattr(objective, "parts", {})),
+        parts=dict(objective.parts),
     )
