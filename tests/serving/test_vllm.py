@@ -1,4 +1,4 @@
-"""A trained model in the real vLLM: run by `make serve-test`, which makes an environment with one."""
+"""A trained model in the real vLLM: `make serve-test` makes an environment that has one."""
 
 import gc
 import importlib.util
@@ -358,8 +358,8 @@ def test_a_user_serves_asks_and_stops(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "nextlat", "serve", str(run), "--draft-length", "4", "--port", str(port),
-        "--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
+        sys.executable, "-m", "nextlat", "serve", str(run), "--draft-length", "4",
+        "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
     ]  # fmt: skip
     variables = os.environ | ENVIRONMENT
     del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
