@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nextlat.decoding.sampling import Sampling, Scores
+from nextlat.results import Chart, Measurement
+from nextlat.scores import Score
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "granite", "mixtral")
 
@@ -97,6 +100,11 @@ def one_thread() -> None:
     """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of
     them."""
     torch.set_num_threads(1)
+
+
+def by_key(found: Iterable[Measurement | Chart]) -> dict[str, Score]:
+    """The scores of a task's measurements, by the keys of their metrics; charts are left out."""
+    return {m.metric.key: m.score for m in found if isinstance(m, Measurement)}
 
 
 def load_benchmark(name: str) -> ModuleType:

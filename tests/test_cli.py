@@ -192,20 +192,28 @@ def test_damaged_parts_of_a_run_are_one_sentence(trained: dict[str, Path], tmp_p
         ("run.json", ("evaluate", path)),
     ):
         whole = (path / name).read_text()
-        for damaged in ("{", "[1]", whole[:-20]):
+        for damaged in ("{", "[1]", whole[:-20], "[" * 10**5):
             (path / name).write_text(damaged)
             assert str(path) in fails(*command)
         (path / name).write_text(whole)
-    record = json.loads((path / "run.json").read_text())
-    (path / "run.json").write_text(json.dumps({**record, "task": {}}))
-    assert "is not the record of a run" in fails("evaluate", path)
 
 
-def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(
-        json.dumps({"status": "running", "recipe": {}, "task": {"fingerprint": ""}})
-    )
-    assert "is not finished" in fails("evaluate", tmp_path)
+def test_only_a_finished_run_of_this_version_is_evaluated(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    record = json.loads((trained["nextlat"] / "run.json").read_text())
+    for change, told in (
+        ({"status": "running"}, "is not finished"),
+        ({"format": 9}, "is of a newer version of nextlat (format 9): update nextlat to read it"),
+        ({"status": "done"}, "'status' = \"done\" is not valid"),
+        ({"seed": "0"}, "'seed' = \"0\" is not valid"),
+        ({"more": 1}, "has no 'more'"),
+        ({"task": {}}, "'task.fingerprint' is missing"),
+        ({"recipe": {**record["recipe"], "task": {"name": "strets"}}}, "unknown task 'strets'"),
+        ({"recipe": {**record["recipe"], "steps": 0}}, "'steps' = 0 is not valid"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({**record, **change}))
+        assert told in fails("evaluate", tmp_path)
 
 
 def test_errors_reach_the_shell_without_a_traceback(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import nextlat
 from conftest import FAMILIES, tiny_lm
 from nextlat.batch import Batch
 from nextlat.evaluation import evaluate as evaluate_run
-from nextlat.evaluation import open_run, read_results
+from nextlat.evaluation import open_run
 from nextlat.losses import add_counts
 from nextlat.objectives import OBJECTIVES
+from nextlat.results import read_results
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import read_metrics
 from nextlat.training.train import Interrupted, train

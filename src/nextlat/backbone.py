@@ -359,7 +359,9 @@ def llama(
             (Llama's rule).
         initializer_range: standard deviation of the weights; None = 0.02, the paper's.
         tie_embeddings: one table for embeddings and head.
-        bos_token_id, eos_token_id, pad_token_id: of the tokenizer.
+        bos_token_id: of the tokenizer.
+        eos_token_id: of the tokenizer.
+        pad_token_id: of the tokenizer.
         seed: of the initial weights, without touching torch's global random state; None = drawn
             from that state.
 

@@ -25,6 +25,7 @@ from nextlat.files import write_json
 from nextlat.hub import hub_or_cache
 from nextlat.losses import Counts, cross_entropy
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
+from nextlat.serving.draft_config import write_draft_config
 from nextlat.validation import Settings, nearest, read_json
 from nextlat.weights import check, copy_into, find, load_lm, opened, read_lm
 
@@ -79,10 +80,18 @@ class ObjectiveModel(nn.Module):
         objective: what the objective adds, e.g. `objective.dynamics` for NextLat.
     """
 
+    # Told to `transformers.Trainer`: what it passes as num_items_in_batch counts shifted labels.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
+    _keys_to_ignore_on_save = None
+
     def __init__(self, lm: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
         self.lm = lm
         self.objective = objective
+        # Every weight once: files and the Trainer take no tied ones.
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_add_aliases)
 
     @property
     def backbone(self) -> Backbone:
@@ -91,14 +100,17 @@ class ObjectiveModel(nn.Module):
 
     @property
     def config(self) -> Any:
+        """The configuration of `lm`."""
         return self.lm.config
 
     @property
     def device(self) -> torch.device:
+        """Where `lm` is."""
         return self.lm.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights of `lm`."""
         return self.lm.dtype
 
     def forward(
@@ -108,6 +120,7 @@ class ObjectiveModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         counts: Counts | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> ObjectiveOutput:
         """Loss of the objective on a batch, or logits when there are no labels.
 
@@ -119,6 +132,8 @@ class ObjectiveModel(nn.Module):
             attention_mask: (B, T), 0 on padding.
             counts: what to divide by, if not the counts of this batch: those of a whole optimiser
                 step (see `Objective.counts`).
+            num_items_in_batch: the same as far as `transformers.Trainer` knows it: labelled tokens
+                of the whole step, by which every part is then divided.
 
         Raises:
             NextLatError: packed rows for a model that would attend across documents; shapes that
@@ -128,6 +143,11 @@ class ObjectiveModel(nn.Module):
         batch = Batch.from_inputs(input_ids, targets, position_ids, attention_mask)
         if labels is None:
             return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
+        if counts is None and num_items_in_batch is not None:
+            counts = {
+                name: torch.ones_like(count) * num_items_in_batch
+                for name, count in self.objective.counts(batch).items()
+            }
         losses = self.objective.loss(batch, counts)
         return ObjectiveOutput(loss=losses.total, losses=losses.means())
 
@@ -161,6 +181,14 @@ class ObjectiveModel(nn.Module):
                 for h_TD, targets_T, scored_T in rows
             ]
         return torch.stack(sums), batch.scored.view(shape).sum(dim=1)
+
+    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """That of the LM."""
+        self.lm.gradient_checkpointing_enable(*arguments, **options)
+
+    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """That of the LM."""
+        self.lm.activation_checkpointing_enable(*arguments, **options)
 
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see
@@ -203,6 +231,7 @@ class ObjectiveModel(nn.Module):
         weights = {name: value.detach().contiguous().cpu() for name, value in state}
         save_file(weights, sidecar / WEIGHTS, metadata={"format": "pt"})
         write_json(sidecar / DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
+        write_draft_config(sidecar, objective)
 
     def load_weights(self, directory: str | Path) -> None:
         """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
@@ -228,6 +257,24 @@ class ObjectiveModel(nn.Module):
         check(weights, objective, path.with_name(WEIGHTS))
         copy_into(self.lm, saved)
         copy_into(objective, weights)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Name of a tied weight -> the name it is saved under."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: kept for name, p in named if (kept := first.setdefault(id(p), name)) != name}
+
+
+def _drop_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    for alias in _aliases(model):
+        state.pop(prefix + alias, None)
+
+
+def _add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    for alias, kept in _aliases(model).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + alias, state[prefix + kept])
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from nextlat.batch import Batch
 from nextlat.model import ObjectiveModel
 from nextlat.objectives.flops import step_flops
 from nextlat.tasks import Task
+from nextlat.training.build import build_model
 from nextlat.training.recipe import Recipe
-from nextlat.training.train import build_model, threads
-from nextlat.training.trainer import FirstRows, Item, collate
+from nextlat.training.train import FirstRows, threads
+from nextlat.training.trainer import Item, collate
 
 BUDGET = 4.0  # seconds of matrix products that timing may take, the rest coming on top; longer steps are not tried
 TIMED_STEPS = 3  # after one that is not timed

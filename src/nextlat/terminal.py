@@ -1,0 +1,158 @@
+"""What the command line shows: sentences and bars on standard error, what a run would cost."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nextlat.training.recipe import Recipe
+    from nextlat.training.sweep import Job
+
+Update = Callable[[str, str, int, int], None]
+
+
+def say(sentence: str) -> None:
+    """On standard error."""
+    print(sentence, file=sys.stderr)
+
+
+def no_library_bars() -> None:
+    """transformers draws a bar whenever it loads weights, across ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def bars(shown: bool = True) -> Iterator[Update]:
+    """Bars on standard error, each made by its first `update(name, state, done, total)`.
+
+    Where that is no terminal, only how they end is written.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    ]
+    progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
+    rows: dict[str, TaskID] = {}
+
+    def update(name: str, state: str, done: int, total: int) -> None:
+        if name not in rows:
+            progress.start()  # not before: an error that comes first is told without bars
+            rows[name] = progress.add_task(escape(name), rate="", state="", completed=done)
+        speed = next(task.speed for task in progress.tasks if task.id == rows[name])
+        rate = f"{speed:.3g}/s" if speed else ""
+        progress.update(rows[name], completed=done, total=total, rate=rate, state=escape(state))
+
+    try:
+        yield update
+    finally:
+        if rows:
+            progress.stop()
+
+
+def watch(
+    todo: "list[Job]", processes: int | None = None, failures: "dict[Job, str] | None" = None
+) -> None:
+    """`training.sweep.run`, with how far each job is on standard error."""
+    from nextlat.training.sweep import run
+
+    with bars() as update:
+        for job in todo:
+            update(job.name, "waiting", 0, job.steps)
+        for job, step, state in run(todo, processes, failures):
+            update(job.name, state, step, job.steps)
+
+
+def collect(jobs: "list[Job]", out: Path) -> None:
+    """One results.json of all jobs, and their report."""
+    from nextlat.training.sweep import collect as gather
+
+    if jobs:
+        gather(jobs, out)
+        report([job.directory for job in jobs], out)
+
+
+def evaluate(directory: Path, progress: bool) -> None:
+    """Measure a finished run."""
+    from nextlat.evaluation import evaluate as measure
+
+    no_library_bars()
+    with bars(progress) as update:
+        measure(directory, progress=lambda *state: update(f"evaluating {directory}", *state))
+
+
+def report(directories: list[Path], out: Path | None, markdown: Path | None = None) -> None:
+    """The comparison of runs in the terminal, as a page in `out`, and as Markdown."""
+    from rich.console import Console
+
+    from nextlat.report import compare, read_runs, terminal_table, write_report
+
+    runs = read_runs(directories)
+    Console().print(terminal_table(compare(runs)))
+    if out is not None:
+        page = write_report(runs, out, markdown)
+        say(f"Look at {page}{f' and {markdown}' if markdown is not None else ''}.")
+
+
+def print_cost(recipe: "Recipe") -> None:
+    """What training a recipe would cost, on standard output."""
+    from nextlat.training.cost import dry_run
+
+    cost = dry_run(recipe)
+    threads = f" with {count(cost.threads, 'thread')}" if cost.device == "CPU" else ""
+    print(
+        f"{recipe.run_name} on this {cost.device}{threads} in {recipe.run.precision}; nothing is "
+        "trained now."
+    )
+    print(
+        f"parameters  {cost.lm_parameters:,} of the transformer, {cost.objective_parameters:,} of "
+        "the objective"
+    )
+    print(f"tokens      {cost.tokens:,} (about) in {cost.steps:,} steps of {cost.rows} rows")
+    if cost.flops is None:
+        print(f"FLOPs       no formula for the objective {recipe.objective}")
+    else:
+        total = sum(cost.flops.values())
+        shares = ", ".join(f"{name} {value / total:.0%}" for name, value in cost.flops.items())
+        print(f"FLOPs       {total:.2g} ({shares})")
+    step, bound = duration(cost.step_seconds), "about"
+    if cost.timed:
+        how = f"from a few real steps of {step}"
+    elif cost.flops is None:
+        how = f"{step} a step, from single rows"
+    else:
+        speed, bound = f"{cost.flops_per_second / 1e9:,.0f} GFLOP/s", "at least"
+        how = f"{step} a step if all of it ran as fast as its matrix products, {speed}"
+    seconds = duration(cost.seconds)
+    print(f"time        {bound} {seconds} ({how}); saving and measuring come on top")
+
+
+def duration(seconds: float) -> str:
+    """In a unit that suits it."""
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 token`, `2 tokens`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
