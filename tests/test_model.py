@@ -132,7 +132,9 @@ def test_an_objective_beside_another_model_is_named(tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
     tiny_lm("llama", vocab_size=51).save_pretrained(tmp_path)
-    with pytest.raises(nextlat.NextLatError, match=r"vocab_size': 50.*vocab_size': 51.*put the files"):
+    with pytest.raises(
+        nextlat.NextLatError, match=r"vocab_size': 50.*vocab_size': 51.*put the files"
+    ):
         nextlat.load(tmp_path)
     with pytest.raises(nextlat.NextLatError, match=r"in another shape than the model .*lm_head"):
         model.load_weights(tmp_path)

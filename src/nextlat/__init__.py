@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nextlat.decoding.generate import speculative
     from nextlat.model import ObjectiveModel, attach, load
     from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
+    from nextlat.training.trainer import NextLatTrainer
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "MTPConfig": "nextlat.objectives",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
+    "NextLatTrainer": "nextlat.training.trainer",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "MTPConfig",
     "NextLatConfig",
     "NextLatError",
+    "NextLatTrainer",
     "NextTokenConfig",
     "ObjectiveModel",
     "attach",
