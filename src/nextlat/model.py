@@ -26,7 +26,7 @@ from nextlat.hub import hub_or_cache
 from nextlat.losses import Counts, cross_entropy
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.serving.draft_config import write_draft_config
-from nextlat.validation import Settings, nearest, read_json
+from nextlat.validation import Settings, check_format, nearest, read_json
 from nextlat.weights import check, copy_into, find, load_lm, opened, read_lm
 
 SIDECAR, DESCRIPTION, WEIGHTS = "nextlat", "objective.json", "objective.safetensors"
@@ -362,12 +362,8 @@ def _description(directory: str | Path) -> tuple[Path, Description]:
     path = _sidecar_file(directory, DESCRIPTION)
     content = read_json(path, "restore it")
     version = content.get("format") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise NextLatError(
-            f"{path} was written by a newer version of nextlat (format {version}, this one knows "
-            f"{FORMAT}): upgrade nextlat."
-        )
-    return path, Description.from_json(content, f"{path} does not describe an objective")
+    check_format(version, FORMAT, path, "save the model again")
+    return path, Description.from_json(content, str(path))
 
 
 def _config(path: Path, description: Description) -> Settings:
@@ -375,7 +371,7 @@ def _config(path: Path, description: Description) -> Settings:
     if name not in OBJECTIVES:
         raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
     config_type, _ = OBJECTIVES[name]
-    return config_type.from_json(description.config, f"{path} does not describe '{name}'")
+    return config_type.from_json(description.config, f"{path}, objective '{name}'")
 
 
 def _objective_weights(directory: str | Path) -> dict[str, Tensor]:

@@ -102,13 +102,13 @@ def coloured(pieces: Sequence[Piece]) -> str:
 
 
 def marked(pieces: Sequence[Piece]) -> str:
-    """Without colours: [+accepted] and [-rejected], and the transformer's own tokens as they are."""
+    """Without colours: [+accepted], [-rejected], and the transformer's own tokens as they are."""
     marks = {"accepted": "[+{}]", "rejected": "[-{}]"}
     return "".join(marks.get(kind, "{}").format(text) for text, kind in pieces)
 
 
 def legend(*, colours: bool, styled: bool = False) -> str:
-    """One line that says what is what: of the colours, drawn in them if `styled`, or of the marks."""
+    """One line that explains the colours, drawn in them if `styled`, or the marks."""
     if not colours:
         drafted: list[Piece] = [
             ("drafted and accepted", "accepted"),
