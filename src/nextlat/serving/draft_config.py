@@ -7,7 +7,7 @@ refused by name and not by an accident of loading. Nothing here imports vLLM.
 
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def draft_config(objective: Objective) -> dict[str, Any]:
             "format": FORMAT,
             "objective": objective.name,
             "needed_at_inference": objective.needed_at_inference,
-            "config": asdict(objective.config),
+            "config": objective.config.model_dump(mode="json"),
             # The other objectives do not draft in vLLM: there is nothing to find out for them.
             **(_surroundings(backbone) if isinstance(objective, NextLat) else {}),
         },
