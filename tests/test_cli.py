@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import nextlat
 from conftest import tiny_lm
 from nextlat.cli import app
+from nextlat.objectives import OBJECTIVES
+from nextlat.results import read_results, read_scores
 
 TINY = [
     "steps=4",
@@ -60,37 +61,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def test_help_names_the_commands() -> None:
+def test_help_names_every_command_and_objective() -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(
-        name in out for name in ("train", "evaluate", "generate", "compare", "report", "demo")
-    )
+    commands = ("train", "evaluate", "generate", "serve", "compare", "report", "demo")
+    assert code == 0 and all(f"\n  {name} " in out for name in commands)
+    for command in ("train", "compare"):
+        assert all(name in run(command, "--help")[1] for name in OBJECTIVES)
 
 
 def test_training_leaves_a_plain_model_with_results(trained: dict[str, Path]) -> None:
-    run_directory = trained["nextlat"]
-    AutoModelForCausalLM.from_pretrained(run_directory)
-    [entry] = json.loads((run_directory / "results.json").read_text())
-    assert (entry["task"], entry["objective"], entry["horizon"], entry["seed"]) == (
+    path = trained["nextlat"]
+    AutoModelForCausalLM.from_pretrained(path)
+    [result] = read_results(path)
+    assert (result.task.name, result.objective.name, result.objective.horizon) == (
         "streets",
         "nextlat",
         2,
-        0,
     )
-    expected = {
-        "next_token_test", "valid_trajectories", "sequence_compression", "identical_continuations", "effective_latent_rank",
-        "detour_robustness", "next_token_loss", "mean_acceptance_length", "decoding_speedup",
-    }  # fmt: skip
-    assert expected <= entry["metrics"].keys()
-    assert entry["decoding"]["identical"]
-    scores = load_file(run_directory / "scores.safetensors")
-    assert scores["valid_trajectories"].mean() == pytest.approx(
-        entry["metrics"]["valid_trajectories"]
-    )
-    assert (
-        "mean_acceptance_length"
-        not in json.loads((trained["next-token"] / "results.json").read_text())[0]["metrics"]
-    )
+    assert (result.seed, result.steps) == (0, 4)
+    metrics = {metric.key: metric for metric in result.metrics}
+    assert {"next_token_loss", "valid_trajectories", "mean_acceptance_length"} <= metrics.keys()
+    assert result.decoding is not None and result.decoding.identical
+    score = read_scores(path)["valid_trajectories"]
+    assert score.value == pytest.approx(metrics["valid_trajectories"].value)
+    [plain] = read_results(trained["next-token"])
+    assert "mean_acceptance_length" not in {metric.key for metric in plain.metrics}
 
 
 def test_a_finished_run_is_not_trained_further(trained: dict[str, Path]) -> None:
