@@ -103,7 +103,6 @@ def without(name: str) -> Callable[[dict[str, Any]], object]:
         ({"config": {"horizn": 1}}, "has no 'horizn': perhaps horizon is meant"),
         ({"config": {"horizon": 1.5}}, r"'horizon' = 1\.5 is not valid"),
         ({"config": []}, r"'config' = \[\] is not valid"),
-        ({"backbone": {}}, r"'backbone\.model_type' is missing"),
         ({"backbone": None}, "'backbone' = null is not valid"),
         (without("objective"), "'objective' is missing"),
         (without("config"), "'config' is missing"),
@@ -133,7 +132,9 @@ def test_an_objective_beside_another_model_is_named(tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
     tiny_lm("llama", vocab_size=51).save_pretrained(tmp_path)
-    with pytest.raises(nextlat.NextLatError, match=r"vocab_size 50.*vocab_size 51.*put the files"):
+    with pytest.raises(
+        nextlat.NextLatError, match=r"vocab_size': 50.*vocab_size': 51.*put the files"
+    ):
         nextlat.load(tmp_path)
     with pytest.raises(nextlat.NextLatError, match=r"in another shape than the model .*lm_head"):
         model.load_weights(tmp_path)

@@ -291,7 +291,8 @@ def test_a_run_resumes_exactly_accumulates_and_is_evaluated(
     (entry,) = read_results(whole)
     _, task, model = open_run(whole)
     expected = evaluation_loss(model, task.eval_dataset(), 4)["next_token"]
-    assert entry["metrics"]["next_token_loss"] == pytest.approx(expected, rel=1e-4)
+    values = {metric.name: metric.value for metric in entry.metrics}
+    assert values["next_token_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["nextlat", "mtp", "jtp"])
