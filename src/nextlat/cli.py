@@ -212,7 +212,7 @@ def generate(
             f"the tokenizer of {run} {error}: save one there with tokenizer.save_pretrained."
         ) from error
     ids = _prompt(run, tokenizer, prompt)
-    if max(ids, default=0) >= (known := len(model.lm.get_input_embeddings().weight)):
+    if max(ids, default=0) >= (known := model.backbone.vocab_size):
         raise NextLatError(
             f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model knows only "
             f"{known}: restore the tokenizer that it was trained with."
