@@ -2,6 +2,7 @@
 meaning that it has there."""
 
 import functools
+import itertools
 import logging
 import string
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.decoding import AdaptiveLength, Costs, Request, Stopping, decode
 from nextlat.decoding.prepared import prepared, shares_passes
+from nextlat.decoding.sampling import Greedy
 from reference import VOCABULARY, Oracle, decoding_lm, enumerated, five_token_model, p_value
 
 NEW, WIDEST = 22, 11
@@ -190,6 +192,52 @@ def test_models_whose_rows_cannot_share_a_pass_say_so_once(
             out = model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length)
             assert out.tolist() == expected[:, : WIDEST + NEW].tolist()
     assert len([r for r in caplog.records if "one after another" in r.message]) == 1
+
+
+def test_what_was_found_out_is_about_the_model_as_it_is_now(monkeypatch: pytest.MonkeyPatch):
+    model = attach(decoding_lm("llama"), NextLatConfig())
+    tried: list[str] = []
+
+    def supports(backbone: Any) -> bool:
+        tried.append("again")
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("not enough memory")
+        return len(tried) % 2 == 0
+
+    monkeypatch.setattr("nextlat.decoding.prepared.supports_ragged", supports)
+    with pytest.raises(torch.OutOfMemoryError):
+        shares_passes(model.objective)
+    assert shares_passes(model.objective) and len(tried) == 2  # a failure was not remembered
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not shares_passes(model.objective)
+    assert shares_passes(model.objective) and len(tried) == 3
+    model.lm.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.lm.model.layers[0].mlp.up_proj)
+    assert shares_passes(model.objective) and len(tried) == 4
+    model.bfloat16()
+    assert not shares_passes(model.objective) and len(tried) == 5
+
+
+def test_calls_that_run_at_the_same_time_do_not_share_what_they_learn(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model, ids, _, expected = batch_case("llama", 1)
+    request, plan = Request([ids[0]], Greedy(), Stopping(NEW), "auto"), AdaptiveLength.plan
+    learning: dict[int, set[int]] = {0: set(), 1: set()}
+
+    def recorded(self: AdaptiveLength, rows: Any) -> int:
+        learning[running].add(id(self))
+        return plan(self, rows)
+
+    monkeypatch.setattr(AdaptiveLength, "plan", recorded)
+    calls = [decode(model.objective, request) for _ in learning]
+    tokens: list[list[int]] = [[], []]
+    with torch.no_grad():
+        while len(tokens[1]) < NEW:
+            for running in learning:
+                for done in itertools.islice(calls[running], 1):
+                    tokens[running] += done.cycles[0].tokens
+    assert tokens == [expected[0, WIDEST : WIDEST + NEW].tolist()] * 2
+    assert all(len(used) == 1 for used in learning.values()) and learning[0] != learning[1]
 
 
 # Words of transformers.

@@ -98,17 +98,16 @@ def without(name: str) -> Callable[[dict[str, Any]], object]:
     ("change", "match"),
     [
         ({"objective": "nextlatt"}, "names objective 'nextlatt': perhaps nextlat is meant"),
-        ({"format": 99}, r"newer version of nextlat \(format 99, this one knows 1\): upgrade"),
+        ({"format": 99}, r"newer version of nextlat \(format 99\): update nextlat"),
         ({"format": "1"}, "'format' = \"1\" is not valid"),
         ({"config": {"horizn": 1}}, "has no 'horizn': perhaps horizon is meant"),
         ({"config": {"horizon": 1.5}}, r"'horizon' = 1\.5 is not valid"),
-        ({"config": []}, r"'config' = \[\] is not valid"),
-        ({"backbone": {}}, r"'backbone\.model_type' is missing"),
-        ({"backbone": None}, "'backbone' = null is not valid"),
+        ({"config": []}, "'config' must be a table"),
+        ({"backbone": None}, "'backbone' must be a table"),
         (without("objective"), "'objective' is missing"),
         (without("config"), "'config' is missing"),
         ("{", "is corrupt"),
-        ("[]", "is not valid"),
+        ("[]", "is not a table"),
         pytest.param("[" * 10**5, "is corrupt|nested too deeply", id="nested"),
     ],
 )
@@ -133,7 +132,9 @@ def test_an_objective_beside_another_model_is_named(tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
     tiny_lm("llama", vocab_size=51).save_pretrained(tmp_path)
-    with pytest.raises(nextlat.NextLatError, match=r"vocab_size 50.*vocab_size 51.*put the files"):
+    with pytest.raises(
+        nextlat.NextLatError, match=r"vocab_size': 50.*vocab_size': 51.*put the files"
+    ):
         nextlat.load(tmp_path)
     with pytest.raises(nextlat.NextLatError, match=r"in another shape than the model .*lm_head"):
         model.load_weights(tmp_path)
@@ -254,7 +255,8 @@ def test_bad_arguments_are_one_sentence() -> None:
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import sys, nextlat, nextlat.cli; assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'}"
+    code = f"import sys, nextlat, nextlat.cli; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute"):
         nextlat.nonsense  # noqa: B018

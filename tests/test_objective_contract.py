@@ -238,8 +238,8 @@ def test_next_token_loss_is_that_of_the_logits(name: str) -> None:
 
 
 TINY = [
-    "steps=4", "batch_size=4", "task.row_length=32", "task.tests=5", "run.save_every=2", "run.log_every=1",
-    "schedule.warmup_steps=1", "schedule.decay_steps=1", "backbone.layers=1", "backbone.width=16",
+    "steps=4", "batch_size=4", "task.row_length=32", "task.tests=5",
+    "run.save_every=2", "run.log_every=1", "schedule.warmup_steps=1", "schedule.decay_steps=1", "backbone.layers=1", "backbone.width=16",
 ]  # fmt: skip
 
 
@@ -291,7 +291,8 @@ def test_a_run_resumes_exactly_accumulates_and_is_evaluated(
     (entry,) = read_results(whole)
     _, task, model = open_run(whole)
     expected = evaluation_loss(model, task.eval_dataset(), 4)["next_token"]
-    assert entry["metrics"]["next_token_loss"] == pytest.approx(expected, rel=1e-4)
+    values = {metric.name: metric.value for metric in entry.metrics}
+    assert values["next_token_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["nextlat", "mtp", "jtp"])

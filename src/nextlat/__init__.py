@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
+    from nextlat.backbone import llama
     from nextlat.decoding.generate import speculative
-    from nextlat.model import ObjectiveModel, attach, llama, load
+    from nextlat.model import ObjectiveModel, attach, load
     from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
     from nextlat.training.trainer import NextLatTrainer
 
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ObjectiveModel": "nextlat.model",
     "attach": "nextlat.model",
-    "llama": "nextlat.model",
+    "llama": "nextlat.backbone",
     "load": "nextlat.model",
     "speculative": "nextlat.decoding.generate",
     "BSTConfig": "nextlat.objectives",

@@ -193,9 +193,8 @@ def generate(
 ) -> None:
     """Continue a prompt as it is decoded, and say what the drafts were worth."""
     import torch
-    from transformers import AutoTokenizer
 
-    from nextlat.hub import hub_or_cache
+    from nextlat.hub import load_tokenizer
     from nextlat.model import load
 
     if draft_length != "auto" and not draft_length.removeprefix("-").isdecimal():
@@ -207,14 +206,17 @@ def generate(
     model = load(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with hub_or_cache(run):
-            tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more precise
+        tokenizer = load_tokenizer(run)
+    except NextLatError as error:
         raise NextLatError(
-            f"{run} has no tokenizer that can be loaded ({first_line(error)}): save one there with "
-            "tokenizer.save_pretrained."
+            f"the tokenizer of {run} {error}: save one there with tokenizer.save_pretrained."
         ) from error
     ids = _prompt(run, tokenizer, prompt)
+    if max(ids, default=0) >= (known := model.backbone.vocab_size):
+        raise NextLatError(
+            f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model knows only "
+            f"{known}: restore the tokenizer that it was trained with."
+        )
     if max_new_tokens is None:
         config = model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None) or 10**6
@@ -276,6 +278,10 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
     whether or not the tokenizer puts it there (GPT-2's does not); other models get what their
     tokenizer makes of it.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise NextLatError("the prompt is not valid UTF-8: write it in that.") from error
     ids: list[int] = tokenizer(prompt).input_ids
     ours = any((directory / "run.json").is_file() for directory in (Path(run), Path(run).parent))
     if ours and tokenizer.bos_token_id is not None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 Head = Callable[[Tensor], Tensor]
 
 Counts = dict[str, Tensor]
-"""Name of a loss part -> (steps,) number of valid positions behind each of its means."""
+"""Name of a loss part -> (steps,) number of valid positions in each of its means."""
 
 
 def add_counts(counts: Sequence[Counts]) -> Counts:
@@ -198,7 +198,7 @@ def one_by_one(
 
     Args:
         pieces: functions of the detached `states` -> (S,) named parts of the loss.
-        states: tensors with a graph behind them.
+        states: tensors that carry a graph.
         parameters: all others that the pieces use; those that require a gradient get one.
 
     Returns:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from nextlat.backbone import Backbone, evaluation_mode
@@ -26,43 +26,25 @@ from nextlat.hub import hub_or_cache
 from nextlat.losses import Counts, cross_entropy
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.serving.draft_config import write_draft_config
-from nextlat.validation import Settings, nearest, read_json
+from nextlat.validation import Settings, check_format, nearest, read_json
 from nextlat.weights import check, copy_into, find, load_lm, opened, read_lm
 
 SIDECAR, DESCRIPTION, WEIGHTS = "nextlat", "objective.json", "objective.safetensors"
 FORMAT: Literal[1] = 1
-
-
-class BackboneDescription(Settings):
-    """What an objective must find beside it; see `Backbone`."""
-
-    model_type: str
-    width: int
-    embedding_width: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> "BackboneDescription":
-        return cls(
-            model_type=backbone.lm.config.model_type,
-            width=backbone.width,
-            embedding_width=backbone.embedding_width,
-            vocab_size=backbone.vocab_size,
-        )
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self)
+PART = (
+    "The transformer beside this is only part of the model: open the directory with nextlat.load."
+)
 
 
 class Description(Settings):
-    """objective.json.
+    """objective.json, the sidecar's description of itself.
 
     Attributes:
         format: version of this file.
         objective: key of `OBJECTIVES`.
         config: its settings.
         needed_at_inference: see `Objective`.
-        backbone: what it was trained on.
+        backbone: sizes of the model that it was trained on.
         note: for whoever opens the directory without this package.
     """
 
@@ -70,7 +52,7 @@ class Description(Settings):
     objective: str
     config: dict[str, Any]
     needed_at_inference: bool
-    backbone: BackboneDescription
+    backbone: dict[str, str | int]
     note: str | None = None
 
 
@@ -242,11 +224,8 @@ class ObjectiveModel(nn.Module):
             objective=objective.name,
             config=objective.config.model_dump(mode="json"),
             needed_at_inference=objective.needed_at_inference,
-            backbone=BackboneDescription.of(self.backbone),
-            note="The transformer beside this is only part of the model: open the directory with "
-            "nextlat.load."
-            if objective.needed_at_inference
-            else None,
+            backbone=_sizes(self.backbone),
+            note=PART if objective.needed_at_inference else None,
         )
         state = objective.state_dict().items()
         weights = {name: value.detach().contiguous().cpu() for name, value in state}
@@ -354,11 +333,11 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
         path, description = _description(directory)
         weights = _objective_weights(directory)
     model = attach(lm, _config(path, description))
-    backbone = BackboneDescription.of(model.backbone)
-    if description.backbone != backbone:
+    trained_on, sizes = description.backbone, _sizes(model.backbone)
+    if trained_on != sizes:
         raise NextLatError(
-            f"the objective in {directory} was trained on another model ({description.backbone}) "
-            f"than the one beside it ({backbone}): put the files back together."
+            f"the objective in {directory} was trained on another model ({trained_on}) than the "
+            f"one beside it ({sizes}): put the files back together."
         )
     converts = model_arguments.get("dtype", "auto") != "auto"
     dtypes = {x.dtype for x in weights.values() if x.is_floating_point()}
@@ -369,17 +348,22 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     return model
 
 
+def _sizes(backbone: Backbone) -> dict[str, str | int]:
+    return {
+        "model_type": backbone.lm.config.model_type,
+        "width": backbone.width,
+        "embedding_width": backbone.embedding_width,
+        "vocab_size": backbone.vocab_size,
+    }
+
+
 def _description(directory: str | Path) -> tuple[Path, Description]:
     """The path and content of objective.json."""
     path = _sidecar_file(directory, DESCRIPTION)
     content = read_json(path, "restore it")
     version = content.get("format") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise NextLatError(
-            f"{path} was written by a newer version of nextlat (format {version}, this one knows "
-            f"{FORMAT}): upgrade nextlat."
-        )
-    return path, Description.from_json(content, f"{path} does not describe an objective")
+    check_format(version, FORMAT, path, "save the model again")
+    return path, Description.from_json(content, str(path))
 
 
 def _config(path: Path, description: Description) -> Settings:
@@ -387,7 +371,7 @@ def _config(path: Path, description: Description) -> Settings:
     if name not in OBJECTIVES:
         raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
     config_type, _ = OBJECTIVES[name]
-    return config_type.from_json(description.config, f"{path} does not describe '{name}'")
+    return config_type.from_json(description.config, f"{path}, objective '{name}'")
 
 
 def _objective_weights(directory: str | Path) -> dict[str, Tensor]:
@@ -403,65 +387,3 @@ def _sidecar_file(directory: str | Path, name: str) -> Path:
             "load it with AutoModelForCausalLM and attach one with nextlat.attach."
         )
     return found
-
-
-def llama(
-    vocab_size: int,
-    *,
-    layers: int = 4,
-    width: int = 128,
-    heads: int = 4,
-    max_length: int = 1024,
-    intermediate_size: int | None = None,
-    initializer_range: float | None = None,
-    tie_embeddings: bool = False,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-    seed: int | None = None,
-) -> LlamaForCausalLM:
-    """The paper's backbone from scratch: rotary positions, RMSNorm, SwiGLU, no biases, untied head,
-    weights ~ N(0, initializer_range).
-
-    Args:
-        vocab_size: V.
-        layers: of the transformer.
-        width: D.
-        heads: of each layer.
-        max_length: positions.
-        intermediate_size: of the SwiGLU; None = 8/3 of the width, rounded up to a multiple of 32
-            (Llama's rule).
-        initializer_range: standard deviation of the weights; None = 0.02, the paper's.
-        tie_embeddings: one table for embeddings and head.
-        bos_token_id: of the tokenizer.
-        eos_token_id: of the tokenizer.
-        pad_token_id: of the tokenizer.
-        seed: of the initial weights, without touching torch's global random state; None = drawn
-            from that state.
-
-    Raises:
-        NextLatError: a width that the heads do not divide.
-    """
-    if width % heads or (width // heads) % 2:
-        raise NextLatError(
-            f"width {width} over {heads} heads does not give an even head size: change width or "
-            "heads."
-        )
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=intermediate_size or -(-width * 8 // 3 // 32) * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=tie_embeddings,
-        initializer_range=initializer_range or 0.02,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        return LlamaForCausalLM(config)

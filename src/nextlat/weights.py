@@ -73,8 +73,8 @@ def read_lm(directory: str | Path) -> dict[str, Tensor]:
 
 
 def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, with an error where that would draw missing weights at
-    random, or convert their dtype without being asked to.
+    """`AutoModelForCausalLM.from_pretrained`, but an error where that would draw missing weights at
+    random, or convert their dtype unasked.
 
     Args:
         directory: a local path or a hub id.

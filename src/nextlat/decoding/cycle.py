@@ -59,13 +59,28 @@ class Plan:
 
     Attributes:
         length: limit for all rows.
-        limits: of each row; it ignores whatever is drafted beyond.
+        limits: of each row; whatever is drafted beyond it does not count.
         more: see `AdaptiveLength.more`.
     """
 
     length: int
     limits: Sequence[int]
     more: Callable[[int, Sequence[float]], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The tokens of one pass.
+
+    Attributes:
+        read: (B,) each: the last token of each row, then the drafted ones.
+        draws: how the drafted ones were drawn.
+        finite_B: whether the logits that count were finite.
+    """
+
+    read: list[Tensor]
+    draws: list[Draw]
+    finite_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,10 +106,7 @@ class Verdict:
         """Read back (4 + k, B) values in the order of the attributes, from the device in one go."""
         accepted, bonus, finite, drafter_finite, *drafted = packed.tolist()
         columns = zip(accepted, bonus, finite, drafter_finite, strict=True)
-        return [
-            cls(*column, drafted=[tokens[b] for tokens in drafted])
-            for b, column in enumerate(columns)
-        ]
+        return [cls(*row, [tokens[b] for tokens in drafted]) for b, row in enumerate(columns)]
 
 
 @dataclass(frozen=True)
@@ -115,13 +127,75 @@ class Outcome:
     drafted_at: Any = None
 
 
+def draw_draft(
+    objective: Objective,
+    sampler: Sampler,
+    start: Start,
+    plan: Plan,
+    limits_B: Tensor,
+    noise: Noise | None,
+    texts: Sequence[Tensor],
+) -> Draft:
+    """The tokens of a plan, each drawn in the state that the objective predicts after reading the
+    one before.
+
+    Every drawn token is kept: whether to stop may depend on anything known before a draw, never on
+    the probability of the token that was drawn, which would bias the output.
+    """
+    state_BS, read = start.state_BS, [start.token_B]
+    draws: list[Draw] = []
+    finite_B = torch.ones_like(start.token_B, dtype=torch.bool)
+    for j in range(plan.length):
+        state_BS, logits_BV = objective.draft(state_BS, read[-1])
+        scores_BV = sampler.scores(logits_BV[:, None], Prefixes(texts, read))[:, 0]
+        draws.append(sampler.draw(scores_BV, noise, j))
+        finite_B = finite_B & (logits_BV.amax(dim=-1).isfinite() | (j >= limits_B))
+        read.append(draws[-1].tokens)
+        if plan.more is not None and j + 1 < plan.length:
+            q_BV = draws[-1].q
+            q_BV = scores_BV.softmax(dim=-1) if q_BV is None else q_BV
+            if not plan.more(j, q_BV.amax(dim=-1).tolist()):
+                break
+    return Draft(read, draws, finite_B)
+
+
+def accept(
+    objective: Objective,
+    sampler: Sampler,
+    h_BKD: Tensor,
+    states_BKS: Tensor,
+    draft: Draft,
+    limits_B: Tensor,
+    noise: Noise | None,
+    texts: Sequence[Tensor],
+) -> Outcome:
+    """What the transformer makes of a draft, given its states at the tokens read and those that the
+    next draft could start from."""
+    read_BK = torch.stack(draft.read, dim=1)
+    logits_BKV = objective.next_token_logits(objective.output_states(h_BKD, read_BK))
+    scores_BKV = sampler.scores(logits_BKV, Prefixes(texts, draft.read))
+    accepted_B, bonus_B = sampler.verify(scores_BKV, draft.draws, noise, limits_B)
+    finite_BK, state_BS = logits_BKV.amax(dim=-1).isfinite(), states_BKS[:, 0]
+    if draft.draws:
+        finite_BK |= torch.arange(len(draft.read), device=h_BKD.device) > accepted_B[:, None]
+        state_BS = at(states_BKS, accepted_B)  # in which the bonus token was chosen
+    finite_B = finite_BK.all(dim=-1)
+    packed = [accepted_B, bonus_B, finite_B.long(), draft.finite_B.long(), *draft.read[1:]]
+    return Outcome(torch.stack(packed), Start(bonus_B, state_BS), scores_BKV, logits_BKV)
+
+
+def at(x_BK: Tensor, position_B: Tensor) -> Tensor:
+    """(B, K, ...) -> (B, ...): of each row what stands at its position."""
+    return x_BK[torch.arange(len(x_BK), device=x_BK.device), position_B]
+
+
 class Eager:
     """Draft, verification and acceptance for one batch.
 
     Args:
         objective: drafts, and knows the transformer.
         sampler: chooses tokens.
-        cache: has read the prompts.
+        cache: of the transformer.
         drafts: whether any cycle is to draft.
     """
 
@@ -145,12 +219,12 @@ class Eager:
         # Asked for before anything is forgotten, and only by those who draft: it may take work.
         states_BTS = objective.drafting_states(h_BTD, tokens_BT) if self.drafts else h_BTD
         self.cache.keep([len(prompt) for prompt in prompts])
-        read = [at(tokens_BT, last_B)]
-        draft = Draft(read, [], torch.ones_like(read[0], dtype=torch.bool))
-        states_B1S, h_B1D = at(states_BTS, last_B)[:, None], at(h_BTD, last_B)[:, None]
-        noise = sampler.noise(len(prompts), 0, h_BTD.device)
-        none_B = torch.zeros_like(read[0])
-        return accept(objective, sampler, h_B1D, states_B1S, draft, none_B, noise, texts)
+        token_B, h_B1D, state_B1S = (at(x, last_B) for x in (tokens_BT, h_BTD, states_BTS))
+        draft = Draft([token_B], [], torch.ones_like(token_B, dtype=torch.bool))
+        noise, none_B = sampler.noise(len(prompts), 0, h_BTD.device), torch.zeros_like(token_B)
+        return accept(
+            objective, sampler, h_B1D[:, None], state_B1S[:, None], draft, none_B, noise, texts
+        )
 
     def run(self, start: Start, plan: Plan, texts: Sequence[Tensor] = ()) -> Outcome:
         """One cycle.
@@ -163,11 +237,8 @@ class Eager:
         objective, sampler, device = self.objective, self.sampler, start.token_B.device
         noise = sampler.noise(len(start.token_B), plan.length, device)
         limits_B = torch.tensor(plan.limits, device=device)
-        draft = draw_draft(
-            objective, sampler, start, limits_B, plan.length, noise, texts, plan.more
-        )
-        drafted_at = self.clock.mark()
-        read_BK = torch.stack(draft.read, dim=1)
+        draft = draw_draft(objective, sampler, start, plan, limits_B, noise, texts)
+        drafted_at, read_BK = self.clock.mark(), torch.stack(draft.read, dim=1)
         h_BKD = self.cache.read(read_BK)
         states_BKS = objective.drafting_states(h_BKD, read_BK) if self.drafts else h_BKD
         out = accept(objective, sampler, h_BKD, states_BKS, draft, limits_B, noise, texts)
@@ -203,103 +274,23 @@ def _with(sampler: Sampler, generator: torch.Generator | None) -> Sampler:
     return replace(sampler, generator=generator) if isinstance(sampler, Sampling) else sampler
 
 
-@dataclass(frozen=True)
-class Draft:
-    """The tokens that are to be read in one pass.
-
-    Attributes:
-        read: (B,) each: the last token of each row, then the drafted ones.
-        draws: how the drafted ones were drawn.
-        finite_B: whether the logits that count were finite.
-    """
-
-    read: list[Tensor]
-    draws: list[Draw]
-    finite_B: Tensor
-
-
-def draw_draft(
-    objective: Objective,
-    sampler: Sampler,
-    start: Start,
-    limits_B: Tensor,
-    length: int,
-    noise: Noise | None,
-    texts: Sequence[Tensor],
-    more: Callable[[int, Sequence[float]], bool] | None = None,
-) -> Draft:
-    """Up to `length` tokens, each drawn in the state that the objective predicts after reading the
-    one before.
-
-    Every drawn token is kept: whether to stop may depend on anything known before a draw, never on
-    the probability of the token that was drawn, which would bias the output.
-    """
-    state_BS, read = start.state_BS, [start.token_B]
-    draws: list[Draw] = []
-    finite_B = torch.ones_like(start.token_B, dtype=torch.bool)
-    for j in range(length):
-        state_BS, logits_BV = objective.draft(state_BS, read[-1])
-        scores_BV = sampler.scores(logits_BV[:, None], Prefixes(texts, read))[:, 0]
-        draws.append(sampler.draw(scores_BV, noise, j))
-        finite_B = finite_B & (logits_BV.amax(dim=-1).isfinite() | (j >= limits_B))
-        read.append(draws[-1].tokens)
-        if more is not None and j + 1 < length:
-            q_BV = draws[-1].q
-            q_BV = scores_BV.softmax(dim=-1) if q_BV is None else q_BV
-            if not more(j, q_BV.amax(dim=-1).tolist()):
-                break
-    return Draft(read, draws, finite_B)
-
-
-def accept(
-    objective: Objective,
-    sampler: Sampler,
-    h_BKD: Tensor,
-    states_BKS: Tensor,
-    draft: Draft,
-    limits_B: Tensor,
-    noise: Noise | None,
-    texts: Sequence[Tensor],
-) -> Outcome:
-    """What the transformer makes of a draft, given its states at the tokens read and those that the
-    next draft could start from."""
-    read_BK = torch.stack(draft.read, dim=1)
-    logits_BKV = objective.next_token_logits(objective.output_states(h_BKD, read_BK))
-    scores_BKV = sampler.scores(logits_BKV, Prefixes(texts, draft.read))
-    accepted_B, bonus_B = sampler.verify(scores_BKV, draft.draws, noise, limits_B)
-    finite_BK = logits_BKV.amax(dim=-1).isfinite()
-    state_BS = states_BKS[:, 0]
-    if draft.draws:
-        finite_BK |= torch.arange(len(draft.read), device=h_BKD.device) > accepted_B[:, None]
-        # The state that the bonus token was chosen in starts the next draft.
-        state_BS = at(states_BKS, accepted_B)
-    finite_B = finite_BK.all(dim=-1)
-    packed = [accepted_B, bonus_B, finite_B.long(), draft.finite_B.long(), *draft.read[1:]]
-    return Outcome(torch.stack(packed), Start(bonus_B, state_BS), scores_BKV, logits_BKV)
-
-
-def at(x_BK: Tensor, position_B: Tensor) -> Tensor:
-    """(B, K, ...) -> (B, ...): of each row what stands at its position."""
-    return x_BK[torch.arange(len(x_BK), device=x_BK.device), position_B]
-
-
 def _whole_cycle(
     objective: Objective,
     sampler: Sampler,
     cache: RaggedCache,
     start: Start,
+    length: int,
+    drafts: bool,
     lengths_B: Tensor,
     limits_B: Tensor,
     uniform_BK: Tensor | None,
     times_BKV: Tensor | None,
-    length: int,
-    drafts: bool,
 ) -> Outcome:
     """A cycle of static shapes as one function of tensors."""
     noise = None
     if uniform_BK is not None and times_BKV is not None:
         noise = Noise(uniform_BK, lambda i, _: times_BKV[:, i])
-    draft = draw_draft(objective, sampler, start, limits_B, length, noise, ())
+    draft = draw_draft(objective, sampler, start, Plan(length, ()), limits_B, noise, ())
     read_BK = torch.stack(draft.read, dim=1)
     h_BKD = cache.forward(read_BK, lengths_B, cache.slots)
     states_BKS = objective.drafting_states(h_BKD, read_BK) if drafts else h_BKD
@@ -314,8 +305,8 @@ class Compiled(Eager):
         super().__init__(objective, sampler, cache, drafts=drafts)
         # The graph is bound to what the sampler does, not to its generator.
         self._pure = _with(sampler, None)
-        graphs = "reduce-overhead" if objective.backbone.lm.device.type == "cuda" else None
-        self._call = torch.compile(_whole_cycle, fullgraph=True, dynamic=False, mode=graphs)
+        mode = "reduce-overhead" if objective.backbone.lm.device.type == "cuda" else None
+        self._call = torch.compile(_whole_cycle, fullgraph=True, dynamic=False, mode=mode)
 
     def longest(self, room: int) -> int:
         """No shorter drafts near the end, which would be graphs of their own: what is too much is
@@ -323,29 +314,19 @@ class Compiled(Eager):
         return LONGEST
 
     def run(self, start: Start, plan: Plan, texts: Sequence[Tensor] = ()) -> Outcome:
-        device, B, V = start.token_B.device, len(start.token_B), self.objective.backbone.vocab_size
+        device, (B,), k = start.token_B.device, start.token_B.shape, plan.length
         uniform_BK = times_BKV = None
         if isinstance(self.sampler, Sampling):
-            generator = self.sampler.generator
-            uniform_BK = torch.rand(B, plan.length, generator=generator, device=device)
-            times_BKV = race((B, plan.length + 1, V), device, generator)
-        limits_B = torch.tensor(plan.limits, device=device)
-        drafted_at = self.clock.mark()
+            generator, V = self.sampler.generator, self.objective.backbone.vocab_size
+            uniform_BK = torch.rand(B, k, generator=generator, device=device)
+            times_BKV = race((B, k + 1, V), device, generator)
+        limits_B, drafted_at = torch.tensor(plan.limits, device=device), self.clock.mark()
         if device.type == "cuda":
             # What the last cycle returned has been read by now, or is copied here.
             torch.compiler.cudagraph_mark_step_begin()
-        out = self._call(
-            self.objective,
-            self._pure,
-            self.cache,
-            Start(start.token_B.clone(), start.state_BS.clone()),
-            self.cache.lengths_B,
-            limits_B,
-            uniform_BK,
-            times_BKV,
-            plan.length,
-            self.drafts,
-        )
+        start = Start(start.token_B.clone(), start.state_BS.clone())
+        settings = (self.objective, self._pure, self.cache, start, k, self.drafts)
+        out = self._call(*settings, self.cache.lengths_B, limits_B, uniform_BK, times_BKV)
         return replace(out, drafted_at=drafted_at)
 
     def adaptive_length(self, start: Start, longest: int) -> AdaptiveLength:

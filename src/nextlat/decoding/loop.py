@@ -1,11 +1,11 @@
 """Lossless self-speculative decoding: the objective drafts, the transformer verifies, one forward
 pass per cycle.
 
-    prefill     h_t = transformer(prompt)                      x_{t+1} ~ head(h_t)
-    draft       h_hat_{t+1} = draft(h_t, x_{t+1})              d_1 ~ head(h_hat_{t+1})      ... up to d_k
-    verify      h_{t+1} .. h_{t+1+k} = transformer(x_{t+1}, d_1 .. d_k)                     one KV-cached forward pass
-    accept      the first n drafted tokens, then one token of the transformer's own         (sampling.py)
-    roll back   the k - n rejected tokens leave the cache; h_{t+1+n} starts the next draft  (cache.py)
+    prefill    h_t = transformer(prompt)             x_{t+1} ~ head(h_t)
+    draft      h_hat_{t+1} = draft(h_t, x_{t+1})     d_1 ~ head(h_hat_{t+1})     ... up to d_k
+    verify     h_{t+1} .. h_{t+1+k} = transformer(x_{t+1}, d_1 .. d_k), one KV-cached forward pass
+    accept     the first n drafted tokens, then one token of the transformer's own (sampling.py)
+    roll back  the k - n rejected tokens leave the cache (cache.py); h_{t+1+n} starts the next draft
 
 Teoh et al., arXiv 2511.05963, on self-speculative decoding; Leviathan et al., arXiv 2211.17192.
 Unlike the published NextLat decoder everything is KV-cached, and the verification already yields

@@ -9,6 +9,7 @@ the same one, so that the q of the acceptance test is always what the draft was 
 Shapes: B rows, K drafted tokens, V vocabulary. p is the target's distribution, q the drafter's.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,18 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process as library
 
 # Processors that look at the scores alone; every other kind is shown each position's own prefix.
-STATELESS = tuple(
-    getattr(library, name)
-    for name in (
-        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TopHLogitsWarper",
-        "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor",
-        "InfNanRemoveLogitsProcessor", "LogitNormalization",
-    )
-    if hasattr(library, name)
-)  # fmt: skip
+STATELESS = re.compile(
+    r"transformers\.generation\.logits_process\."
+    r"((Temperature|TopK|TopP|MinP|TopH|Typical|Epsilon|Eta)LogitsWarper"
+    r"|SuppressTokensLogitsProcessor|InfNanRemoveLogitsProcessor|LogitNormalization)"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,8 @@ class Scores:
     def __init__(self, processors: Sequence[Any] = (), batch: int = 1, first: int = 0) -> None:
         self._processors: Any = LogitsProcessorList(processors)
         self._batch, self._first = batch, first
-        self.need_prefixes = not all(type(each) in STATELESS for each in self._processors)
+        kinds = {f"{type(each).__module__}.{type(each).__name__}" for each in processors}
+        self.need_prefixes = not all(map(STATELESS.fullmatch, kinds))
 
     def __call__(self, logits_BKV: Tensor, prefixes: Prefixes) -> Tensor:
         """(B, K, V) fp32, for the last K positions of `prefixes`."""

@@ -117,7 +117,7 @@ class GenerationStats:
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """Share of the i-th drafted tokens that were accepted, among those whose predecessors were."""
+        """The same share among those whose predecessors were accepted."""
         return [*map(_ratio, self.accepted_by_position, self.tried_by_position)]
 
     @property

@@ -1,5 +1,4 @@
-"""What became of the drafts, drawn into the text that they led to, and how that text is printed as
-it comes.
+"""The text of a generation as it comes, with what became of the drafts drawn into it.
 
 A cycle is drawn in the order in which it happened: the drafted tokens that were accepted, those
 that were not, and the token of the transformer's own.
@@ -29,8 +28,8 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first by
 
 
 class TokenText:
-    """The text that tokens add to those before them, so that all that `add` and `rest` gave is
-    `decode` of all tokens.
+    """The text that tokens add to those before them: all that `add` and `rest` gave, put together,
+    is `decode` of all tokens.
 
     A token that ends within a character adds nothing; the one that completes the character adds all
     of it.
@@ -42,10 +41,10 @@ class TokenText:
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        # Decoding all of them anew for each would take ever longer: the latest with any text are
-        # enough, as all that the text of a token depends on is whether one stands before it, and
-        # whether that left a character open.
-        self._known: list[int] = []
+        # Decoding all tokens anew for each would take ever longer. The latest with any text are
+        # enough: what a token adds depends only on whether one stands before it, and whether that
+        # left a character open.
+        self._latest: list[int] = []
         self._open: list[int] = []
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -54,28 +53,27 @@ class TokenText:
         text = self._new()
         if not text or text.endswith(INCOMPLETE):
             return ""
-        self._known, self._open = self._open, []
+        self._latest, self._open = self._open, []
         return text
 
     def rest(self) -> str:
         """What is still open at the end of the text."""
         text = self._new()
-        self._known, self._open = [*self._known, *self._open], []
+        self._latest, self._open = [*self._latest, *self._open], []
         return text
 
     def _new(self) -> str:
-        return (
-            self._decode(self._known + self._open)[len(self._decode(self._known)) :]
-            if self._open
-            else ""
-        )
+        if not self._open:
+            return ""
+        return self._decode(self._latest + self._open)[len(self._decode(self._latest)) :]
 
 
 def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
-    """The pieces of one cycle, at most one of each kind. But for the rejected ones, they are the
+    """The pieces of one cycle, at most one of each kind. Without the rejected ones, they are the
     text of its tokens.
 
     Args:
+        cycle: what to draw.
         text: of everything before the cycle; the tokens of the cycle are added to it.
     """
     accepted, own = cycle.tokens[: cycle.accepted], cycle.tokens[cycle.accepted :]
@@ -96,23 +94,24 @@ def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
 
 def coloured(pieces: Sequence[Piece]) -> str:
     """For a terminal; every piece resets its colour itself."""
-    return "".join(
-        STYLES[kind].render(text, color_system=ColorSystem.STANDARD) for text, kind in pieces
-    )
+    system = ColorSystem.STANDARD
+    return "".join(STYLES[kind].render(text, color_system=system) for text, kind in pieces)
 
 
 def marked(pieces: Sequence[Piece]) -> str:
-    """Without colours: [+accepted] and [-rejected], and the transformer's own tokens as they are."""
-    return "".join(
-        {"accepted": f"[+{text}]", "rejected": f"[-{text}]"}.get(kind, text)
-        for text, kind in pieces
-    )
+    """Without colours: [+accepted], [-rejected], and the transformer's own tokens as they are."""
+    marks = {"accepted": "[+{}]", "rejected": "[-{}]"}
+    return "".join(marks.get(kind, "{}").format(text) for text, kind in pieces)
 
 
 def legend(*, colours: bool, styled: bool = False) -> str:
-    """One line that says what is what: of the colours, drawn in them if `styled`, or of the marks."""
+    """One line that explains the colours, drawn in them if `styled`, or the marks."""
     if not colours:
-        return f"{marked([('drafted and accepted', 'accepted'), ('drafted and rejected', 'rejected')])} the transformer's own"
+        drafted: list[Piece] = [
+            ("drafted and accepted", "accepted"),
+            ("drafted and rejected", "rejected"),
+        ]
+        return f"{marked(drafted)} the transformer's own"
     named: list[Piece] = [
         ("drafted and accepted (green)", "accepted"),
         ("drafted and rejected (red)", "rejected"),

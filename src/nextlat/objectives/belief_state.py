@@ -83,8 +83,8 @@ class Pairs:
         """The pairs of a batch that have anything to predict, or a share of them."""
         start, length = batch.documents()
         N, device = batch.input_ids.numel(), batch.input_ids.device
-        # A document of n tokens can be cut in n + 1 places. Those of all documents, in one vector:
-        # the document, and how many of its tokens come before the cut.
+        # The n + 1 cuts of a document of n tokens, those of all documents in one vector: which
+        # document, and how many of its tokens come before the cut.
         document, i = _groups(length + 1)
         # A pair is a cut where the prefix ends, and one from there on where the suffix begins.
         end, further = _groups(length[document] - i + 1)
@@ -141,7 +141,7 @@ class BST(Objective):
         self.empty_suffix = nn.Parameter(INIT_STD * torch.randn(backbone.width))
 
     def counts(self, batch: Batch) -> Counts:
-        """Besides `next_token`, the pairs with a next and those with a previous token to predict."""
+        """Besides `next_token`, the pairs with a next and with a previous token to predict."""
         return super().counts(batch) | Pairs.of(batch, self.config.pair_share).counts()
 
     def loss(self, batch: Batch, counts: Counts | None = None) -> Losses:
@@ -248,8 +248,7 @@ def _with(states_ND: Tensor, empty_D: Tensor) -> Tensor:
 
 
 def _groups(sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The elements of several groups in one vector: the number of each one's group, and its place
-    there."""
+    """The elements of several groups in one vector: the group of each, and its index there."""
     group = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     before = sizes.cumsum(0) - sizes
     return group, torch.arange(len(group), device=sizes.device) - before[group]
@@ -267,9 +266,9 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _hashes(batch: Batch, start: Tensor, length: Tensor) -> Tensor:
     """(G,) one number for each document, from its tokens and their order."""
-    document, place = _groups(length)
-    tokens = batch.input_ids.flatten()[start[document] + place]
-    return torch.zeros_like(start).index_add(0, document, _mixed(_mixed(tokens) + place))
+    document, i = _groups(length)
+    tokens = batch.input_ids.flatten()[start[document] + i]
+    return torch.zeros_like(start).index_add(0, document, _mixed(_mixed(tokens) + i))
 
 
 def _chance(hashes: Tensor, end: Tensor, begin: Tensor) -> Tensor:

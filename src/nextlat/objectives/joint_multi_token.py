@@ -48,14 +48,14 @@ class Fetch(nn.Module):
         return self.combine_norm(e.to(dtype) + self.gamma * h.to(dtype))
 
     def attend(self, window_NWD: Tensor, filled_N: Tensor | None = None) -> Tensor:
-        """(N, W, D) -> (N, W, D); with `filled_N`, a window has only so many vectors, at its end."""
+        """(N, W, D) -> (N, W, D); with `filled_N`, a window has only so many vectors, its last."""
         N, W, D = window_NWD.shape
-        place = torch.arange(W, device=window_NWD.device)
-        distance_WW = place[:, None] - place
+        index = torch.arange(W, device=window_NWD.device)
+        distance_WW = index[:, None] - index
         bias_HWW = self.bias_HW[:, distance_WW.clamp(min=0)]
         masked = distance_WW < 0
         if filled_N is not None:
-            masked = masked | (place < W - filled_N[:, None, None, None])
+            masked = masked | (index < W - filled_N[:, None, None, None])
         q, k, v = (
             f(window_NWD).view(N, W, self.heads, -1).transpose(1, 2)
             for f in (self.query, self.key, self.value)

@@ -35,8 +35,8 @@ class LastCall:
     keywords: dict[str, Any]
 
     def run(self, layer: nn.Module, norm: nn.Module, trunk_BTD: Tensor | None = None) -> Tensor:
-        """(B, T, D) states of another layer and norm in the place of the last ones, on the same
-        trunk or the one given."""
+        """(B, T, D) states of another layer and norm instead of the last ones, on the same trunk or
+        the one given."""
         trunk_BTD = self.trunk if trunk_BTD is None else trunk_BTD
         return norm(_states(layer(trunk_BTD, *self.arguments, **self.keywords)))
 

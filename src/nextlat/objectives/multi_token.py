@@ -62,7 +62,7 @@ class ExtraHead(nn.Module):
         self.layer, self.norm = layer, norm
 
     def forward(self, call: LastCall, trunk_BTD: Tensor | None = None) -> Tensor:
-        """(B, T, D) states from the trunk of a forward pass, with its masks, positions and cache."""
+        """(B, T, D) states from the trunk of a forward pass, with its masks and its cache."""
         return call.run(self.layer, self.norm, trunk_BTD)
 
 

@@ -1,9 +1,9 @@
 """NextLat: next-latent prediction (Teoh et al., arXiv 2511.05963).
 
-    h_hat_t     = h_t                                     h_hat_{t+i} = p_psi( h_hat_{t+i-1}, x_{t+i} )
-    L_next_h    = mean_t 1/d sum_i SmoothL1( h_hat_{t+i}, sg[h_{t+i}] )
-    L_KL        = mean_t 1/d sum_i KL( softmax(sg[W h_{t+i}]) || softmax(sg[W] h_hat_{t+i}) )
-    L           = L_next_token + lambda_next_h * L_next_h + lambda_KL * L_KL
+    h_hat_t  = h_t,    h_hat_{t+i} = p_psi( h_hat_{t+i-1}, x_{t+i} )            for i = 1..d
+    L_next_h = mean_t 1/d sum_i SmoothL1( h_hat_{t+i}, sg[h_{t+i}] )
+    L_KL     = mean_t 1/d sum_i KL( softmax(sg[W h_{t+i}]) || softmax(sg[W] h_hat_{t+i}) )
+    L        = L_next_token + lambda_next_h * L_next_h + lambda_KL * L_KL
 
 Shapes: B rows, T tokens, N = B*T positions, D width, E embedding width, V vocabulary, d horizon.
 """

@@ -64,7 +64,7 @@ class Objective(nn.Module):
     # ---- training ----
 
     def counts(self, batch: Batch) -> Counts:
-        """Number of valid positions behind every mean of the loss; needs no forward pass.
+        """Number of valid positions in every mean of the loss; needs no forward pass.
 
         Summed over the micro-batches (and ranks) of an optimiser step it is what `loss` divides by,
         so that gradient accumulation gives exactly the loss of the undivided batch.
