@@ -2,9 +2,12 @@
 2."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +212,44 @@ def test_only_a_finished_run_of_this_version_is_evaluated(
     ):
         (tmp_path / "run.json").write_text(json.dumps({**record, **change}))
         assert told in fails("evaluate", tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["training.train.build_model", "evaluation.evaluate"])
+def test_a_signal_while_starting_or_measuring_ends_in_one_word(
+    number: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(f"nextlat.{place}", interrupted)
+    out = tmp_path / "run"
+    code, _, err = run("train", "city-tiny", *TINY, "--out", out, "--no-progress")
+    assert (code, err) == (130, "stopped.\n")
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert run("train", "city-tiny", *TINY, "--out", out, "--no-progress", "--no-evaluate")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300])
+def test_a_name_that_no_directory_has_is_refused(
+    name: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["train", "city-tiny", *TINY], ["compare", "city-tiny"], ["demo"]):
+        assert "directory" in fails(*command, "--out", name)
+    assert "directory" in fails("report", trained["nextlat"], "--out", name)
+    assert "directory" in fails("evaluate", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bar_shows_rate_and_loss_parts(tmp_path: Path) -> None:
+    code, out, err = run("train", "city-tiny", *TINY, "--out", tmp_path / "run", "--no-evaluate")
+    assert (code, out) == (0, "")
+    assert "4/4" in err and "/s" in err and "next_token" in err and "Writing" not in err
 
 
 def test_errors_reach_the_shell_without_a_traceback(tmp_path: Path) -> None:

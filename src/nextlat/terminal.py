@@ -34,27 +34,27 @@ def bars(shown: bool = True) -> Iterator[Update]:
 
     Where that is no terminal, only how they end is written.
     """
+    from rich import progress as rich
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.table import Column
 
-    columns = [
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    ]
-    progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
-    rows: dict[str, TaskID] = {}
+    def text(field: str, **options: Any) -> rich.TextColumn:
+        column = Column(no_wrap=True, overflow="ellipsis", **options)
+        return rich.TextColumn(f"{{task.{field}}}", table_column=column)
+
+    progress = rich.Progress(
+        text("description", max_width=32),
+        rich.BarColumn(bar_width=16),
+        rich.MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right")),
+        text("fields[rate]", justify="right"),
+        rich.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        text("fields[state]", ratio=1),
+        console=Console(stderr=True),
+        expand=True,
+        disable=not shown,
+    )
+    rows: dict[str, rich.TaskID] = {}
 
     def update(name: str, state: str, done: int, total: int) -> None:
         if name not in rows:
