@@ -80,6 +80,7 @@ Overrides = Annotated[
     ),
 ]
 Runs = Annotated[list[Path], typer.Argument(parser=_directory, help="Finished run directories.")]
+Model = Annotated[str, typer.Argument(help="Run directory or hub id of a saved model.")]
 Shown = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 
@@ -158,9 +159,7 @@ def evaluate(runs: Runs, progress: Shown = True) -> None:
 
 @app.command()
 def generate(
-    run: Annotated[
-        str, typer.Argument(help="Run directory or hub id of a model with an objective.")
-    ],
+    run: Model,
     prompt: Annotated[
         str,
         typer.Argument(help="Text to continue; in a city source and destination, as in '12 57'."),
@@ -190,9 +189,7 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: tokens that have occurred become less likely.")
     ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End after this text; can be repeated.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End after this text; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     compile: Annotated[bool, typer.Option(help="One graph for a cycle; slow at first.")] = False,
     show_drafts: Annotated[
@@ -249,18 +246,7 @@ def generate(
             stop_strings=stop or None,
             **sampling,
         )
-    terminal.say(
-        f"{terminal.count(stats.tokens, 'token')} in {terminal.count(stats.cycles, 'cycle')}: "
-        f"{stats.mean_acceptance_length:.2f} tokens a cycle, {stats.acceptance_rate:.0%} of the "
-        f"drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
-    )
-    measured = stats.measure_seconds >= 0.005
-    measuring = f"{stats.measure_seconds:.2f} timing the machine for auto, " if measured else ""
-    terminal.say(
-        f"{stats.seconds:.2f} s: {measuring}{stats.prefill_seconds:.2f} reading the prompt, "
-        f"{stats.draft_seconds:.2f} drafting, {stats.verify_seconds:.2f} verifying, "
-        f"{stats.overhead_seconds:.2f} overhead."
-    )
+    terminal.say_stats(stats)
 
 
 def _sampling(
@@ -315,16 +301,13 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(help="Run directory or hub id of a saved model.")],
-    draft_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens drafted per cycle; default: 4, or 0 where the model cannot."),
-    ] = None,
+    run: Model,
+    draft_length: Annotated[int | None, typer.Option(help="Tokens a cycle; default: 4.")] = None,
 ) -> None:
     """Serve a run with vLLM, its latent dynamics model drafting; takes vLLM's options, too."""
-    from nextlat.serving.serve import serve as run_server
+    from nextlat.serving import serve
 
-    raise typer.Exit(run_server(run, draft_length, context.args, terminal.say))
+    raise typer.Exit(serve.serve(run, draft_length, context.args, terminal.say))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nextlat.decoding.stats import GenerationStats
     from nextlat.training.recipe import Recipe
     from nextlat.training.sweep import Job
 
@@ -16,6 +17,22 @@ Update = Callable[[str, str, int, int], None]
 def say(sentence: str) -> None:
     """On standard error."""
     print(sentence, file=sys.stderr)
+
+
+def say_stats(stats: "GenerationStats") -> None:
+    """What decoding was worth, and where its time went."""
+    say(
+        f"{count(stats.tokens, 'token')} in {count(stats.cycles, 'cycle')}: "
+        f"{stats.mean_acceptance_length:.2f} tokens a cycle, {stats.acceptance_rate:.0%} of the "
+        f"drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
+    )
+    measured = stats.measure_seconds >= 0.005
+    measuring = f"{stats.measure_seconds:.2f} timing the machine for auto, " if measured else ""
+    say(
+        f"{stats.seconds:.2f} s: {measuring}{stats.prefill_seconds:.2f} reading the prompt, "
+        f"{stats.draft_seconds:.2f} drafting, {stats.verify_seconds:.2f} verifying, "
+        f"{stats.overhead_seconds:.2f} overhead."
+    )
 
 
 def no_library_bars() -> None:
