@@ -221,9 +221,10 @@ def generate(
             f"the tokenizer of {run} {error}: save one there with tokenizer.save_pretrained."
         ) from error
     ids = _prompt(run, tokenizer, prompt)
-    if max(ids, default=0) >= (known := len(model.lm.get_input_embeddings().weight)):
+    table: Any = model.lm.get_input_embeddings()
+    if max(ids, default=0) >= (known := len(table.weight)):
         raise NextLatError(
-            f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model knows only "
+            f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model has only "
             f"{known}: restore the tokenizer that it was trained with."
         )
     if max_new_tokens is None:
