@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -78,8 +77,7 @@ def main() -> None:
     for connection in connections.values():
         connection.send(None)
     record = {
-        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             name: metadata.version(name)
