@@ -162,6 +162,7 @@ def sentence(
         kind, message = "too_short", "too few values"
     key = ".".join(path)
     where = source(key) if callable(source) else source
+    named = f"'{key}'" if key else "it"
     if kind == "extra_forbidden":
         parent = ".".join(path[:-1])
         holder = f"[{parent}]" if parent else model.model_config.get("title") or "it"
@@ -172,9 +173,9 @@ def sentence(
     if kind in ("value_error", "assertion_error"):
         return f"{where}: {f'{key}: ' if key else ''}{problem['ctx']['error']}."
     if kind in ("model_type", "dict_type"):
-        return f"{where}: '{key}' must be a table." if key else f"{where} is not a table."
+        return f"{where}: {named} must be a table."
     if not key:
-        return f"{where} is not valid: {message}."
+        return f"{where}: {message}."
     return f"{where}: '{key}' = {json.dumps(value, default=str)} is not valid: {message}."
 
 
