@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nextlat.decoding.sampling import Sampling, Scores
 from nextlat.results import Chart, Measurement
 from nextlat.scores import Score
+from nextlat.weights import SUMS
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "granite", "mixtral")
 
@@ -102,6 +103,11 @@ def one_thread() -> None:
     """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of
     them."""
     torch.set_num_threads(1)
+
+
+def forget_sums(directory: Path) -> None:
+    """As a version without checksums left it, or as somebody who edits its files should."""
+    (directory / SUMS).unlink()
 
 
 def by_key(found: Iterable[Measurement | Chart]) -> dict[str, Score]:

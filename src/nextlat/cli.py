@@ -308,9 +308,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a run with vLLM, its latent dynamics model drafting; takes vLLM's options, too."""
-    from nextlat.serving.serve import serve as run_server
+    from nextlat.serving import serve
 
-    raise typer.Exit(run_server(run, draft_length, context.args, terminal.say))
+    raise typer.Exit(serve.serve(run, draft_length, context.args, terminal.say))
 
 
 @app.command()

@@ -172,10 +172,10 @@ def sentence(
         return f"{where}: '{key}' is missing."
     if kind in ("value_error", "assertion_error"):
         return f"{where}: {f'{key}: ' if key else ''}{problem['ctx']['error']}."
-    if kind in ("model_type", "dict_type"):
-        return f"{where}: {named} must be a table."
+    if kind in ("model_type", "dict_type", "typed_dict_type"):
+        return f"{where}: '{key}' must be a table." if key else f"{where}: it is not a table."
     if not key:
-        return f"{where}: {message}."
+        return f"{where}: it is not valid: {message}."
     return f"{where}: '{key}' = {json.dumps(value, default=str)} is not valid: {message}."
 
 
