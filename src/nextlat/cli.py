@@ -214,7 +214,7 @@ def generate(
     ids = _prompt(run, tokenizer, prompt)
     if max(ids, default=0) >= (known := model.backbone.vocab_size):
         raise NextLatError(
-            f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model has only "
+            f"the tokenizer of {run} makes token {max(ids)} of the prompt, the model knows only "
             f"{known}: restore the tokenizer that it was trained with."
         )
     if max_new_tokens is None:

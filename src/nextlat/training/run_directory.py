@@ -33,8 +33,8 @@ RECORD, METRICS, FORMAT = "run.json", "metrics.jsonl", 1
 _LINE = TypeAdapter(dict[str, int | float | None], config={"strict": True})
 
 
-class Named(Settings, extra="allow"):
-    """A table with a name in it, whatever else it holds."""
+class RecordedTask(Settings, extra="allow"):
+    """Its name, in the recipe with its settings."""
 
     name: str
 
@@ -42,7 +42,7 @@ class Named(Settings, extra="allow"):
 class RecordedRecipe(Settings, extra="allow"):
     """What a reader of run.json may rely on; `Recipe.from_dict` checks all of it."""
 
-    task: Named
+    task: RecordedTask
     objective: str
     objectives: dict[str, dict[str, Any]]
     steps: int
@@ -109,16 +109,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     Raises:
         NextLatError: it cannot be read, is not the record of a run, or one of another version.
     """
-    path, way_out = directory / RECORD, "restore it, or choose another run directory"
+    path, way_out = directory / RECORD, "restore it or choose another run directory"
     try:
         content = read_json(path, way_out)
     except FileNotFoundError:
         return None
-    if not isinstance(content, dict) or not {"status", "recipe", "task"} <= content.keys():
-        raise NextLatError(f"{path} is not the record of a run: choose another run directory.")
-    check_format(content.get("format", FORMAT), FORMAT, path, way_out)
-    record = Record.from_json(content, f"{path} is damaged")
-    return record.model_dump(mode="json")
+    if isinstance(content, dict):
+        check_format(content.get("format"), FORMAT, path, way_out)
+    return Record.from_json(content, f"{path} is damaged, {way_out}").model_dump(mode="json")
 
 
 def is_finished(directory: str | Path) -> bool:
@@ -224,7 +222,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def last_metrics(directory: Path) -> dict[str, Any] | None:
-    """The last line of metrics.jsonl, of a run that may be writing it now; None if there is none."""
+    """The last line of metrics.jsonl of a run that may be writing it now; None if there is none."""
     try:
         with (directory / METRICS).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
