@@ -102,7 +102,7 @@ def read_json(path: Path, way_out: str) -> Any:
         FileNotFoundError: there is no such file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:

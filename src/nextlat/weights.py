@@ -137,8 +137,8 @@ def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
         kernel = getattr(config, f"_{name}", None)
         if "/" in str(kernel) and name not in arguments:
             raise NextLatError(
-                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if you "
-                f"trust that, load it with {name} given."
+                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if "
+                f"you trust that, load it with {name} given."
             )
     if getattr(config, "quantization_config", None) is not None:
         return
