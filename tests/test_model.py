@@ -313,7 +313,8 @@ def test_bad_arguments_are_one_sentence() -> None:
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import sys, nextlat, nextlat.cli; assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'}"
+    code = f"import sys, nextlat, nextlat.cli; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute"):
         nextlat.nonsense  # noqa: B018

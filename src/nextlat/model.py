@@ -375,7 +375,7 @@ def _config(path: Path, description: Description) -> Settings:
     if name not in OBJECTIVES:
         raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
     config_type, _ = OBJECTIVES[name]
-    return config_type.from_json(description.config, f"{path} does not describe '{name}'")
+    return config_type.from_json(description.config, f"{path}, objective '{name}'")
 
 
 def _objective_weights(directory: str | Path) -> dict[str, Tensor]:

@@ -82,6 +82,12 @@ TRANSITION_ERROR = _declare(
     unit="number",
     higher_is_better=False,
 )
+PICTURE = Picture(
+    kind="simplex",
+    file="beliefs.json",
+    title="Beliefs in the model's state",
+    text="Read off the state by a linear probe, on held-out sequences.",
+)
 
 
 class HMMConfig(TaskConfig):
@@ -314,4 +320,4 @@ class HMM(Task):
             "true": true.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
             "decoded": decoded.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
         }
-        return [(Picture(kind="simplex", file="beliefs.json"), record)]
+        return [(PICTURE, record)]

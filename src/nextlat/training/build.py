@@ -76,7 +76,15 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return attach(lm, recipe.objective_config)
+        try:
+            return attach(lm, recipe.objective_config)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            raise NextLatError(
+                f"the objective {recipe.objective} with these settings does not fit into the memory "
+                "of this machine: make it smaller."
+            ) from error
 
 
 def _check_memory(parameters: int) -> None:
