@@ -30,7 +30,10 @@ from nextlat.training.checkpoints import checkpoints
 from nextlat.validation import Settings, check_format, read_json
 
 RECORD, METRICS, FORMAT = "run.json", "metrics.jsonl", 1
-_LINE = TypeAdapter(dict[str, int | float | None], config={"strict": True, "allow_inf_nan": False})
+_LINE = TypeAdapter(
+    dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)] | float | None],
+    config={"strict": True, "allow_inf_nan": False},
+)
 
 
 class Named(Settings, extra="allow"):

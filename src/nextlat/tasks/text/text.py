@@ -191,8 +191,8 @@ class TextConfig(TaskConfig):
                 "the run names no benchmarks of its own: leave --code out."
                 if code is not None
                 else "the run was trained with benchmarks of its own (task.lm_eval_files = "
-                f"'{self.lm_eval_files}'), which can run Python code: if you trust them, give their "
-                "directory as --code."
+                f"'{self.lm_eval_files}'), which can run Python code: if you trust them, give "
+                "their directory as --code."
             )
         return self.model_copy(update={"lm_eval_files": code})
 
