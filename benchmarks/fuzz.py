@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py [--mutations 500] [--seed 0] [--out docs/fuzz.json] [--only N]
 
-Two tiny runs are trained first (in --folder): a city by NextLat, with the checkpoint of a run that
-was stopped, and a hidden Markov process whose weights lie in several files. Every mutation follows
+Tiny runs are trained first (in --folder): a city by NextLat, the checkpoint of one that was stopped,
+a hidden Markov process whose weights lie in several files, and a text by JTP. Every mutation follows
 from (seed, number) alone. After it, each command that reads the file is run in a fork of its own.
 It must refuse the file in one sentence with exit code 2, or give the result of the whole file.
 
@@ -54,6 +54,14 @@ TINY = [
 ]  # fmt: skip
 CITY = ["city-tiny", *TINY, "task.tests=4", "task.held_out=20"]
 HMM = ["hmm-small", *TINY, "task.tests=20", "task.length=16"]
+TEXT = [
+    "text-small", "objective=jtp", "objectives.jtp.horizon=2", *TINY, "task.train=stories.txt",
+    "task.validation=", "task.held_out=10", "task.vocab_size=300", "task.row_length=32",
+    "task.prompt_length=8", "task.tests=4", "task.probes=2", "task.probe_steps=3",
+]  # fmt: skip
+SETTINGS = {"city": CITY, "stopped": CITY, "hmm": HMM, "text": TEXT}
+PROMPTS = {"city": "0 5", "text": "The cat"}  # of the runs that `generate` can continue
+STORIES = [f"The cat number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(60)]
 TIME_LIMIT, MEMORY_LIMIT = 180, 8 * 2**30  # seconds and bytes of one command
 GOOD, BAD = ("refused", "same", "believed"), ("traceback", "crash", "wrong", "executed")
 
@@ -69,9 +77,9 @@ def recipe_of(settings: list[str], seed: int = 0) -> Recipe:
 
 def make_runs(folder: Path) -> None:
     """The bases, and others of the same kind whose files are foreign to them."""
-    for name, settings in (("city", CITY), ("hmm", HMM)):
+    for name in ("city", "hmm", "text"):
         for seed in (0, 1):
-            evaluate(train(recipe_of(settings, seed), folder / f"{name}-{seed}"))
+            evaluate(train(recipe_of(SETTINGS[name], seed), folder / f"{name}-{seed}"))
     for seed in (0, 1):
         directory = folder / f"hmm-{seed}"
         model = nextlat.load(directory)
@@ -113,12 +121,11 @@ def reported(run: Path) -> Any:
 
 
 def generated(run: Path) -> Any:
-    cli("generate", run, "0 5", "--max-new-tokens", 12, "--draft-length", 3)
+    cli("generate", run, PROMPTS[run.name], "--max-new-tokens", 12, "--draft-length", 3)
 
 
 def resumed(run: Path) -> Any:
-    settings = HMM if run.name == "hmm" else CITY
-    cli("train", *settings, "--out", run, "--no-progress", "--no-evaluate")
+    cli("train", *SETTINGS[run.name], "--out", run, "--no-progress", "--no-evaluate")
 
 
 def served(run: Path) -> Any:
@@ -155,14 +162,14 @@ def commands(base: str, name: str) -> list[Command]:
     if name == "nextlat/config.json":
         return [served]
     if "token" in name or name == "generation_config.json":
-        return [generated, resumed] if base == "city" else [evaluated]
-    return [evaluated, resumed] if base == "hmm" else [evaluated, generated, resumed]
+        return [generated, resumed] if base in PROMPTS else [evaluated]
+    return [evaluated, generated, resumed] if base in PROMPTS else [evaluated, resumed]
 
 
 def targets(folder: Path) -> list[tuple[str, str]]:
     """(base, name of a file in it); of checkpoints the newest of the run that was stopped."""
     found = []
-    for base in ("city", "hmm", "stopped"):
+    for base in SETTINGS:
         run = folder / f"{base}-0"
         names = [p.relative_to(run).as_posix() for p in sorted(run.rglob("*")) if p.is_file()]
         skipped = "checkpoint-" if base != "stopped" else ("checkpoint-2", "checkpoint-4")
@@ -241,6 +248,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="nextlat-fuzz-"))
+    folder.mkdir(exist_ok=True)
+    os.environ |= {"NEXTLAT_DATA": str(folder.resolve()), "XDG_CACHE_HOME": str(folder / "cache")}
+    (folder / "stories.txt").write_text("<|endoftext|>".join(STORIES))
     if not (folder / "stopped-1").exists():
         make_runs(folder)
     scratch = folder / "scratch"

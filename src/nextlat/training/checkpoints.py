@@ -35,6 +35,12 @@ class _TrainerState(Settings, extra="allow"):
     epoch: float | None
     total_flos: float
     max_steps: int
+    num_train_epochs: int | None = None
+    train_batch_size: int | None = None
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    log_history: list[dict[str, Any]] = []
     stateful_callbacks: dict[str, Any] = {}
 
 

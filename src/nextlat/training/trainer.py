@@ -273,7 +273,7 @@ def _of_this_run(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (NextLatError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever torch makes of what it was not made for
         raise NextLatError(
             f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
             "the checkpoint before it, or choose another run directory."
