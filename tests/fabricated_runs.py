@@ -293,6 +293,7 @@ def write_run(
             "device": "cpu (x86_64)",
             "threads": 1,
             "parameters": {"lm": 123456, "objective": 7890},
+            "steps": recipe["steps"],
             "tokens": 819200,
             "seconds": 61.5,
             **(record or {}),

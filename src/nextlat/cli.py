@@ -143,15 +143,26 @@ def train(
     if was_finished:
         terminal.say(f"{directory} is finished: it is not trained any further.")
     if evaluate and not (directory / "results.json").exists():
-        terminal.evaluate(directory, progress)
+        terminal.evaluate(directory, progress, loaded.task.code)
     terminal.say(f"The model is in {directory}.")
 
 
 @app.command()
-def evaluate(runs: Runs, progress: Shown = True) -> None:
+def evaluate(
+    runs: Runs,
+    progress: Shown = True,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Definitions of benchmarks, which may run Python code (task.lm_eval_files); those "
+            "that a run names itself are never used.",
+        ),
+    ] = None,
+) -> None:
     """Measure finished runs: results.json in each of them, and a table here."""
     for directory in runs:
-        terminal.evaluate(directory, progress)
+        terminal.evaluate(directory, progress, code)
     terminal.report(runs, None)
 
 

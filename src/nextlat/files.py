@@ -77,7 +77,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with write_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            remove(temporary)  # whatever lies there, a link that leads elsewhere too
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -139,7 +140,10 @@ def move_into(staging: Path, directory: Path, last: str) -> None:
     files = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
     first = [file for file in files if file != Path(last)]
     for file in first:
-        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        folder = (directory / file).parent
+        if folder != directory and folder.is_symlink():
+            folder.unlink()  # which would lead elsewhere
+        folder.mkdir(parents=True, exist_ok=True)
         (staging / file).replace(directory / file)
     for folder in {directory, *((directory / file).parent for file in first)}:
         sync(folder)

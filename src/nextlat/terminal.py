@@ -1,5 +1,6 @@
 """What the command line shows: sentences and bars on standard error, what a run would cost."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,8 +18,8 @@ Update = Callable[[str, str, int, int], None]
 
 
 def say(sentence: str) -> None:
-    """On standard error."""
-    print(sentence, file=sys.stderr)
+    """On standard error, in one line whatever it quotes."""
+    print(re.sub(r"[\x00-\x1f\x7f]", lambda c: repr(c[0])[1:-1], sentence), file=sys.stderr)
 
 
 def no_library_bars() -> None:
@@ -93,13 +94,15 @@ def collect(jobs: "list[Job]", out: Path) -> None:
         report([job.directory for job in jobs], out)
 
 
-def evaluate(directory: Path, progress: bool) -> None:
-    """Measure a finished run."""
+def evaluate(directory: Path, progress: bool, code: str | None = None) -> None:
+    """Measure a finished run; see `evaluation.evaluate`."""
     from nextlat.evaluation import evaluate as measure
 
     no_library_bars()
     with bars(progress) as update:
-        measure(directory, progress=lambda *state: update(f"evaluating {directory}", *state))
+        measure(
+            directory, code=code, progress=lambda *state: update(f"evaluating {directory}", *state)
+        )
 
 
 def report(directories: list[Path], out: Path | None, markdown: Path | None = None) -> None:

@@ -8,12 +8,13 @@ found by the checksums that every save leaves beside the sidecar.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from transformers.utils.hub import cached_file
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import write_text
+from nextlat.validation import Settings, read_json
 
 T = TypeVar("T")
 
@@ -32,6 +34,15 @@ SUMS = "nextlat/SHA256SUMS"  # as sha256sum writes and checks it
 MODEL_FILES = ("config.json", "model*.safetensors", INDEX, "nextlat/objective.*")
 STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
 SHOWN = 3  # names in an error
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 = none, in some old models
+
+
+class _GenerationConfig(Settings, extra="allow"):
+    """What decoding takes from generation_config.json without a look at it."""
+
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
 
 
 def find(directory: str | Path, name: str, subfolder: str = "") -> Path | None:
@@ -122,7 +133,11 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
         # Some architectures are stored under other names than they have in memory.
         both = {name: x for name, x in state.items() if name in saved}
         converts = arguments.get("dtype", "auto") != "auto"
-        _refuse(directory, misread=_other_dtypes(saved, both, converts))
+        _refuse(
+            directory,
+            misread=_other_dtypes(saved, both, converts),
+            not_finite=not_finite(lm.named_parameters()),
+        )
     return lm
 
 
@@ -137,9 +152,14 @@ def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
         kernel = getattr(config, f"_{name}", None)
         if "/" in str(kernel) and name not in arguments:
             raise NextLatError(
-                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if you "
-                f"trust that, load it with {name} given."
+                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if "
+                f"you trust that, load it with {name} given."
             )
+    generation = find(directory, "generation_config.json")
+    if generation is not None:  # transformers passes over one that it cannot read
+        again = "restore it, or delete it"
+        content = read_json(generation, again)
+        _GenerationConfig.from_json(content, f"{generation} is damaged, {again}")
     if getattr(config, "quantization_config", None) is not None:
         return
     saved = read_lm(directory)
@@ -181,7 +201,16 @@ def check(
         left_over=saved.keys() - state.keys(),
         misshapen=[name for name, x in both.items() if x.shape != saved[name].shape],
         misread=_other_dtypes(saved, both, converts),
+        not_finite=not_finite((n, saved[n]) for n, _ in module.named_parameters() if n in saved),
     )
+
+
+def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of those in which some number is not finite."""
+    found = [(name, torch.isfinite(x).all()) for name, x in parameters]
+    if not found or torch.stack([x for _, x in found]).all():  # so that a GPU is waited for once
+        return []
+    return [name for name, finite in found if not finite]
 
 
 def copy_into(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -209,12 +238,14 @@ def _refuse(
     left_over: Collection[str] = (),
     misshapen: Collection[str] = (),
     misread: Collection[str] = (),
+    not_finite: Collection[str] = (),
 ) -> None:
     faults = {
         "lacks": missing,
         "holds, beyond the weights of the model,": left_over,
         "holds in another shape than the model": misshapen,
         "holds in another dtype than the model": misread,
+        "holds numbers that are not finite in": not_finite,
     }
     for fault, names in faults.items():
         if names:

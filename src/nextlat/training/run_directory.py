@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import transformers
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import write_errors
@@ -30,7 +30,10 @@ from nextlat.training.checkpoints import checkpoints
 from nextlat.validation import Settings, check_format, read_json
 
 RECORD, METRICS, FORMAT = "run.json", "metrics.jsonl", 1
-_LINE = TypeAdapter(dict[str, int | float | None], config={"strict": True})
+_LINE = TypeAdapter(
+    dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)] | float | None],
+    config={"strict": True, "allow_inf_nan": False},
+)
 
 
 class RecordedTask(Settings, extra="allow"):
@@ -45,7 +48,7 @@ class RecordedRecipe(Settings, extra="allow"):
     task: RecordedTask
     objective: str
     objectives: dict[str, dict[str, Any]]
-    steps: int
+    steps: Annotated[int, Field(ge=1)]
     seed: int
 
 
@@ -101,6 +104,13 @@ class Record(Settings):
     tokens: int = 0
     seconds: float = Field(default=0.0, ge=0)
     finished: str = ""
+
+    @model_validator(mode="after")
+    def _is_of_its_recipe(self) -> Self:
+        recipe, finished = self.recipe, self.status == "finished"
+        if self.seed != recipe.seed or (finished and self.steps != recipe.steps):
+            raise ValueError("it contradicts its own recipe")
+        return self
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

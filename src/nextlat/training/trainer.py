@@ -24,7 +24,7 @@ from nextlat.files import atomic_directory, staging_directory
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
 from nextlat.training.checkpoints import load_state, load_trainer_state, rotate_checkpoints
-from nextlat.weights import read_sums, write_sums
+from nextlat.weights import not_finite, read_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
@@ -187,9 +187,8 @@ class NextLatTrainer(Trainer):
         super().log(logs, start_time)
 
     def _check_weights(self) -> None:
-        named = [(n, torch.isfinite(p).all()) for n, p in self.objective_model.named_parameters()]
-        if not torch.stack([finite for _, finite in named]).all():
-            raise self._not_sound(f"{next(n for n, finite in named if not finite)} is not finite")
+        if names := not_finite(self.objective_model.named_parameters()):
+            raise self._not_sound(f"{names[0]} is not finite")
 
     def _not_sound(self, told: str) -> NextLatError:
         return NextLatError(
@@ -262,7 +261,10 @@ class NextLatTrainer(Trainer):
         with _of_this_run(directory / "scheduler.pt"):
             scheduler: Any = self.lr_scheduler
             state, own = load_state(directory / "scheduler.pt"), scheduler.state_dict()
-            if any(type(value) is not type(own[key]) for key, value in state.items()):
+            own |= {"last_epoch": load_trainer_state(directory).global_step}
+            if any(state[key] != own[key] for key in ("base_lrs", "last_epoch")) or any(
+                type(value) is not type(own[key]) for key, value in state.items()
+            ):
                 raise ValueError("it is of another schedule")
             scheduler.load_state_dict(state)
 
@@ -316,7 +318,7 @@ def _of_this_run(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (NextLatError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever torch makes of what it was not made for
         raise NextLatError(
             f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
             "the checkpoint before it, or choose another run directory."
@@ -329,24 +331,32 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None
     Raises:
         ValueError: the state belongs to other parameters or another optimiser.
     """
-    groups = optimizer.param_groups
+    groups = optimizer.state_dict()["param_groups"]  # parameters by their numbers
     for own, other in zip(groups, state["param_groups"], strict=True):
-        if len(own["params"]) != len(other["params"]):
+        if own["params"] != other["params"]:
             raise ValueError("it is of a model with other parameters")
-        for key in {"lr", "betas", "eps", "weight_decay"} & own.keys():
-            if type(other[key]) is not type(own[key]):
-                raise ValueError(f"its {key} is {other[key]!r}")
-    parameters = [p for group in groups for p in group["params"]]
+        for key, value in other.items():  # the learning rate follows from the schedule
+            same = type(value) is type(own[key]) and (key == "lr" or value == own[key])
+            if not same:
+                raise ValueError(f"its {key} is {value!r} and not {own[key]!r}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not state["state"]:
         raise ValueError("it is empty")
+    if not state["state"].keys() <= {*range(len(parameters))}:
+        raise ValueError("it is of a model with other parameters")
     for index, values in state["state"].items():
-        shapes = {name: x.shape for name, x in values.items() if isinstance(x, torch.Tensor)}
-        expected = parameters[index].shape
-        for name in _OF_PARAMETER_SHAPE & shapes.keys():
-            if shapes[name] != expected:
-                found, expected = tuple(shapes[name]), tuple(expected)
-                raise ValueError(f"{name} of parameter {index} is {found}, which is {expected}")
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        own = parameters[index]
+        for name in _OF_PARAMETER_SHAPE & tensors.keys():
+            x = tensors[name]
+            if (x.shape, x.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"{name} of parameter {index} is {tuple(x.shape)} {x.dtype}, the parameter "
+                    f"{tuple(own.shape)} {own.dtype}"
+                )
         if "exp_avg" in values and not (
-            {"exp_avg", "exp_avg_sq"} <= shapes.keys() and torch.as_tensor(values["step"]).ndim == 0
+            {"exp_avg", "exp_avg_sq"} <= tensors.keys()
+            and torch.as_tensor(values["step"]).ndim == 0
+            and torch.as_tensor(values["step"]).is_floating_point()
         ):
             raise ValueError(f"the state of parameter {index} is not whole")

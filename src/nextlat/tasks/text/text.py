@@ -116,7 +116,8 @@ class TextConfig(TaskConfig):
         lm_eval: benchmarks of the LM Evaluation Harness (needs the extra `nextlat[lm-eval]`), with
             commas between them; "" = none.
         lm_eval_limit: documents of each benchmark, 0 = all.
-        lm_eval_files: a directory of further benchmarks, defined in the harness's YAML.
+        lm_eval_files: a directory of further benchmarks, defined in the harness's YAML, which can
+            run Python code.
     """
 
     train: str | None = None
@@ -178,6 +179,22 @@ class TextConfig(TaskConfig):
             if sum(setting is not None for setting in pair) == given:
                 return f"the task text needs {names}, one of the two"
         return None
+
+    @property
+    def code(self) -> str | None:
+        """Definitions of benchmarks: they can name Python functions, which the harness calls."""
+        return self.lm_eval_files
+
+    def trusting(self, code: str | None) -> Self:
+        if (code is None) != (self.lm_eval_files is None):
+            raise NextLatError(
+                "the run names no benchmarks of its own: leave --code out."
+                if code is not None
+                else "the run was trained with benchmarks of its own (task.lm_eval_files = "
+                f"'{self.lm_eval_files}'), which can run Python code: if you trust them, give "
+                "their directory as --code."
+            )
+        return self.model_copy(update={"lm_eval_files": code})
 
     def build(self) -> "Text":
         if problem := self._pair(given=0):
