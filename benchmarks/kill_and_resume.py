@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from nextlat.training.run_directory import checkpoint_step, checkpoints, read_metrics
+from nextlat.training.checkpoints import checkpoint_step, checkpoints
+from nextlat.training.run_directory import read_metrics
 
 FILES = (
     "config.json",

@@ -8,7 +8,7 @@ import numpy as np
 
 from nextlat.tasks.countdown import CountdownConfig, rows
 from nextlat.tasks.countdown_problems import draw_problems, first_solutions
-from nextlat.tasks.hidden_markov import HiddenMarkov
+from nextlat.tasks.hmm_process import HiddenMarkov
 from nextlat.tasks.path_star import PathStarConfig, draw_stars
 
 GRAPHS, PROBLEMS, CANDIDATES, SEQUENCES = 50_000, 20_000, 50_000, 50_000

@@ -7,39 +7,28 @@ import time
 import numpy as np
 import torch
 
-from nextlat.tasks.streets.network import StreetNetwork
-from nextlat.tasks.streets.walks import WalkDataset, random_walks
+from nextlat.tasks.streets.sources import generate_city, read_csv
+from nextlat.tasks.streets.walks import random_walks, walk_stream
 
-ROWS, ROW_LENGTH, MOVES = 16_384, 128, (4, 60)
+ROWS, ROW_LENGTH = 16_384, 128
+LENGTHS = {"min_moves": 4, "max_moves": 60}
 
 
 def main() -> None:
     """Print a table: walks alone, and packed training rows read in order."""
     torch.set_num_threads(1)
-    networks = {
-        "8 x 8 city": StreetNetwork.embedded(8, 8),
-        "40 x 40 city": StreetNetwork.embedded(40, 40),
-    }
-    if len(sys.argv) > 1:
-        networks[sys.argv[1]] = StreetNetwork.from_csv(sys.argv[1]).strongly_connected()
+    networks = {"8 x 8 city": generate_city(8, 8), "40 x 40 city": generate_city(40, 40)}
+    for directory in sys.argv[1:]:
+        networks[directory] = read_csv(directory).strongly_connected()
     print(f"{'network':<40} {'walks, tokens/s':>18} {'packed rows, tokens/s':>24}")
     for name, network in networks.items():
         start = time.process_time()
-        lengths, _, _ = random_walks(
-            network, 50_000, min_moves=MOVES[0], max_moves=MOVES[1], rng=np.random.default_rng(0)
-        )
-        walks = (lengths + 3).sum() / (time.process_time() - start)
-        data = WalkDataset(
-            network,
-            rows=ROWS,
-            row_length=ROW_LENGTH,
-            min_moves=MOVES[0],
-            max_moves=MOVES[1],
-            seed=0,
-        )
+        walks = random_walks(network, 50_000, rng=np.random.default_rng(0), **LENGTHS)
+        rate = (walks.lengths + 3).sum() / (time.process_time() - start)
+        data = walk_stream(network, row_length=ROW_LENGTH, seed=0, **LENGTHS)
         start = time.process_time()
         tokens = sum(int(data[i]["attention_mask"].sum()) for i in range(ROWS))
-        print(f"{name:<40} {walks:>18,.0f} {tokens / (time.process_time() - start):>24,.0f}")
+        print(f"{name:<40} {rate:>18,.0f} {tokens / (time.process_time() - start):>24,.0f}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from fabricated_runs import FIVE, write_run
 from nextlat.cli import app
 from nextlat.errors import NextLatError
-from nextlat.training.jobs import Job, run
 from nextlat.training.recipe import BUILT_IN, load_recipe
-from nextlat.training.sweep import plan
+from nextlat.training.sweep import Job, plan, run
 
 SHORT = ["steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "task.tests=12"]
 # What stands in for `nextlat train`: it notes that it was called, and puts a finished run in place
@@ -110,7 +109,7 @@ def test_a_comparison_of_nothing_is_refused(tmp_path: Path) -> None:
         (["objective=mtp"], {}, "use --objectives"),
         (["seed=3"], {}, "use --seeds"),
         (["objectives.bst.pair_share=0.5"], {"objectives": "nextlat,next-token"}, "not compared"),
-        (["objectives.bts.pair_share=0.5"], {}, "unknown objective 'bts'"),
+        (["objectives.bts.pair_share=0.5"], {}, r"\[objectives\] has no 'bts'"),
         (["objectives.mtp.lambda_mtp=0"], {}, "lambda_mtp"),
         ([], {"seeds": [1, 1]}, "seeds 1 1"),
         ([], {"horizon": 0}, "horizon"),
@@ -180,7 +179,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ]
         ),
     )
-    monkeypatch.setattr("nextlat.training.jobs.POLL", 0.02)
+    monkeypatch.setattr("nextlat.training.sweep.POLL", 0.02)
     return folder
 
 
@@ -206,8 +205,8 @@ def test_a_comparison_goes_on_where_it_was_and_reports_all_of_it(
         len(calls.read_text().split()) == 9
         and "city-tiny-nextlat-d2-s0" not in calls.read_text().split()
     )
-    entries = json.loads((out / "results.json").read_text())
-    assert sorted((entry["objective"], entry["seed"]) for entry in entries) == sorted(
+    entries = json.loads((out / "results.json").read_text())["runs"]
+    assert sorted((entry["objective"]["name"], entry["seed"]) for entry in entries) == sorted(
         (name, s) for name in FIVE for s in (0, 1)
     )
     assert "NextLat" in (out / "report.html").read_text()
@@ -226,7 +225,7 @@ def test_a_failed_job_does_not_keep_the_others_from_their_report(
     code, err = _compare(out)
     assert code == 2
     assert "error: 'city-tiny jtp s1' failed: the disk is full" in err
-    assert len(json.loads((out / "results.json").read_text())) == 9
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 9
     assert (out / "report.html").exists()
 
 

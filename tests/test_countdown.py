@@ -10,11 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import by_key
 from nextlat.errors import NextLatError
-from nextlat.evaluation import open_run
-from nextlat.tasks import countdown_problems
-from nextlat.tasks.answers import END, PAD
-from nextlat.tasks.countdown import COMMA, ZERO, Countdown, CountdownConfig, rows, verdict
+from nextlat.tasks import rows as row_tools
+from nextlat.tasks.answers import END
+from nextlat.tasks.countdown import (
+    COMMA,
+    SPLITS,
+    ZERO,
+    Countdown,
+    CountdownConfig,
+    Split,
+    rows,
+    solved,
+    true_equation,
+    verdict,
+)
 from nextlat.tasks.countdown_problems import (
     OPERATIONS,
     Problems,
@@ -23,9 +34,8 @@ from nextlat.tasks.countdown_problems import (
     equations,
     first_solutions,
 )
+from nextlat.tasks.task import PAD
 from nextlat.training.recipe import load_recipe
-from nextlat.training.run_directory import read_metrics
-from nextlat.training.train import train
 
 SMALL = CountdownConfig(
     numbers=3,
@@ -171,7 +181,7 @@ def test_no_stored_solution_exceeds_the_largest_token() -> None:
 
 
 def test_targets_out_of_reach_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(countdown_problems, "ROUNDS", 20)
+    monkeypatch.setattr(row_tools, "ROUNDS", 20)
     with pytest.raises(NextLatError, match="target 98"):
         draw_problems(
             np.array([98]), 3, np.random.default_rng(0), numbers=2, max_number=5, max_value=1000
@@ -182,7 +192,7 @@ def test_targets_out_of_reach_are_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_splits_are_disjoint_by_content(task: Countdown) -> None:
-    held_out, seen = (set(task.targets[split].tolist()) for split in ("held_out", "seen"))
+    held_out, seen = (set(task.targets[split].tolist()) for split in ("held-out", "seen"))
     assert (
         len(held_out) == 3 and held_out.isdisjoint(seen) and held_out | seen == set(range(10, 40))
     )
@@ -197,7 +207,7 @@ def test_splits_are_disjoint_by_content(task: Countdown) -> None:
     assert set(training.targets.tolist()) <= seen
     assert (
         set(tests["seen"].targets.tolist()) <= seen
-        and set(tests["held_out"].targets.tolist()) <= held_out
+        and set(tests["held-out"].targets.tolist()) <= held_out
     )
     assert content(training).isdisjoint(content(tests["seen"]))
     unfiltered = content(task._draw("seen", SMALL.problems, 3))
@@ -205,7 +215,7 @@ def test_splits_are_disjoint_by_content(task: Countdown) -> None:
 
 
 def test_the_papers_targets_and_tokens(paper: Countdown) -> None:
-    assert [len(paper.targets[split]) for split in ("seen", "held_out")] == [82, 9]
+    assert [len(paper.targets[split]) for split in SPLITS] == [82, 9]
     assert len(paper.tokenizer) == 3 + 7 + 10_001
     row = "14,83,88,91,23 |||||||| 83-14=69, 91-88=3, 69/3=23 end"
     ids = paper.tokenizer(row)["input_ids"]
@@ -257,7 +267,7 @@ def test_problems_depend_on_the_configuration_alone(task: Countdown) -> None:
     [
         ("83-14=69,91-88=3,69/3=23 end", Verdict.SOLVED),  # the stored one
         ("91-88=3,83-14=69,69/3=23 end", Verdict.SOLVED),  # in another order
-        ("83-14=69,91-88=3,69/3=23 end 5 end", Verdict.SOLVED),  # what follows the end does not count
+        ("83-14=69,91-88=3,69/3=23 end 5 end", Verdict.SOLVED),  # nothing after the end counts
         ("83-14=69,91-88=3,69/3=23", Verdict.NO_END),
         ("83-14=69,91-88=3,69/3= end", Verdict.MALFORMED),
         ("83-14=69,91-88=3,69/3=23, end", Verdict.MALFORMED),  # a comma too many
@@ -365,7 +375,7 @@ class Scribe:
         return torch.nn.functional.one_hot(h[..., 0], len(self.task.tokenizer)).float() * self.sure
 
 
-def by_heart(task: Countdown, split: str) -> dict[tuple[int, ...], list[int]]:
+def by_heart(task: Countdown, split: Split) -> dict[tuple[int, ...], list[int]]:
     lines = rows(task._tests[split], task.config.pause).tolist()
     return {tuple(row[: task.prompt_length]): row[task.prompt_length :] for row in lines}
 
@@ -373,52 +383,49 @@ def by_heart(task: Countdown, split: str) -> dict[tuple[int, ...], list[int]]:
 def test_an_oracle_solves_everything_and_a_scribe_with_slips_loses_what_it_slips_on(
     task: Countdown,
 ) -> None:
-    answers = {split: by_heart(task, split) for split in ("seen", "held_out")}
-    for split, known in answers.items():
-        found = task.accuracies(Scribe(task, known), split)
-        assert found.keys() == {
-            f"solved_{split}",
-            f"true_equation_1_{split}",
-            f"true_equation_2_{split}",
-        }
-        assert all(score.value == 1 for score in found.values())
-        assert found[f"solved_{split}"].per_item.shape == (SMALL.tests,)
-        assert task.solved_by_sampling(Scribe(task, known, sure=100.0), split).value == 1
-        assert (
-            task.solved_by_sampling(Scribe(task, known), split).value < 0.1
-        )  # any token is about as likely there
+    answers = {split: by_heart(task, split) for split in SPLITS}
+    known = answers["seen"] | answers["held-out"]
+    *measured, chart = task.greedy_answers(Scribe(task, known))
+    found = by_key(measured)
+    assert found.keys() == {m.key for m in task.metrics if "sampled" not in m.parameters}
+    assert all(score.value == 1 for score in found.values())
+    assert [line.values for line in chart.lines] == [[1, 1], [1, 1]]
+    for split in SPLITS:
+        assert found[solved(split).key].per_item.shape == (SMALL.tests,)
+    sure, unsure = (task.sampled_answers(Scribe(task, known, sure=x)) for x in (100.0, 1.0))
+    assert [m.metric for m in sure] == [solved(split, sampled=True) for split in SPLITS]
+    assert [m.score.value for m in sure] == [1, 1]
+    assert all(m.score.value < 0.1 for m in unsure)  # any token is about as likely here
     slips = {prompt: list(answer) for prompt, answer in answers["seen"].items()}
     prompts = [tuple(row) for row in task._prompts("seen").tolist()]
     slips[prompts[0]][4] += 1  # the first result
     slips[prompts[1]][-2] += 1  # the last result
     slips[prompts[2]][5] = END  # stops after one equation, then tells on
-    wrong = [
-        sum(prompt == prompts[i] for prompt in prompts) for i in range(3)
-    ]  # a test may have been drawn twice
-    found = task.accuracies(Scribe(task, slips), "seen")
-    assert found["solved_seen"].value == pytest.approx(1 - sum(wrong) / SMALL.tests)
-    assert found["true_equation_1_seen"].value == pytest.approx(1 - wrong[0] / SMALL.tests)
-    assert found["true_equation_2_seen"].value == pytest.approx(
-        1 - (wrong[1] + wrong[2]) / SMALL.tests
-    )
-    record = task.artifacts(Scribe(task, slips | answers["held_out"]))["rejections.json"]
+    # A test may have been drawn twice.
+    wrong = [sum(prompt == prompts[i] for prompt in prompts) for i in range(3)]
+    *measured, chart = task.greedy_answers(Scribe(task, slips | answers["held-out"]))
+    found = by_key(measured)
+    shares = [1 - wrong[0] / SMALL.tests, 1 - (wrong[1] + wrong[2]) / SMALL.tests]
+    assert found[solved("seen").key].value == pytest.approx(1 - sum(wrong) / SMALL.tests)
+    assert [found[true_equation(i, "seen").key].value for i in (1, 2)] == pytest.approx(shares)
+    assert chart.lines[0].values == pytest.approx(shares) and chart.lines[1].values == [1, 1]
+    assert found[solved("held-out").key].value == 1
+    [(_, record)] = task.artifacts(Scribe(task, slips | answers["held-out"]))
     counts = record["seen"]["counts"]
     assert (counts["false equation"], counts["wrong number of equations"]) == (
         wrong[0] + wrong[1],
         wrong[2],
     )
     assert counts["solved"] == SMALL.tests - sum(wrong) and sum(counts.values()) == SMALL.tests
-    assert record["held_out"]["counts"]["solved"] == SMALL.tests
+    assert record["held-out"]["counts"]["solved"] == SMALL.tests
     assert record["seen"]["examples"]["wrong number of equations"][0].endswith("end")
     assert len(record["seen"]["examples"]["solved"]) == 3
 
 
 def test_a_comma_for_every_token_is_malformed(task: Countdown) -> None:
     dull = dict.fromkeys(by_heart(task, "seen"), [COMMA] * (task.answer_length - 1) + [END])
-    counts = task.artifacts(Scribe(task, dull | by_heart(task, "held_out")))["rejections.json"][
-        "seen"
-    ]["counts"]
-    assert counts["malformed"] == SMALL.tests
+    [(_, record)] = task.artifacts(Scribe(task, dull | by_heart(task, "held-out")))
+    assert record["seen"]["counts"]["malformed"] == SMALL.tests
 
 
 # ---- settings and training ----
@@ -427,43 +434,17 @@ def test_a_comma_for_every_token_is_malformed(task: Countdown) -> None:
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"numbers": 1}, "2 to 5"),
-        ({"numbers": 6}, "2 to 5"),
+        ({"numbers": 1}, "'numbers' = 1 .* 2"),
+        ({"numbers": 6}, "'numbers' = 6 .* 5"),
         ({"max_target": 18}, "ten targets"),
-        ({"min_target": 0}, "from 1 on"),
-        ({"max_value": 50}, "max_value"),
-        ({"tests": 1}, "tests"),
+        ({"min_target": 0}, "'min_target' = 0 .* 1"),
+        ({"max_value": 50}, "max_value at least as large"),
+        ({"tests": 1}, "'tests' = 1 .* 2"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings: dict[str, int], word: str) -> None:
     with pytest.raises(NextLatError, match=word):
         CountdownConfig(**settings).build()
-
-
-def test_three_steps_of_training_and_every_metric(tmp_path, task: Countdown) -> None:
-    small = [f"task.{key}={value}" for key, value in vars(SMALL).items()]
-    tiny = [
-        "steps=3",
-        "batch_size=4",
-        "backbone.layers=1",
-        "backbone.width=16",
-        "backbone.heads=2",
-        "run.log_every=1",
-    ]
-    recipe = load_recipe(
-        "countdown-small", [*small, *tiny, "schedule.warmup_steps=1", "schedule.decay_steps=1"]
-    )
-    run = train(recipe, tmp_path / "run", progress=False)
-    assert [line["step"] for line in read_metrics(run) if "next_token" in line] == [1, 2, 3]
-    _, built, model = open_run(run)
-    scores = {
-        name: score for metric in built.metrics().values() for name, score in metric(model).items()
-    }
-    assert scores.keys() == built.higher_is_better.keys()
-    assert scores["solved_seen"].value < 0.2
-    assert len(built.prompts(5)) == 5 and all(
-        len(prompt) == built.prompt_length for prompt in built.prompts(5)
-    )
 
 
 def test_the_papers_recipe() -> None:

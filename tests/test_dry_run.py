@@ -7,13 +7,15 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from nextlat.cli import _duration, app
+from nextlat.cli import app
 from nextlat.objectives import OBJECTIVES
+from nextlat.terminal import duration
 from nextlat.training import cost as module
+from nextlat.training.build import build_model
 from nextlat.training.cost import dry_run
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import read_record
-from nextlat.training.train import build_model, train
+from nextlat.training.train import train
 
 SMALL = [
     "steps=3",
@@ -47,7 +49,10 @@ def test_operations_are_those_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> N
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     again = (
-        2 * model.backbone.width * model.backbone.vocab_size * int(model.counts(**batch)[0])
+        2
+        * model.backbone.width
+        * model.backbone.vocab_size
+        * int(model.counts(**batch)["next_token"])
     )  # recomputed logits
     assert cost.flops is not None
     assert sum(cost.flops.values()) == pytest.approx(
@@ -124,4 +129,4 @@ def test_command_shows_the_operations_of_every_objective(objective: str, tmp_pat
     ],
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text

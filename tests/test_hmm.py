@@ -2,7 +2,6 @@
 on models made by hand."""
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +9,24 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import by_key, tiny_lm
 from nextlat.errors import NextLatError
-from nextlat.evaluation import next_token_loss, open_run
-from nextlat.tasks import hmm
-from nextlat.tasks.hidden_markov import HiddenMarkov
-from nextlat.tasks.hmm import BEGIN, FIRST_SYMBOL, HMM, HMMConfig
-from nextlat.training.recipe import load_recipe
-from nextlat.training.run_directory import read_metrics
-from nextlat.training.train import train
+from nextlat.model import attach
+from nextlat.objectives import NextLatConfig
+from nextlat.tasks import rows
+from nextlat.tasks.hmm import (
+    BEGIN,
+    BELIEF_R2,
+    ENTROPY_FLOOR,
+    FIRST_SYMBOL,
+    HMM,
+    NEXT_TOKEN_KL,
+    ROWS_PER_CHUNK,
+    TRANSITION_ERROR,
+    HMMConfig,
+)
+from nextlat.tasks.hmm_process import HiddenMarkov
+from nextlat.tasks.task import held_out_cross_entropy
 
 SMALL = HMMConfig(length=12, tests=60)
 ODD = HiddenMarkov.of(
@@ -106,16 +115,16 @@ def test_random_processes_follow_their_seed() -> None:
 
 def test_rows_begin_with_begin_and_depend_on_seed_and_index(task: HMM) -> None:
     one, two, other = task.train_dataset(1), task.train_dataset(1), task.train_dataset(2)
-    far = 5 * hmm.ROWS_PER_CHUNK + 3
+    far = 5 * ROWS_PER_CHUNK + 3
     assert torch.equal(one[far]["input_ids"], two[far]["input_ids"])
     for chunk in range(6):
-        one[chunk * hmm.ROWS_PER_CHUNK]
+        one[chunk * ROWS_PER_CHUNK]
     assert (
         torch.equal(one[0]["input_ids"], two[0]["input_ids"])
-        and len(one._chunks) == hmm.CACHED_CHUNKS
+        and len(one._chunks) == rows.CACHED_CHUNKS
     )
     assert not torch.equal(one[0]["input_ids"], other[0]["input_ids"])
-    assert not torch.equal(one[0]["input_ids"], one[hmm.ROWS_PER_CHUNK]["input_ids"])
+    assert not torch.equal(one[0]["input_ids"], one[ROWS_PER_CHUNK]["input_ids"])
     item = one[7]
     assert item["input_ids"][0] == BEGIN and len(item["input_ids"]) == 13 == task.max_length
     assert (
@@ -139,7 +148,7 @@ def test_held_out_sequences_never_occur_in_training() -> None:
 
 
 def test_a_world_held_out_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hmm, "ROUNDS", 20)
+    monkeypatch.setattr(rows, "ROUNDS", 20)
     with pytest.raises(NextLatError, match=r"task\.length"):
         HMMConfig(length=2, tests=2000).build().train_dataset(0)
 
@@ -188,28 +197,24 @@ class Filter:
 
 
 def test_an_exact_filter_has_the_belief_the_distribution_and_the_dynamics(task: HMM) -> None:
-    found = {
-        name: score
-        for metric in task.metrics().values()
-        for name, score in metric(Filter(task)).items()
-    }
-    assert found.keys() == {*task.higher_is_better, "entropy_floor"}
-    assert found["belief_r2"].value == pytest.approx(1, abs=1e-6)
-    assert found["next_token_kl"].value == pytest.approx(0, abs=1e-6)
-    assert found["transition_consistency_error"].value == pytest.approx(0, abs=1e-4)
-    assert found["next_token_kl"].per_item.shape == (60,) and found["belief_r2"].per_item.shape == (
-        30,
-    )
+    measured = [found for measure in task.measures().values() for found in measure(Filter(task))]
+    assert [m.metric for m in measured] == task.metrics
+    found = by_key(measured)
+    assert found[BELIEF_R2.key].value == pytest.approx(1, abs=1e-6)
+    assert found[NEXT_TOKEN_KL.key].value == pytest.approx(0, abs=1e-6)
+    assert found[TRANSITION_ERROR.key].value == pytest.approx(0, abs=1e-4)
+    assert found[NEXT_TOKEN_KL.key].per_item.shape == (60,)
+    assert found[BELIEF_R2.key].per_item.shape == (30,)
 
 
 def test_what_is_broken_shows_where_it_is_broken(task: HMM) -> None:
-    assert task.belief_probe(Filter(task, forgets=True, noise=1.0)).r2.value < 0.05
-    some = task.belief_probe(Filter(task, noise=4.0)).r2.value
+    assert task.belief_probe(Filter(task, forgets=True, noise=1.0))[0].value < 0.05
+    some = task.belief_probe(Filter(task, noise=4.0))[0].value
     assert 0.2 < some < 0.98
     # A dynamics model that goes only three quarters of the way misses a quarter of every move.
-    slow = task.transition_consistency(Filter(task, slips=0.25))["transition_consistency_error"]
-    assert slow.value == pytest.approx(0.25, abs=1e-4)
-    assert task.transition_consistency(SimpleNamespace(objective=SimpleNamespace())) == {}
+    [slow] = task.transition_consistency(Filter(task, slips=0.25))
+    assert slow.score.value == pytest.approx(0.25, abs=1e-4)
+    assert task.transition_consistency(SimpleNamespace(objective=SimpleNamespace())) == []
 
 
 def test_the_kl_of_a_uniform_model_is_the_missing_entropy(task: HMM) -> None:
@@ -217,8 +222,9 @@ def test_the_kl_of_a_uniform_model_is_the_missing_entropy(task: HMM) -> None:
     model.next_token_logits = lambda h: torch.zeros(
         *h.shape[:-1], len(task.tokenizer)
     )  # six tokens, three of them symbols
-    found = task.distributions(model)
-    assert found["next_token_kl"].value == pytest.approx(np.log(6) - found["entropy_floor"].value)
+    found = by_key(task.distributions(model))
+    missing = np.log(6) - found[ENTROPY_FLOOR.key].value
+    assert found[NEXT_TOKEN_KL.key].value == pytest.approx(missing)
 
 
 def test_the_entropy_floor_is_what_an_exact_model_pays(task: HMM) -> None:
@@ -226,12 +232,13 @@ def test_the_entropy_floor_is_what_an_exact_model_pays(task: HMM) -> None:
     task = HMMConfig(length=12, tests=4000).build()
     p = task.process.next_symbol(task.process.beliefs(task._held_out)[:, :-1])
     paid = -np.log(np.take_along_axis(p, task._held_out[:, :, None], axis=2))[..., 0].mean(axis=1)
-    floor = task.distributions(Filter(task))["entropy_floor"].value
+    floor = by_key(task.distributions(Filter(task)))[ENTROPY_FLOOR.key].value
     assert paid.mean() == pytest.approx(floor, abs=5 * paid.std() / np.sqrt(4000))
 
 
 def test_beliefs_are_written_for_the_picture(task: HMM) -> None:
-    record = task.artifacts(Filter(task))["beliefs.json"]
+    [(picture, record)] = task.artifacts(Filter(task))
+    assert (picture.kind, picture.file) == ("simplex", "beliefs.json")
     assert len(record["true"]) == len(record["decoded"]) == len(record["symbol"]) == 30 * 12
     np.testing.assert_allclose(record["true"], record["decoded"], atol=2e-5)
     np.testing.assert_allclose(np.sum(record["true"], axis=1), 1, atol=2e-5)
@@ -239,7 +246,8 @@ def test_beliefs_are_written_for_the_picture(task: HMM) -> None:
     # The symbol is the one read last: the belief of Mess3 leans to it more often than not.
     assert (np.array(record["true"]).argmax(axis=1) == record["symbol"]).mean() > 0.7
     more = HMMConfig(length=30, tests=200).build()
-    assert len(more.artifacts(Filter(more))["beliefs.json"]["true"]) == 2000
+    [(_, record)] = more.artifacts(Filter(more))
+    assert len(record["true"]) == 2000
 
 
 # ---- settings and training ----
@@ -286,10 +294,12 @@ def test_beliefs_are_written_for_the_picture(task: HMM) -> None:
         ),
         ({"process": "given"}, "needs both"),
         ({"transition": ((1.0,),)}, "has its own matrices"),
-        ({"x": 0.0}, "Mess3 needs"),
-        ({"process": "random", "states": 1}, "states >= 2"),
-        ({"process": "random", "process_seed": -1}, "seed of a random HMM is -1"),
-        ({"length": 1}, "length >= 2"),
+        ({"process": "given", "transition": ((1.0,),)}, "needs both"),
+        ({"x": 0.0}, "'x' = 0.0 .* greater than 0"),
+        ({"x": 0.1, "process": "random"}, 'task.x has no meaning with task.process = "random"'),
+        ({"process": "random", "states": 1}, "'states' = 1 .* 2"),
+        ({"process": "random", "process_seed": -1}, "'process_seed' = -1 .* 0"),
+        ({"length": 1}, "'length' = 1 .* 2"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings: dict[str, Any], word: str) -> None:
@@ -307,22 +317,14 @@ def test_worlds_have_fingerprints() -> None:
     assert SMALL.build().fingerprint() == HMMConfig(length=12, tests=60).build().fingerprint()
 
 
-def test_three_steps_of_training_and_every_metric(tmp_path: Path) -> None:
-    tiny = [
-        "task.process=given", "task.transition=[[0.9, 0.1], [0.4, 0.6]]", "task.emission=[[0.8, 0.2], [0.1, 0.9]]",
-        "task.length=12", "task.tests=20", "steps=3", "batch_size=4", "backbone.layers=1", "backbone.width=16",
-        "backbone.heads=2", "run.log_every=1", "schedule.warmup_steps=1", "schedule.decay_steps=1",
-    ]  # fmt: skip
-    run = train(load_recipe("hmm-small", tiny), tmp_path / "run", progress=False)
-    assert [line["step"] for line in read_metrics(run) if "next_h" in line] == [1, 2, 3]
-    _, built, model = open_run(run)
-    scores = {
-        name: score for metric in built.metrics().values() for name, score in metric(model).items()
-    }
-    assert scores.keys() == {*built.higher_is_better, "entropy_floor"}
-    # The untrained model is nearly uniform over its five tokens, and both ways to measure that
-    # agree.
-    assert scores["next_token_kl"].value + scores["entropy_floor"].value == pytest.approx(
-        np.log(5), abs=0.1
+def test_the_cross_entropy_is_the_floor_and_what_the_model_adds_to_it() -> None:
+    task = HMMConfig(length=12, tests=2000).build()
+    model = attach(tiny_lm("llama", vocab_size=len(task.tokenizer)), NextLatConfig(horizon=1))
+    found = by_key(task.distributions(model))
+    paid, floor = (
+        held_out_cross_entropy(model, task.eval_dataset(), batch_size=100),
+        found[ENTROPY_FLOOR.key],
     )
-    assert next_token_loss(model, built).value == pytest.approx(np.log(5), abs=0.1)
+    expected = found[NEXT_TOKEN_KL.key].value + floor.value
+    assert paid.value == pytest.approx(expected, abs=5 * paid.stderr)
+    assert found[NEXT_TOKEN_KL.key].value > 0.05  # else the comparison says little

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_lm
+from conftest import by_key, tiny_lm
 from nextlat.errors import NextLatError
 from nextlat.evaluation import evaluate
 from nextlat.model import attach
 from nextlat.objectives import JTPConfig, NextTokenConfig
-from nextlat.report.glossary import describe, higher_is_better
 from nextlat.tasks.text import lm_eval as language_benchmarks
-from nextlat.tasks.text.lm_eval import language_benchmark
+from nextlat.tasks.text.lm_eval import benchmark_metric, language_benchmark
+from nextlat.tasks.text.text import Text
 from nextlat.tasks.text.tokens import END_OF_TEXT, trained_tokenizer
 from nextlat.training.recipe import load_recipe
 from nextlat.training.train import train
@@ -113,11 +113,12 @@ def test_figures_are_those_of_the_harness_itself_on_the_saved_model(
         task_manager=TaskManager(include_path=str(files), include_defaults=False),
     )
     for kind, (*_, metrics) in KINDS.items():
-        found = language_benchmark(model, tokenizer, f"small_{kind}", files=str(files), limit=30)
-        assert set(found) == {f"lm_eval_small_{kind}_{metric}" for metric in metrics}
+        name = f"small_{kind}"
+        found = by_key(language_benchmark(model, tokenizer, name, files=str(files), limit=30))
+        assert set(found) == {benchmark_metric(name, metric).key for metric in metrics}
         own = theirs["results"][f"small_{kind}"]
         for metric in metrics:
-            ours = found[f"lm_eval_small_{kind}_{metric}"]
+            ours = found[benchmark_metric(name, metric).key]
             assert ours.value == pytest.approx(own[f"{metric},none"], rel=1e-5)
             assert len(ours.per_item) == 30 and ours.per_item.mean() == pytest.approx(
                 ours.value, rel=1e-6
@@ -135,9 +136,8 @@ def test_a_model_that_needs_its_objective_is_measured_by_what_it_predicts(
     for parameter in model.objective.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     assert model.objective.needed_at_inference
-    score = language_benchmark(model, tokenizer, "small_choices", files=str(files), limit=12)[
-        "lm_eval_small_choices_acc"
-    ]
+    found = language_benchmark(model, tokenizer, "small_choices", files=str(files), limit=12)
+    score = by_key(found)[benchmark_metric("small_choices", "acc").key]
     right = []
     for i, text in enumerate(TEXTS[:12]):
         likelihoods = []
@@ -167,24 +167,25 @@ def test_a_run_of_the_text_task_is_measured_by_them(files: Path, tmp_path: Path)
         ],
         objective="next-token",
     )  # fmt: skip
-    metrics = evaluate(train(recipe, tmp_path / "run", progress=False))["metrics"]
-    names = (
-        "small_choices_acc",
-        "small_choices_acc_norm",
-        "small_pages_word_perplexity",
-        "small_pages_bits_per_byte",
-    )
-    assert all(
-        f"lm_eval_{name}" in metrics and f"lm_eval_{name}_stderr" in metrics for name in names
-    )
+    result = evaluate(train(recipe, tmp_path / "run", progress=False))
+    measured = {metric.key: metric for metric in result.metrics}
+    for benchmark, name in (
+        ("small_choices", "acc"),
+        ("small_choices", "acc_norm"),
+        ("small_pages", "word_perplexity"),
+        ("small_pages", "bits_per_byte"),
+    ):
+        assert measured[benchmark_metric(benchmark, name).key].stderr is not None
 
 
-def test_the_report_knows_them() -> None:
-    term = describe("lm_eval_arc_easy_acc_norm")
-    assert (term.title, term.unit) == ("arc_easy, accuracy, normalised by length", "share")
-    assert describe("lm_eval_wikitext_word_perplexity").title == "wikitext, word perplexity"
-    assert higher_is_better("lm_eval_piqa_acc") is True
-    assert higher_is_better("lm_eval_wikitext_word_perplexity") is False
+def test_they_are_declared_in_words_and_with_their_published_counterparts() -> None:
+    metric = benchmark_metric("arc_easy", "acc_norm")
+    assert (metric.title, metric.unit) == ("arc_easy, accuracy, normalised by length", "share")
+    assert metric.noun == "accuracy on arc_easy, normalised by length" and metric.higher_is_better
+    metric = benchmark_metric("wikitext", "word_perplexity")
+    assert (metric.title, metric.higher_is_better) == ("wikitext, word perplexity", False)
+    figures = Text.published.figures[metric.published]
+    assert (figures.title, figures.by_method["GPT"]) == (metric.title, 17.93)
 
 
 def test_what_is_wrong_is_one_sentence(
@@ -200,7 +201,7 @@ def test_what_is_wrong_is_one_sentence(
             ["task.lm_eval=small_words", "task.lm_eval_files=nowhere"],
             "no directory nowhere .*task.lm_eval_files",
         ),
-        (["task.lm_eval=small_words", "task.lm_eval_limit=-1"], "task.lm_eval_limit is -1"),
+        (["task.lm_eval=small_words", "task.lm_eval_limit=-1"], "'task.lm_eval_limit' = -1 .* 0"),
     ):
         with pytest.raises(NextLatError, match=sentence):
             load_recipe("text-small", [*settings, *more]).task.build()

@@ -1,6 +1,7 @@
-"""Reconstruction of a model's map, on a street plan small enough to know every answer, and its
-picture."""
+"""Reconstruction of a model's map, on a street plan small enough to know every answer, its record
+and its picture."""
 
+import json
 import sys
 
 import matplotlib.image
@@ -14,8 +15,9 @@ from matplotlib.figure import Figure
 
 from nextlat.errors import NextLatError
 from nextlat.report.maps import INVENTED, UNUSED, USED, draw_map, draw_maps, positions
-from nextlat.tasks.streets.map import reconstruct
+from nextlat.tasks.streets.map import map_record, read_map_record, reconstruct
 from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.tasks.streets.sources import generate_city
 
 N, NE, E, SE, S, SW, W, NW = range(8)
 STEP = 0.001  # degrees: about 0.07 miles
@@ -162,7 +164,7 @@ def test_the_map_keeps_its_constraints_and_explains_its_rides(rides):
         streets[a, direction] = b
     assert ((streets >= 0).sum(axis=1) <= np.maximum(degree, city.out_degree)).all()
     assert all(city.targets[a, direction] == b for a, direction, b in found.used.tolist())
-    assert len(found.used) + found.true_unused == city.num_edges
+    assert len(found.used) + found.true_unused == len(city.edges)
     arrived = 0
     for source, destination, moves in rides:
         here = source
@@ -174,7 +176,50 @@ def test_the_map_keeps_its_constraints_and_explains_its_rides(rides):
     )  # a later invention may explain an earlier failure, never the other way round
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------------
+# --- the record ---------------------------------------------------------------------------------
+
+
+def test_a_record_gives_back_network_and_map():
+    city = grid()
+    found = reconstruct(city, [(0, 2, [W, E]), (0, 11, [N, E]), (1, 1, None)])
+    network, again = read_map_record(json.loads(json.dumps(map_record(city, found))))
+    assert network.fingerprint() == city.fingerprint()
+    assert again.invented == found.invented
+    np.testing.assert_array_equal(again.used, found.used)
+    assert again.counts() == found.counts()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("network",), None, "'network' = null"),
+        (("network", "targets"), [[0]] * 12, "targets has shape"),
+        (("network", "targets", 0, 0), 12, "targets must lie"),
+        (("network", "latitude", 0), "north", "latitude.*valid number"),
+        (("used",), [[0, W, 3]], "not every street in 'used'"),
+        (("used",), [[0, -1, 3]], "greater than or equal to 0"),
+        (("invented",), [[0, W, 12]], "out of bounds"),
+        (("invented",), [[0, 8, 1]], "out of bounds"),
+        (("invented",), [], "'counts' contradicts"),
+        (("counts", "explained"), 10**400, "counts"),
+        (("counts", "rides"), 1, "unexpected keyword argument 'rides'"),
+        (("counts",), {}, "missing"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_sentence(path, value, message):
+    city = grid()
+    record = map_record(city, reconstruct(city, [(0, 2, [W, E])]))
+    inner = record
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(NextLatError, match=message) as caught:
+        read_map_record(record, "run/map.json is corrupt")
+    assert str(caught.value).startswith("run/map.json is corrupt")
+    assert "\n" not in str(caught.value)
+
+
+# --- the picture --------------------------------------------------------------------------------
 
 
 def lines_of(ax) -> dict[str, list[np.ndarray]]:
@@ -233,7 +278,7 @@ def test_the_map_is_to_scale_on_the_globe():
 
 
 def test_maps_side_by_side_as_a_png(tmp_path):
-    city = StreetNetwork.embedded(rows=6, columns=6, seed=0)
+    city = generate_city(rows=6, columns=6, seed=0)
     clean, dirty = reconstruct(city, []), reconstruct(grid(), [(0, 2, [W, E])])
     before = "matplotlib.pyplot" in sys.modules
     one = draw_maps(tmp_path / "one.png", {"true": (city, clean)}, dpi=60)

@@ -23,18 +23,16 @@ import nextlat
 from nextlat.errors import NextLatError
 from nextlat.tasks import TASKS
 from nextlat.training import train as training
-from nextlat.training.recipe import Recipe, load_recipe
-from nextlat.training.run_directory import (
+from nextlat.training.build import build_model
+from nextlat.training.checkpoints import (
     checkpoints,
-    is_finished,
     last_complete_checkpoint,
-    read_metrics,
-    read_record,
     rotate_checkpoints,
-    sole_writer,
 )
-from nextlat.training.train import Interrupted, build_model, train
-from nextlat.training.trainer import FirstRows, NextLatTrainer, evaluation_loss
+from nextlat.training.recipe import Recipe, load_recipe
+from nextlat.training.run_directory import is_finished, read_metrics, read_record, sole_writer
+from nextlat.training.train import FirstRows, Interrupted, train
+from nextlat.training.trainer import NextLatTrainer, evaluation_loss
 from test_files import largest_file
 
 TINY = [
@@ -189,6 +187,31 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
     assert largest_difference(whole, tmp_path / "run") == 0
     assert metrics(whole) == metrics(tmp_path / "run")
     assert (read_record(tmp_path / "run") or {})["resumed_at"] == [3]
+
+
+def test_settings_that_do_not_change_the_result_may_change_on_resume(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny("run.keep_checkpoints=3"), run)
+    others = tiny(
+        "run.save_every=1",
+        "run.keep_checkpoints=2",
+        "run.log_every=2",
+        "run.eval_every=5",
+        "run.workers=1",
+        "run.threads=1",
+    )
+    with pytest.raises(NextLatError, match=r"differs in run.precision\b"):
+        train(tiny("run.precision=bf16"), run)
+    train(others, run)
+    assert largest_difference(whole, run) == 0
+    assert (read_record(run) or {})["recipe"] == others.to_dict()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
+    assert [line["step"] for line in metrics(run) if "eval_loss" in line] == [5, 6]
 
 
 def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
@@ -365,7 +388,7 @@ def test_evaluation_loss_does_not_depend_on_the_batch() -> None:
     recipe = tiny(horizon=3)
     task = recipe.task.build()
     model, rows = build_model(recipe, task), FirstRows(task.train_dataset(7), 5)
-    together = evaluation_loss(model, rows, batch_size=5)
+    together = evaluation_loss(model, rows, 5)
     assert together.keys() == {"loss", "next_token", "next_h", "kl"}
     for batch_size in (1, 2):
         assert evaluation_loss(model, rows, batch_size) == pytest.approx(together, rel=1e-5)
@@ -428,7 +451,7 @@ def test_record_says_what_was_done(whole: Path) -> None:
         0,
         [],
     )
-    assert Recipe.from_dict(record["recipe"]) == tiny("run.keep_checkpoints=3")
+    assert Recipe.from_dict(record["recipe"], "city-tiny") == tiny("run.keep_checkpoints=3")
     assert record["task"] == {"name": "streets", "fingerprint": tiny().task.build().fingerprint()}
     assert record["parameters"] == {
         "lm": sum(value.numel() for value in load_file(whole / "model.safetensors").values()),
@@ -518,6 +541,30 @@ def test_two_writers_in_one_directory_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_processes_that_outlive_a_killed_one_do_not_keep_its_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from nextlat.training.run_directory import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.close(1)\n"
+        "        time.sleep(600)\n"
+        "    print(child, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    try:
+        with sole_writer(tmp_path):
+            pass
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
 def test_task_that_has_changed_under_a_run_is_refused(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,8 +593,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "trainer_state.json is missing": lambda c: (c / "trainer_state.json").unlink(),
     "trainer_state.json is corrupt": lambda c: os.truncate(c / "trainer_state.json", 20),
     "config.json is missing": lambda c: (c / "config.json").unlink(),
+    "trainer_state.json: 'global_step' is missing": lambda c: (c / "trainer_state.json").write_text(
+        '{"num_input_tokens_seen": 5, "epoch": 0.5, "total_flos": 0, "max_steps": 6}'
+    ),
     "trainer_state.json is of another step": lambda c: (c / "trainer_state.json").write_text(
-        '{"global_step": 5}'
+        (c / "trainer_state.json").read_text().replace('"global_step": 6', '"global_step": 5')
     ),
     "objective.json is missing": lambda c: shutil.rmtree(c / "nextlat"),
 }
@@ -585,7 +635,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # cut off by a kill
     train(tiny("run.keep_checkpoints=3"), run, progress=False)
-    assert "checkpoint-6 is damaged (model.safetensors is truncated)" in caplog.text
+    assert "checkpoint-6 is damaged (model.safetensors is truncated" in caplog.text
     assert "going on from checkpoint-4" in caplog.text
     assert largest_difference(whole, run) == 0
     assert metrics(whole) == metrics(run)
@@ -679,10 +729,11 @@ def test_full_disk_during_the_export_loses_nothing(
 
 def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(
-        NextLatError, match=r"the loss is nan at step \d: .*lower optimizer.learning_rate"
+        NextLatError,
+        match=r"the loss is nan at step 2, .* last sound at step 1: .*optimizer.learning_rate",
     ):
         train(
-            tiny("optimizer.learning_rate=1e30", "schedule.warmup_steps=0"),
+            tiny("optimizer.learning_rate=1e6", "schedule.warmup_steps=0"),
             tmp_path,
             progress=False,
         )
@@ -691,7 +742,36 @@ def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> Non
     assert good is None or all(torch.isfinite(value).all() for value in weights(good).values())
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_a_run_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = {"loss": float("nan"), "next_token": float("nan")}
+    monkeypatch.setattr("nextlat.training.trainer.evaluation_loss", lambda *arguments: spoilt)
+    with pytest.raises(NextLatError, match=r"the held-out loss is nan at step 6, .* sound at"):
+        train(tiny(), tmp_path)
+    assert not is_finished(tmp_path) and not (tmp_path / "config.json").exists()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
 # ---- pretrained backbones, checks before anything is made ----
+
+
+@pytest.mark.parametrize(
+    ("absurd", "told"),
+    [
+        (["backbone.layers=1000000", "backbone.width=1000000"], "the transformer would take .* GB"),
+        (["objectives.nextlat.hidden_size=1000000000000"], "does not fit into the memory"),
+        (["batch_size=1000000000000"], "less than or equal to"),
+        (["task.row_length=1000000000000"], "less than or equal to"),
+        (["run.workers=100000"], "less than or equal to"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made(
+    absurd: list[str], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NextLatError, match=told):
+        train(tiny(*absurd), tmp_path / "run")
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_pretrained_backbone_starts_from_its_weights(whole: Path, tmp_path: Path) -> None:
@@ -768,14 +848,11 @@ def test_tensorboard_gets_the_named_losses_when_asked(tmp_path: Path) -> None:
     assert {"train/next_token", "train/next_h", "train/kl", "eval/next_token"} <= set(tags)
 
 
-def test_progress_bar_shows_rate_and_loss_parts(
+def test_progress_is_told_after_every_step_with_the_loss_parts(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny(), tmp_path / "run", progress=True)
-    out, err = capfd.readouterr()
-    assert out == ""
-    last = err.strip().split("\r")[-1]
-    assert "6/6" in last
-    assert "step/s" in err or "s/step" in err
-    assert all(f"{name}=" in err for name in ("next_token", "next_h", "kl", "eval_next_token"))
-    assert "Writing model shards" not in err
+    told: list[tuple[str, int, int]] = []
+    train(tiny(), tmp_path / "run", progress=lambda *state: told.append(state))
+    assert [(done, total) for _, done, total in told] == [(step, 6) for step in range(1, 7)]
+    assert all(name in told[-1][0] for name in ("next_token", "next_h", "kl"))
+    assert capfd.readouterr() == ("", "")  # no bar of a library

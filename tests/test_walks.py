@@ -1,7 +1,8 @@
-"""Random walks, held-out pairs, packing, the data set and the tokenizer of the street task."""
+"""Random walks, packing, the training stream, conditioned walks, the settings and the tokenizer of
+the street task."""
 
+import hashlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,31 +12,37 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nextlat.errors import NextLatError
+from nextlat.tasks.rows import Stream
 from nextlat.tasks.streets import walks
-from nextlat.tasks.streets.conditioned_walks import conditioned_walks
-from nextlat.tasks.streets.network import DIRECTIONS, StreetNetwork
+from nextlat.tasks.streets.network import DIRECTIONS, Pairs, StreetNetwork, held_out_pairs
+from nextlat.tasks.streets.rides import prefix_pairs
+from nextlat.tasks.streets.sources import generate_city, read_csv
+from nextlat.tasks.streets.streets import StreetsConfig
 from nextlat.tasks.streets.walks import (
     END,
     FIRST_DIRECTION,
     FIRST_NODE,
-    PAD,
-    Pairs,
-    WalkDataset,
-    held_out_pairs,
+    Walks,
+    conditioned_walks,
     pack,
     random_walks,
     tokenizer,
+    walk_stream,
 )
+from nextlat.tasks.task import PAD, UNK
 
-CITY = StreetNetwork.embedded(6, 6, seed=1)
+CITY = generate_city(6, 6, seed=1)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def line(targets: list[list[int]]) -> StreetNetwork:
     n = len(targets)
     full = np.array([row + [-1] * (8 - len(row)) for row in targets])
-    return StreetNetwork(
-        tuple(str(i) for i in range(n)), np.linspace(40.0, 40.1, n), np.full(n, -74.0), full
-    )
+    names = tuple(map(str, range(n)))
+    return StreetNetwork(names, np.linspace(40.0, 40.1, n), np.full(n, -74.0), full)
 
 
 def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
@@ -57,6 +64,11 @@ def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
     return found
 
 
+def packed_documents(rows: dict[str, torch.Tensor]) -> list[list[int]]:
+    each = ({name: x[i] for name, x in rows.items()} for i in range(len(rows["input_ids"])))
+    return [document for row in each for document in documents(row)]
+
+
 def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
     """Checks that a document is a legal walk that ends at its destination; source, destination,
     moves."""
@@ -71,7 +83,7 @@ def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
     return source - FIRST_NODE, node, len(moves)
 
 
-# --- walks ----------------------------------------------------------------------------------------------------------
+# --- walks --------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -79,41 +91,49 @@ def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
     seed=st.integers(0, 2**32),
     min_moves=st.integers(1, 12),
     extra=st.integers(0, 20),
-    count=st.integers(0, 60),
+    count=st.integers(1, 60),
 )
-def test_walks_are_legal(seed: int, min_moves: int, extra: int, count: int) -> None:
-    lengths, nodes, moves = random_walks(
-        CITY,
-        count,
-        min_moves=min_moves,
-        max_moves=min_moves + extra,
-        rng=np.random.default_rng(seed),
+def test_walks_are_legal(seed, min_moves, extra, count):
+    found = random_walks(
+        CITY, count, min_moves=min_moves, max_moves=min_moves + extra, rng=rng(seed)
     )
-    assert lengths.shape == (count,)
-    assert nodes.shape == (count, min_moves + extra + 1)
-    assert moves.shape == (count, min_moves + extra)
-    for length, node, move in zip(lengths.tolist(), nodes.tolist(), moves.tolist(), strict=True):
+    assert found.nodes.shape == (count, min_moves + extra + 1)
+    assert found.moves.shape == (count, min_moves + extra)
+    for length, node, move in zip(*(x.tolist() for x in found), strict=True):
         assert min_moves <= length <= min_moves + extra
         assert node[0] != node[length]
         assert all(node[i + 1] == CITY.targets[node[i], move[i]] >= 0 for i in range(length))
         assert set(node[length + 1 :]) | set(move[length:]) <= {-1}
 
 
-def test_walks_depend_on_the_generator_alone() -> None:
-    first, again, other = (
-        random_walks(CITY, 50, min_moves=2, max_moves=9, rng=np.random.default_rng(seed))
-        for seed in (3, 3, 4)
-    )
-    for a, b in zip(first, again, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert (first[1] != other[1]).any()
+def test_a_seed_always_gives_the_same_walks():
+    """Training data and evaluation items of the runs reported so far follow from these."""
+    pairs = held_out_pairs(CITY, 60)
+    free = random_walks(CITY, 200, min_moves=3, max_moves=20, rng=rng(), exclude=pairs)
+    held_out = conditioned_walks(CITY, pairs, min_moves=3, max_moves=20, rng=rng())
+    prefixes = prefix_pairs(CITY, 50, max_moves=20)
+    drawn = {
+        "pairs": (pairs.source, pairs.destination),
+        "free": free,
+        "held_out": held_out,
+        "prefixes": (prefixes.intersection, prefixes.first.moves, prefixes.second.moves),
+        "rows": tuple(stream()[30].values()),
+    }
+    assert {
+        name: hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in arrays)).hexdigest()[:16]
+        for name, arrays in drawn.items()
+    } == {
+        "pairs": "8dbc0e5ed9eda817",
+        "free": "e928ee4c90f86b5b",
+        "held_out": "c414a92d7af69012",
+        "prefixes": "bd171b39934d226a",
+        "rows": "82a3c8e70b474c2f",
+    }
 
 
-def test_starts_and_moves_are_uniform() -> None:
+def test_starts_and_moves_are_uniform():
     count = 40_000
-    _, nodes, moves = random_walks(
-        CITY, count, min_moves=9, max_moves=9, rng=np.random.default_rng(0)
-    )
+    _, nodes, moves = random_walks(CITY, count, min_moves=9, max_moves=9, rng=rng())
     # A walk back to its start is drawn again, which favours some starts by a little; hence the wide
     # margin there.
     starts = np.bincount(nodes[:, 0], minlength=len(CITY)) / count * len(CITY)
@@ -129,100 +149,26 @@ def test_starts_and_moves_are_uniform() -> None:
         assert (abs(taken[legal] - taken.sum() * share) <= margin).all()
 
 
-def test_lengths_are_uniform_though_walks_are_drawn_again() -> None:
+def test_lengths_are_uniform_though_walks_are_drawn_again():
     # A ring of 5 with a dead end at each corner: half of all moves end a walk, and five moves lead
     # back to the start.
     ring = line([[(i + 1) % 5, 5 + i] for i in range(5)] + [[]] * 5)
-    lengths, nodes, _ = random_walks(
-        ring, 6000, min_moves=1, max_moves=6, rng=np.random.default_rng(0)
-    )
+    lengths, nodes, _ = random_walks(ring, 6000, min_moves=1, max_moves=6, rng=rng())
     shares = np.bincount(lengths, minlength=7)[1:] / 6000
     assert abs(shares - 1 / 6).max() < 5 * np.sqrt(1 / 6 * 5 / 6 / 6000)
     inner = nodes[np.arange(6000), lengths - 1]
     assert (inner < 5).all()  # a dead end is at most the last intersection
 
 
-def test_impossible_walks_are_told() -> None:
+def test_impossible_walks_are_told():
     back_and_forth = line([[1], [0]])
-    odd, _, _ = random_walks(
-        back_and_forth, 10, min_moves=3, max_moves=3, rng=np.random.default_rng(0)
-    )
-    assert (odd == 3).all()
+    odd = random_walks(back_and_forth, 10, min_moves=3, max_moves=3, rng=rng())
+    assert (odd.lengths == 3).all()
     with pytest.raises(NextLatError, match=r"no walk of 2 moves.*strongly connected"):
-        random_walks(back_and_forth, 10, min_moves=2, max_moves=2, rng=np.random.default_rng(0))
-    with pytest.raises(NextLatError, match="1 <= min_moves <= max_moves"):
-        random_walks(CITY, 1, min_moves=5, max_moves=4, rng=np.random.default_rng(0))
-    with pytest.raises(NextLatError, match="1 <= min_moves <= max_moves"):
-        random_walks(CITY, 1, min_moves=0, max_moves=4, rng=np.random.default_rng(0))
+        random_walks(back_and_forth, 10, min_moves=2, max_moves=2, rng=rng())
 
 
-# --- held-out pairs -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_held_out_pairs_are_distinct_near_and_few(
-    monkeypatch: pytest.MonkeyPatch, listed: bool
-) -> None:
-    if not listed:
-        monkeypatch.setattr(walks, "MAX_LISTED_PAIRS", 0)
-    pairs = held_out_pairs(CITY, 90, max_hops=4, seed=3)
-    hops = CITY.hops_to(np.arange(len(CITY)))
-    eligible = int(((hops > 0) & (hops <= 4)).sum())
-    assert (
-        len(pairs) == min(90, eligible // 10) if listed else 0.5 * eligible / 10 < len(pairs) <= 90
-    )
-    assert len(set(zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True))) == len(
-        pairs
-    )
-    np.testing.assert_array_equal(pairs.hops, hops[pairs.destination, pairs.source])
-    assert pairs.hops.min() >= 1
-    assert pairs.hops.max() <= 4
-    again, other = (
-        held_out_pairs(CITY, 90, max_hops=4, seed=3),
-        held_out_pairs(CITY, 90, max_hops=4, seed=4),
-    )
-    np.testing.assert_array_equal(pairs.source, again.source)
-    assert pairs.source.tolist() != other.source.tolist()
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_held_out_pairs_are_uniform(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
-    """Every eligible pair is held out equally often, so that no distance is favoured."""
-    if not listed:
-        monkeypatch.setattr(walks, "MAX_LISTED_PAIRS", 0)
-    ring = line([[(i + 1) % 8] for i in range(8)])
-    counts = Counter()
-    for seed in range(400):
-        counts.update(held_out_pairs(ring, 5, seed=seed, max_hops=6, max_share=0.5).hops.tolist())
-    assert set(counts) == set(range(1, 7))
-    assert max(abs(count - 2000 / 6) for count in counts.values()) < 5 * np.sqrt(2000 / 6)
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_a_city_too_small_to_hold_out_pairs(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
-    if not listed:
-        monkeypatch.setattr(walks, "MAX_LISTED_PAIRS", 0)
-    with pytest.raises(NextLatError, match="no pair of intersections"):
-        held_out_pairs(line([[1], [0]]), 10)
-
-
-def test_training_never_sees_a_held_out_pair() -> None:
-    pairs = held_out_pairs(CITY, 10_000, seed=0, max_share=0.3)
-    held_out = set(zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True))
-    data = WalkDataset(
-        CITY, rows=700, row_length=96, min_moves=1, max_moves=30, seed=0, exclude=pairs
-    )
-    seen = Counter(follow(CITY, document)[:2] for row in data for document in documents(row))
-    assert sum(seen.values()) > 3000
-    assert not held_out & set(seen)
-    # Without the exclusion they would be there, and most other pairs still are.
-    free = WalkDataset(CITY, rows=700, row_length=96, min_moves=1, max_moves=30, seed=0)
-    assert held_out & {follow(CITY, document)[:2] for row in free for document in documents(row)}
-    n = len(CITY)
-    assert len(seen) > 0.75 * (n * (n - 1) - len(held_out))
-
-
-# --- packing --------------------------------------------------------------------------------------------------------
+# --- packing ------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -231,9 +177,7 @@ def test_training_never_sees_a_held_out_pair() -> None:
     capacity=st.integers(40, 64),
     rows=st.none() | st.integers(1, 12),
 )
-def test_documents_share_rows_without_overlap(
-    sizes: list[int], capacity: int, rows: int | None
-) -> None:
+def test_documents_share_rows_without_overlap(sizes, capacity, rows):
     row_of, start_of, used = walks._best_fit(sizes, capacity, rows)
     taken = set()
     for row, start, size in zip(row_of, start_of, sizes, strict=False):
@@ -251,120 +195,92 @@ def test_documents_share_rows_without_overlap(
             assert max(capacity - tokens for tokens in used) < sizes[len(row_of)]
 
 
-def test_packed_rows_hold_the_walks_in_full() -> None:
-    lengths, nodes, moves = random_walks(
-        CITY, 200, min_moves=1, max_moves=20, rng=np.random.default_rng(0)
-    )
-    rows = pack(lengths, nodes, moves, 64)
-    found = [
-        document
-        for i in range(len(rows["input_ids"]))
-        for document in documents({k: v[i] for k, v in rows.items()})
-    ]
+def test_packed_rows_hold_the_walks_in_full():
+    found = random_walks(CITY, 200, min_moves=1, max_moves=20, rng=rng())
+    rows = pack(found, 64)
     expected = [
         [node[0] + 11, node[length] + 11, *(move + 3 for move in moves[:length]), 2]
-        for length, node, moves in zip(
-            lengths.tolist(), nodes.tolist(), moves.tolist(), strict=True
-        )
+        for length, node, moves in zip(*(x.tolist() for x in found), strict=True)
     ]
-    assert sorted(found) == sorted(expected)
+    assert sorted(packed_documents(rows)) == sorted(expected)
     assert all(tensor.dtype == torch.int64 for tensor in rows.values())
     with pytest.raises(NextLatError, match="does not fit in a row of 8"):
-        pack(lengths, nodes, moves, 8)
+        pack(found, 8)
 
 
-# --- the data set ---------------------------------------------------------------------------------------------------
+# --- the training stream ------------------------------------------------------------------------
 
 
-def dataset(seed: int = 0, **changes: object) -> WalkDataset:
-    settings: dict = dict(rows=40, row_length=48, min_moves=3, max_moves=20, seed=seed)
-    return WalkDataset(CITY, **{**settings, **changes})
+def stream(seed: int = 0, **changes: object) -> Stream:
+    options: dict = dict(row_length=48, min_moves=3, max_moves=20, seed=seed, count=40)
+    return walk_stream(CITY, **{**options, **changes})
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_row_depends_on_seed_and_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        walks, "TOKENS_PER_CHUNK", 48 * 4
-    )  # many chunks, so that the small cache is emptied
-    forward = list(dataset())
-    assert len(forward) == len(dataset()) == 40
-    data = dataset()
+def test_a_row_depends_on_seed_and_index_alone(monkeypatch):
+    monkeypatch.setattr(walks, "TOKENS_PER_CHUNK", 48 * 4)  # many chunks: the cache is emptied
+    forward = list(stream())
+    assert len(forward) == 40
+    data = stream()
     for index in np.random.default_rng(0).permutation(40).tolist():
         assert same(data[index], forward[index])
-    longer = dataset(rows=1000)
-    assert same(longer[39], forward[39])
-    assert len({tuple(row["input_ids"].tolist()) for row in [*forward, *dataset(seed=1)]}) == 80
-    assert same(data[-1], forward[39])
-    for index in (40, -41):
-        with pytest.raises(IndexError):
-            data[index]
-
-
-def test_writing_into_a_row_leaves_the_data_set_alone() -> None:
-    data = dataset()
-    row = data[0]
-    before = {name: tensor.clone() for name, tensor in row.items()}
-    for tensor in row.values():
-        tensor.fill_(7)
-    assert same(data[0], before)
+    assert same(stream(count=1000)[39], forward[39])
+    assert len({tuple(row["input_ids"].tolist()) for row in [*forward, *stream(seed=1)]}) == 80
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_makes_batches(workers: int) -> None:
-    data = dataset()
+def test_a_loader_makes_batches(workers):
+    data = stream()
     batches = list(torch.utils.data.DataLoader(data, batch_size=8, num_workers=workers))
     assert [batch["input_ids"].shape for batch in batches] == [(8, 48)] * 5
     assert same({name: tensor[3] for name, tensor in batches[2].items()}, data[19])
 
 
-def test_rows_are_nearly_full() -> None:
-    data = dataset(rows=2000, row_length=128, max_moves=60)
+def test_rows_are_nearly_full():
+    data = stream(count=2000, row_length=128, max_moves=60)
     assert np.mean([data[i]["attention_mask"].float().mean() for i in range(0, 2000, 7)]) > 0.96
     # Packing must not change which lengths occur: the longest are the first to find no room.
     lengths = np.array([len(document) - 3 for i in range(1500) for document in documents(data[i])])
     assert lengths.mean() == pytest.approx((3 + 60) / 2, abs=5 * 16.7 / np.sqrt(len(lengths)))
-    assert lengths.min() == 3
-    assert lengths.max() == 60
+    assert (lengths.min(), lengths.max()) == (3, 60)
 
 
-def test_impossible_data_sets_are_refused_at_once() -> None:
-    with pytest.raises(NextLatError, match="give at least 23"):
-        dataset(row_length=22)
-    with pytest.raises(NextLatError, match="min_moves"):
-        dataset(min_moves=30)
+def test_training_never_sees_a_held_out_pair():
+    pairs = held_out_pairs(CITY, 10_000, seed=0, max_share=0.3)
+    held_out = set(zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True))
+    seen, free = (
+        Counter(follow(CITY, document)[:2] for row in data for document in documents(row))
+        for data in (
+            stream(count=700, row_length=96, min_moves=1, max_moves=30, exclude=exclude)
+            for exclude in (pairs, None)
+        )
+    )
+    assert sum(seen.values()) > 3000
+    assert not held_out & set(seen)
+    # Without the exclusion they would be there, and most other pairs still are.
+    assert held_out & set(free)
+    assert len(seen) > 0.75 * (len(CITY) * (len(CITY) - 1) - len(held_out))
 
 
-def test_manhattan_walks(data_dir: Path) -> None:
+def test_manhattan_walks(data_dir):
     """The network as it is, with its dead ends and loops; sequences of at most 100 tokens."""
-    manhattan = StreetNetwork.from_csv(data_dir / "manhattan")
+    manhattan = read_csv(data_dir / "manhattan")
     pairs = held_out_pairs(manhattan, 1000, seed=0)
     assert len(pairs) == 1000
-    assert pairs.hops.max() <= 50
-    assert pairs.hops.min() >= 1
-    data = WalkDataset(
-        manhattan, rows=20, row_length=256, min_moves=1, max_moves=97, seed=0, exclude=pairs
+    data = walk_stream(
+        manhattan, row_length=256, min_moves=1, max_moves=97, seed=0, exclude=pairs, count=20
     )
     found = [document for row in data for document in documents(row)]
     assert all(follow(manhattan, document) and len(document) <= 100 for document in found)
-    rows = pack(
-        *conditioned_walks(
-            manhattan, pairs[:20], min_moves=1, max_moves=97, rng=np.random.default_rng(0)
-        ),
-        2000,
-    )
-    held_out = [
-        follow(manhattan, document)[:2]
-        for document in documents({name: tensor[0] for name, tensor in rows.items()})
-    ]
-    assert held_out == list(
-        zip(pairs.source[:20].tolist(), pairs.destination[:20].tolist(), strict=True)
-    )
+    held_out = conditioned_walks(manhattan, pairs[:20], min_moves=1, max_moves=97, rng=rng())
+    ends = [follow(manhattan, document)[:2] for document in packed_documents(pack(held_out, 2000))]
+    assert ends == list(zip(pairs.source[:20], pairs.destination[:20], strict=True))
 
 
-# --- held-out sequences ---------------------------------------------------------------------------------------------
+# --- held-out sequences -------------------------------------------------------------------------
 
 
 def all_walks(
@@ -372,39 +288,37 @@ def all_walks(
 ) -> dict[tuple[int, ...], float]:
     """Every walk of 1..longest moves between two intersections, with its share of the probability
     (lengths uniform)."""
-    found, frontier = {}, {(): (source, 1.0)}
+    found: dict[tuple[int, ...], float] = {}
+    frontier: dict[tuple[int, ...], tuple[int, float]] = {(): (source, 1.0)}
     for _ in range(longest):
-        step = {}
-        for moves, (node, chance) in frontier.items():
-            legal = np.flatnonzero(network.targets[node] >= 0).tolist()
-            step.update(
-                {
-                    (*moves, move): (int(network.targets[node, move]), chance / len(legal))
-                    for move in legal
-                }
-            )
-        frontier = step
-        found.update(
-            {moves: chance for moves, (node, chance) in frontier.items() if node == destination}
-        )
+        frontier = {
+            (*moves, move): (int(network.targets[node, move]), chance / network.out_degree[node])
+            for moves, (node, chance) in frontier.items()
+            for move in np.flatnonzero(network.targets[node] >= 0).tolist()
+        }
+        found |= {
+            moves: chance for moves, (node, chance) in frontier.items() if node == destination
+        }
     total = sum(found.values())
     return {moves: chance / total for moves, chance in found.items()}
 
 
-def test_conditioned_walks_follow_the_law_of_training() -> None:
-    city = StreetNetwork.embedded(4, 4, seed=0)
+def seen_moves(found: Walks) -> Counter:
+    return Counter(
+        tuple(moves[:length])
+        for moves, length in zip(found.moves.tolist(), found.lengths.tolist(), strict=True)
+    )
+
+
+def test_conditioned_walks_follow_the_law_of_training():
+    city = generate_city(4, 4, seed=0)
     count = 20_000
     source, destination = 2, 9
     expected = all_walks(city, source, destination, 6)
     assert len(expected) > 20
-    pairs = Pairs(np.full(count, source), np.full(count, destination), np.full(count, 0))
-    lengths, nodes, moves = conditioned_walks(
-        city, pairs, min_moves=1, max_moves=6, rng=np.random.default_rng(0)
-    )
-    drawn = Counter(
-        tuple(row[:length]) for row, length in zip(moves.tolist(), lengths.tolist(), strict=True)
-    )
-    assert_drawn_from(drawn, expected)
+    pairs = Pairs(np.full(count, source), np.full(count, destination))
+    drawn = conditioned_walks(city, pairs, min_moves=1, max_moves=6, rng=rng())
+    assert_drawn_from(seen_moves(drawn), expected)
     # And so does the sampler of training, except that a walk back to its start is drawn again with
     # its length kept, so that a length that often leads back weighs more: by one over its share of
     # walks that do not.
@@ -415,14 +329,9 @@ def test_conditioned_walks_follow_the_law_of_training() -> None:
     kept = [1 - np.trace(np.linalg.matrix_power(step, length)) / n for length in range(7)]
     reweighted = {walk: chance / kept[len(walk)] for walk, chance in expected.items()}
     total = sum(reweighted.values())
-    lengths, nodes, moves = random_walks(
-        city, 300_000, min_moves=1, max_moves=6, rng=np.random.default_rng(0)
-    )
-    ours = (nodes[:, 0] == source) & (nodes[np.arange(len(nodes)), lengths] == destination)
-    seen = Counter(
-        tuple(row[:length])
-        for row, length in zip(moves[ours].tolist(), lengths[ours].tolist(), strict=True)
-    )
+    found = random_walks(city, 300_000, min_moves=1, max_moves=6, rng=rng())
+    ours = (found.source == source) & (found.destination == destination)
+    seen = seen_moves(Walks(*(x[ours] for x in found)))
     assert_drawn_from(seen, {walk: weight / total for walk, weight in reweighted.items()})
 
 
@@ -436,46 +345,64 @@ def assert_drawn_from(drawn: Counter, expected: dict[tuple[int, ...], float]) ->
     assert statistic < cells - 1 + 5 * np.sqrt(variance)
 
 
-def test_conditioned_walks_of_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nextlat.tasks.streets import conditioned_walks as module
-
-    monkeypatch.setattr(module, "TABLE_BYTES", 8 * len(CITY) * 26 * 7)  # seven pairs at a time
+def test_conditioned_walks_of_many_pairs(monkeypatch):
+    monkeypatch.setattr(walks, "TABLE_BYTES", 8 * len(CITY) * 26 * 7)  # seven pairs at a time
     pairs = held_out_pairs(CITY, 60)
-    lengths, nodes, moves = conditioned_walks(
-        CITY, pairs, min_moves=5, max_moves=25, rng=np.random.default_rng(0)
-    )
-    for i in range(len(pairs)):
-        document = [nodes[i, 0] + 11, nodes[i, lengths[i]] + 11, *(moves[i, : lengths[i]] + 3), 2]
-        assert follow(CITY, document) == (pairs.source[i], pairs.destination[i], lengths[i])
-        assert set(nodes[i, lengths[i] + 1 :]) | set(moves[i, lengths[i] :]) <= {-1}
-        assert 5 <= lengths[i] <= 25
-    far = Pairs(np.array([0]), np.array([len(CITY) - 1]), np.array([0]))
-    with pytest.raises(
-        NextLatError, match=f"no walk of 1 to 2 moves leads from 0 to {len(CITY) - 1}"
-    ):
-        conditioned_walks(CITY, far, min_moves=1, max_moves=2, rng=np.random.default_rng(0))
+    found = conditioned_walks(CITY, pairs, min_moves=5, max_moves=25, rng=rng())
+    for i, (length, nodes, moves) in enumerate(zip(*(x.tolist() for x in found), strict=True)):
+        document = [nodes[0] + 11, nodes[length] + 11, *(move + 3 for move in moves[:length]), 2]
+        assert follow(CITY, document) == (pairs.source[i], pairs.destination[i], length)
+        assert set(nodes[length + 1 :]) | set(moves[length:]) <= {-1}
+        assert 5 <= length <= 25
+    far = Pairs(np.array([0]), np.array([len(CITY) - 1]))
+    message = f"no walk of 1 to 2 moves leads from 0 to {len(CITY) - 1}"
+    with pytest.raises(NextLatError, match=message):
+        conditioned_walks(CITY, far, min_moves=1, max_moves=2, rng=rng())
 
 
-# --- the tokenizer --------------------------------------------------------------------------------------------------
+# --- settings and tokenizer ---------------------------------------------------------------------
 
 
-def test_one_token_per_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 3}, "'rows' = 3"),
+        ({"rows": 10**6, "columns": 10**6}, "'rows' = 1000000 .* less than or equal to 200"),
+        ({"columns": 1}, "'columns' = 1"),
+        ({"city_seed": -1}, "'city_seed' = -1"),
+        ({"one_way": 1.5}, "'one_way' = 1.5"),
+        ({"missing": -0.1}, "'missing' = -0.1"),
+        ({"missing": float("nan")}, "'missing'"),
+        (
+            {"min_moves": 30, "max_moves": 20},
+            "walks of 30 to 20 moves: give min_moves <= max_moves",
+        ),
+        ({"min_moves": 0}, "'min_moves' = 0"),
+        ({"row_length": 22, "max_moves": 20}, "too short for a walk of 20 moves: give at least 23"),
+        ({"held_out": 10**12}, "'held_out'"),
+        ({"tests": 1}, "'tests' = 1"),
+        ({"tests": 10**12}, "'tests'"),
+        ({"detour_probability": 75.0}, "'detour_probability' = 75"),
+        ({"box": (40.0, -74.0, 41.0)}, "'box"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(NextLatError, match=message) as caught:
+        StreetsConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_token_per_word(tmp_path):
     words = tokenizer(CITY)
     assert len(words) == 11 + len(CITY)
-    assert words.convert_ids_to_tokens(range(13)) == [
-        "<pad>",
-        "<unk>",
-        "end",
-        *DIRECTIONS,
-        "0",
-        "1",
-    ]
-    assert (words.pad_token_id, words.unk_token_id, words.eos_token_id) == (PAD, 1, END)
+    expected = ["<pad>", "<unk>", "end", *DIRECTIONS, "0", "1"]
+    assert words.convert_ids_to_tokens(range(13)) == expected
+    assert (words.pad_token_id, words.unk_token_id, words.eos_token_id) == (PAD, UNK, END)
     ids = words("12 30 N N E end")["input_ids"]
     assert ids == [23, 41, 3, 3, 5, 2]
     assert words.decode(ids) == "12 30 N N E end"
-    assert words("12 nowhere NNE")["input_ids"] == [23, 1, 1]
-    row = dataset()[0]
+    assert words("12 nowhere NNE")["input_ids"] == [23, UNK, UNK]
+    row = stream()[0]
     assert words(words.decode(row["input_ids"]))["input_ids"] == row["input_ids"].tolist()
     words.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -487,7 +414,7 @@ def test_one_token_per_word(tmp_path: Path) -> None:
     assert batch["input_ids"].shape == (2, 5)
 
 
-def test_names_of_intersections_are_never_cut(tmp_path: Path) -> None:
+def test_names_of_intersections_are_never_cut(tmp_path):
     names = ("weekend", "dead-end", "N42", "end7", "O'Hare", "Ünter", "a.b")
     network = StreetNetwork(names, np.zeros(7), np.zeros(7), np.full((7, 8), -1))
     tokenizer(network).save_pretrained(tmp_path)

@@ -1,6 +1,5 @@
-"""The word problem: groups, products, splits, and a perfect tracker that must score 1 everywhere."""
+"""The word problem: groups, products, splits, and a perfect tracker that must score 1."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import by_key
 from nextlat.errors import NextLatError
 from nextlat.tasks.word_problem import (
     BEGIN,
     END,
     FIRST_ELEMENT,
+    Predictor,
     WordProblem,
     WordProblemConfig,
+    accuracy,
     group,
 )
 from nextlat.training.recipe import load_recipe
@@ -93,15 +95,9 @@ class Tracker:
 
     def __init__(self, task: WordProblem, forgets_after: int = 10**6, slips: bool = False) -> None:
         self.task, self.forgets_after, self.slips = task, forgets_after, slips
-        self.training, self.device = True, torch.device("cpu")
+        self.device = torch.device("cpu")
         self.backbone = SimpleNamespace(step=self.step)
         self.objective = SimpleNamespace(max_draft_length=None, draft=self.draft)
-
-    def eval(self) -> None:
-        self.training = False
-
-    def train(self, mode: bool) -> None:
-        self.training = mode
 
     def step(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
         words = input_ids[:, 1:].numpy() - FIRST_ELEMENT
@@ -130,19 +126,19 @@ class Tracker:
 def test_a_perfect_tracker_scores_one_and_broken_ones_lose_where_they_are_broken() -> None:
     task = WordProblem(SMALL)
     perfect = Tracker(task)
-    found = task.accuracies(perfect)
-    assert perfect.training  # put back
-    assert all(
-        found[f"{who}_accuracy_{n}"].value == 1
-        for who in ("transformer", "dynamics")
-        for n in (4, 8, 12)
-    )
-    forgetful = task.accuracies(Tracker(task, forgets_after=5))
-    assert [forgetful[f"transformer_accuracy_{n}"].value for n in (4, 8, 12)] == [1, 0, 0]
-    assert forgetful["transformer_accuracy_by_position"] == [1] * 5 + [0] * 7
-    slipping = task.accuracies(Tracker(task, slips=True))
-    assert slipping["transformer_accuracy_12"].value == 1
-    assert slipping["dynamics_accuracy_12"].value == pytest.approx(1 / 6, abs=0.15)
+    lengths = (4, 8, 12)
+
+    def keys(predictor: Predictor) -> list[str]:
+        return [accuracy(predictor, n).key for n in lengths]
+
+    found = by_key(task.accuracies(perfect))
+    assert [found[key].value for key in keys("transformer") + keys("dynamics")] == [1] * 6
+    *forgetful, chart = task.accuracies(Tracker(task, forgets_after=5))
+    assert [by_key(forgetful)[key].value for key in keys("transformer")] == [1, 0, 0]
+    assert chart.lines[0].values == [1] * 5 + [0] * 7
+    slipping = by_key(task.accuracies(Tracker(task, slips=True)))
+    assert slipping[keys("transformer")[-1]].value == 1
+    assert slipping[keys("dynamics")[-1]].value == pytest.approx(1 / 6, abs=0.15)
 
 
 @pytest.mark.parametrize("name", ["Z1", "S9", "A2", "Q8", "z5", "S3x"])
@@ -175,5 +171,5 @@ def test_the_papers_recipe() -> None:
         1,
     )
     assert (recipe.task.group, recipe.task.length, recipe.task.sequences) == ("A5", 12, 1_000_000)
-    model = build_model(recipe, WordProblem(replace(recipe.task, sequences=1000)))
+    model = build_model(recipe, WordProblem(recipe.task.model_copy(update={"sequences": 1000})))
     assert round(sum(p.numel() for p in model.objective.parameters()) / 1e6, 2) == 2.62

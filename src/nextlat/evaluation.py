@@ -1,45 +1,101 @@
 """A finished run and its task become results.json: every metric with its error, and what decoding
 gains.
 
-Next to it, scores.safetensors keeps what each item (pair, walk, sequence) contributed, so that two
-models can be compared item by item without running them again; tables and plots read only these
-files.
+Beside it, scores.npz keeps what each item (pair, walk, sequence) contributed, so that two models
+can be compared item by item without running them again; reports read only these files.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
-from torch.utils.data import DataLoader
 
-from nextlat.batch import Batch
 from nextlat.decoding.speed import TRANSFORMERS, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, write_errors, write_json
-from nextlat.losses import cross_entropy
 from nextlat.model import ObjectiveModel, load
-from nextlat.scores import Score, ratio_score, share_interval
+from nextlat.results import (
+    RESULTS,
+    SCORES,
+    Chart,
+    DecodingFacts,
+    Line,
+    MeasuredMetric,
+    Measurement,
+    Metric,
+    Result,
+    Results,
+    TaskFacts,
+    facts_of,
+)
 from nextlat.tasks import Task
+from nextlat.tasks.task import NEXTLAT, OURS, held_out_cross_entropy
 from nextlat.training.recipe import Recipe
 from nextlat.training.run_directory import read_record
-from nextlat.training.train import threads
 
-RESULTS, SCORES = "results.json", "scores.safetensors"
-DRAFT_LENGTH = 4  # of the decoding measurement: small models gain little from drafts that are longer than what is accepted
+DRAFT_LENGTH = 4  # small models gain little from drafts that are longer than what is accepted
 DECODED_PROMPTS = 12
+PLAIN = "plain KV-cached decoding"
 
-# Metrics that every task has, beside those it names itself.
-HIGHER_IS_BETTER = {
-    "next_token_loss": False,
-    "mean_acceptance_length": True,
-    "accepted_tokens_per_cycle": True,
-    "decoding_speedup": True,
-    "decoding_speedup_transformers": True,
-}
+NEXT_TOKEN_LOSS = Metric(
+    name="next_token_loss",
+    title="Held-out cross-entropy",
+    definition="Mean negative log-likelihood of the next token of held-out sequences, in nats per "
+    "token.",
+    source="the usual language-modelling loss",
+    unit="nats",
+    higher_is_better=False,
+    items="held-out rows",
+)
+MEAN_ACCEPTANCE_LENGTH = Metric(
+    name="mean_acceptance_length",
+    title="Mean acceptance length",
+    definition="Tokens per forward pass of the transformer when what the objective added to it "
+    "drafts (NextLat: the latent dynamics model), the transformer's own token included.",
+    source="Leviathan et al., arXiv 2211.17192",
+    unit="number",
+    reference=1.0,
+    reference_name=PLAIN,
+)
+ACCEPTED_TOKENS = Metric(
+    name="accepted_tokens_per_cycle",
+    title="Accepted tokens per cycle",
+    noun="number of accepted tokens per cycle",
+    definition="Drafted tokens accepted per forward pass, the transformer's own token not counted.",
+    source=NEXTLAT,
+    unit="number",
+    headline=False,
+    note="Accepted tokens per cycle are the NextLat paper's \N{LEFT DOUBLE QUOTATION MARK}accepted "
+    "tokens\N{RIGHT DOUBLE QUOTATION MARK}: the mean acceptance length minus the transformer's own "
+    "token, which every cycle adds unless a drafted end closes it. Decoding is compared with plain "
+    "KV-cached decoding of the same model.",
+)
+SPEEDUP = Metric(
+    name="decoding_speedup",
+    title="Decoding speed",
+    definition="Tokens per second with drafts, divided by those of our plain KV-cached decoding of "
+    "the same model, measured in turns in the same process. The output is the same.",
+    source=OURS,
+    unit="factor",
+    reference=1.0,
+    reference_name=PLAIN,
+)
+SPEEDUP_TRANSFORMERS = Metric(
+    name="decoding_speedup_transformers",
+    title="Decoding speed against transformers",
+    noun="decoding speed",
+    definition="The same, divided by the tokens per second of the generate method of transformers.",
+    source=OURS,
+    unit="factor",
+    reference=1.0,
+    reference_name="transformers' KV-cached generate",
+    headline=False,
+)
+SPEEDS = (SPEEDUP, SPEEDUP_TRANSFORMERS)
+# What every task has beside its own: the loss before them, decoding after them.
+METRICS = (NEXT_TOKEN_LOSS, MEAN_ACCEPTANCE_LENGTH, ACCEPTED_TOKENS, *SPEEDS)
 
 Progress = Callable[[str, int, int], None]  # what is measured now, how many are done, of how many
 
@@ -55,155 +111,146 @@ def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
     record = read_record(directory)
     if record is None:
         raise NextLatError(
-            f"{directory} is not a run directory (no run.json): train one with 'nextlat train RECIPE --out {directory}'."
+            f"{directory} is not a run directory (no run.json): train one with 'nextlat train "
+            f"RECIPE --out {directory}'."
         )
     if record["status"] != "finished":
         raise NextLatError(
-            f"the run {directory} is not finished: give the command that started it again, and it goes on."
+            f"the run {directory} is not finished: give the command that started it again, and it "
+            "goes on."
         )
     recipe = Recipe.from_dict(record["recipe"], record.get("recipe_name", directory.name))
     task = recipe.task.build()
     if task.fingerprint() != record["task"]["fingerprint"]:
         raise NextLatError(
-            f"the data of task {recipe.task_name} are not those that {directory} was trained on: restore them to evaluate it."
+            f"the data of task {recipe.task_name} are not those that {directory} was trained on: "
+            "restore them to evaluate it."
         )
     return recipe, task, load(directory)
 
 
-def evaluate(directory: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure a finished run, write results.json and scores.safetensors into it, and return the
-    entry of results.json.
+def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Result:
+    """Measure a finished run, and write results.json, scores.npz and the files of its pictures into
+    it.
 
     Args:
-        directory: of the run. progress: called before every measurement.
+        directory: of the run.
+        progress: called before every measurement.
+
+    Returns:
+        The entry of results.json.
 
     Raises:
         NextLatError: see `open_run`; or the results cannot be written.
     """
     directory = Path(directory)
     recipe, task, model = open_run(directory)
-    with threads(recipe.run.threads):
-        return _evaluate(directory, recipe, task, model, progress)
-
-
-def _evaluate(
-    directory: Path, recipe: Recipe, task: Task, model: ObjectiveModel, progress: Progress | None
-) -> dict[str, Any]:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    scores: dict[str, Score] = {}
-    curves: dict[str, list[float]] = {}
-    decodes = bool(task.prompts(1)) and model.objective.max_draft_length != 0
-    stages = {
-        "next-token loss": lambda m: {"next_token_loss": next_token_loss(m, task)},
-        **task.metrics(),
-    }
-    total = len(stages) + 1 + decodes
-    for done, (name, measure) in enumerate(stages.items()):
-        if progress:
-            progress(name, done, total)
-        for key, value in measure(model).items():
-            if isinstance(value, Score):
-                scores[key] = value
-            else:
-                curves[key] = value
-    metrics: dict[str, float] = {}
-    for name, score in scores.items():
-        metrics[name] = score.value
-        if np.isfinite(score.stderr):
-            metrics[f"{name}_stderr"] = score.stderr
-    decoding: dict[str, Any] = {}
-    if decodes:
-        if progress:
-            progress("decoding", len(stages), total)
-        decoding = measure_decoding(model, task)
-        metrics |= {name: decoding[name] for name in HIGHER_IS_BETTER if name in decoding}
-    if progress:
-        progress("pictures", total - 1, total)
-    artifacts = task.artifacts(model)
-    entry = {
-        "task": recipe.task_name,
-        "objective": recipe.objective,
-        "horizon": model.objective.horizon,
-        "seed": recipe.seed,
-        "steps": recipe.steps,
-        "metrics": metrics,
-        "intervals": {
-            name: interval for name, score in scores.items() if (interval := share_interval(score))
-        },
-        "curves": curves,
-        "decoding": decoding,
-    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.run.threads or threads)
+    try:
+        found = _measure(task, model, progress)
+    finally:
+        torch.set_num_threads(threads)
+    order = {metric.key: i for i, metric in enumerate((NEXT_TOKEN_LOSS, *task.metrics))}
+    measurements = sorted(
+        (x for x in found if isinstance(x, Measurement)),
+        key=lambda x: order.get(x.metric.key, len(order)),
+    )
+    speeds = [x for x in found if isinstance(x, MeasuredMetric)]
+    files = [x for x in found if isinstance(x, tuple)]
+    result = Result(
+        task=TaskFacts(
+            name=task.name, title=task.title, solved=task.solved, published=task.published
+        ),
+        objective=facts_of(model.objective),
+        seed=recipe.seed,
+        steps=recipe.steps,
+        metrics=[*(measurement.record() for measurement in measurements), *speeds],
+        charts=[x for x in found if isinstance(x, Chart)],
+        pictures=[picture for picture, _ in files],
+        decoding=next((x for x in found if isinstance(x, DecodingFacts)), None),
+    )
     with write_errors(directory):
         temporary = directory / f"{TEMPORARY}{SCORES}"
-        save_file(
-            {name: score.per_item.astype(np.float64) for name, score in scores.items()}, temporary
-        )
+        with temporary.open("wb") as file:
+            items: dict[str, Any] = {m.metric.key: m.score.per_item for m in measurements}
+            np.savez(file, **items)
         temporary.replace(directory / SCORES)
-        for name, content in artifacts.items():
-            write_json(directory / name, content)
-        write_json(directory / RESULTS, [entry])
-    return entry
+        # Of a version before format 2. vLLM takes every *.safetensors here for weights.
+        (directory / "scores.safetensors").unlink(missing_ok=True)
+        for picture, content in files:
+            write_json(directory / picture.file, content)
+        write_json(directory / RESULTS, Results(runs=[result]).model_dump(mode="json"))
+    return result
 
 
-@torch.no_grad()
-def next_token_loss(model: ObjectiveModel, task: Task) -> Score:
-    """Cross-entropy of held-out rows in nats per scored token; the items are the rows."""
-    sums, counts = [], []
-    for row in DataLoader(task.eval_dataset(), batch_size=1):
-        batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in row.items()})
-        h_ND = model.hidden(batch).flatten(0, 1)
-        scored = batch.scored().nonzero().squeeze(1)
-        sums.append(
-            cross_entropy(model.next_token_logits, h_ND[scored], batch.targets()[scored]).item()
-        )
-        counts.append(len(scored))
-    return ratio_score(sums, counts)
+def _measure(task: Task, model: ObjectiveModel, progress: Progress | None) -> list[Any]:
+    """What all stages find: measurements, charts, `measure_decoding`, `Task.artifacts`."""
+
+    def loss(model: ObjectiveModel) -> list[Measurement]:
+        return [Measurement(NEXT_TOKEN_LOSS, held_out_cross_entropy(model, task.eval_dataset()))]
+
+    stages: list[tuple[str, Callable[[ObjectiveModel], Iterable[Any]]]] = [
+        ("next-token loss", loss),
+        *task.measures().items(),
+    ]
+    if task.prompts(1) and model.objective.max_draft_length != 0:
+        stages.append(("decoding", lambda model: measure_decoding(model, task)))
+    stages.append(("pictures", task.artifacts))
+    found: list[Any] = []
+    for done, (name, measure) in enumerate(stages):
+        if progress:
+            progress(name, done, len(stages))
+        found += measure(model)
+    return found
 
 
-def measure_decoding(model: ObjectiveModel, task: Task) -> dict[str, Any]:
+def measure_decoding(
+    model: ObjectiveModel, task: Task
+) -> list[MeasuredMetric | Chart | DecodingFacts]:
     """Greedy self-speculation on held-out prompts, interleaved with plain decoding by us and by
-    transformers."""
-    room = task.max_length - max(len(prompt) for prompt in task.prompts(DECODED_PROMPTS))
-    most = model.objective.max_draft_length
-    length = DRAFT_LENGTH if most is None else min(DRAFT_LENGTH, most)
+    transformers.
+
+    Where drafts changed the output, nothing is claimed about the speed.
+    """
+    prompts = task.prompts(DECODED_PROMPTS)
+    limit = model.objective.max_draft_length
+    length = DRAFT_LENGTH if limit is None else min(DRAFT_LENGTH, limit)
     timings = compare_decoding(
-        model, task.prompts(DECODED_PROMPTS), draft_lengths=[0, length], max_new_tokens=room
+        model,
+        prompts,
+        draft_lengths=[0, length],
+        max_new_tokens=task.max_length - max(map(len, prompts)),
     )
     drafted, plain, theirs = timings[length], timings[0], timings[TRANSFORMERS]
     # transformers decodes the LM alone, which with some objectives is not the model.
-    same = drafted.outputs == plain.outputs and (
+    identical = drafted.outputs == plain.outputs and (
         model.objective.needed_at_inference or plain.outputs == theirs.outputs
     )
-    return {
-        "draft_length": length,
-        "prompts": DECODED_PROMPTS,
-        "identical": same,
-        "mean_acceptance_length": drafted.total.mean_acceptance_length,
-        "accepted_tokens_per_cycle": drafted.total.accepted_per_cycle,
-        "acceptance_rate": drafted.total.acceptance_rate,
-        "acceptance_by_position": drafted.total.acceptance_by_position,
-        "decoding_speedup": drafted.tokens_per_second / plain.tokens_per_second,
-        "decoding_speedup_transformers": drafted.tokens_per_second / theirs.tokens_per_second,
-        "tokens_per_second": {
-            str(way): timing.tokens_per_second for way, timing in timings.items()
-        },
-    }
-
-
-def read_results(directory: str | Path) -> list[dict[str, Any]]:
-    """results.json of a run.
-
-    Raises:
-        NextLatError: there is none, or it is corrupt.
-    """
-    path = Path(directory) / RESULTS
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise NextLatError(
-            f"{directory} has no {RESULTS}: run 'nextlat evaluate {directory}' first."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise NextLatError(
-            f"{path} is corrupt ({error}): run 'nextlat evaluate {directory}' again."
-        ) from error
+    total = drafted.total
+    values = [
+        (MEAN_ACCEPTANCE_LENGTH, total.mean_acceptance_length),
+        (ACCEPTED_TOKENS, total.accepted_per_cycle),
+        (SPEEDUP, drafted.tokens_per_second / plain.tokens_per_second),
+        (SPEEDUP_TRANSFORMERS, drafted.tokens_per_second / theirs.tokens_per_second),
+    ]
+    found: list[MeasuredMetric | Chart | DecodingFacts] = []
+    for metric, value in values:
+        void = {"higher_is_better": None} if metric in SPEEDS and not identical else {}
+        found.append(MeasuredMetric(**metric.model_dump() | void, value=value))
+    facts = DecodingFacts(
+        draft_length=length,
+        prompts=len(prompts),
+        identical=identical,
+        acceptance_by_position=total.acceptance_by_position,
+        tokens_per_second={str(way): timing.tokens_per_second for way, timing in timings.items()},
+    )
+    accepted = Chart(
+        name="acceptance",
+        title="Drafted tokens accepted, by position in the draft",
+        x="position in the draft",
+        lines=[Line(values=total.acceptance_by_position, dots=True)],
+        alt="Share of drafted tokens accepted by position in the draft, {models}.",
+    )
+    return [*found, accepted, facts]

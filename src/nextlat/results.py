@@ -52,7 +52,7 @@ class Metric(Settings):
     unit: Unit = "share"
     higher_is_better: bool | None = True
     items: str = "items"
-    parameters: dict[str, Parameter] = {}
+    parameters: Mapping[str, Parameter] = {}
     counterpart: str | None = None
     counterpart_name: str = ""
     reference: float | None = None
@@ -330,7 +330,8 @@ def read_scores(directory: str | Path) -> Mapping[str, Score]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {key: mean_score(file[key]) for key in file.files}
     except Exception as error:  # zip, header and dtype faults have no common class
         raise NextLatError(

@@ -91,8 +91,8 @@ def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:
 
 
 def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
-    """Score of a statistic that is no mean, from its values with each item left out (Efron & Stein
-    1981).
+    """Score of a statistic that is not a mean, from its values with each item left out (Efron &
+    Stein 1981).
 
     The items are the pseudo-values n value - (n - 1) value_without_i, shifted so that their mean is
     `value` itself: the statistic is reported as defined, not bias-corrected.
@@ -135,10 +135,9 @@ def effective_rank(h_ND: Tensor) -> float:
     arXiv 2511.05963. States are not centred. Normalised singular values under 1e-12 are dropped.
     Between 1 (all states on one line) and min(N, D); 0 for a matrix of zeros or without rows.
 
-    The singular values are taken in float64 from the matrix (a tall one is first reduced to its QR
-    factor, an orthogonal step, so nothing is lost) and not from the D x D Gram matrix, whose
-    eigenvalues are their squares: those would drown every normalised value below about 1e-8 in
-    rounding.
+    The singular values are taken in float64 from the matrix (or from its `triangular_factor`, with
+    which nothing is lost) and not from the D x D Gram matrix, whose eigenvalues are their squares:
+    those would drown every normalised value below about 1e-8 in rounding.
 
     Args:
         h_ND: (N, D) states, any floating dtype and device.
@@ -146,7 +145,13 @@ def effective_rank(h_ND: Tensor) -> float:
     Raises:
         ValueError: not a matrix, or a value that is not finite.
     """
-    return rank_of_factor(triangular_factor(h_ND))
+    singular = torch.linalg.svdvals(_checked(h_ND)) if h_ND.numel() else h_ND.flatten()
+    total = singular.sum()
+    if total == 0:
+        return 0.0
+    p = singular / total
+    p = p[p > NEGLIGIBLE_SINGULAR_VALUE]
+    return math.exp(float(-(p * p.log()).sum()))
 
 
 def triangular_factor(h_ND: Tensor) -> Tensor:
@@ -154,24 +159,18 @@ def triangular_factor(h_ND: Tensor) -> Tensor:
     decomposition.
 
     Factors of parts can be stacked: cat(R_1, R_2) has the singular values of cat(h_1, h_2).
+
+    Raises:
+        ValueError: not a matrix, or a value that is not finite.
     """
-    if h_ND.ndim != 2:
-        raise ValueError(f"states must be a matrix (N, D), not of shape {tuple(h_ND.shape)}")
-    h_ND = h_ND.detach().to(torch.float64)
-    if not bool(h_ND.isfinite().all()):
-        raise ValueError("states must be finite: the model's hidden states contain NaN or infinity")
+    h_ND = _checked(h_ND)
     rows, width = h_ND.shape
     return torch.linalg.qr(h_ND, mode="r").R if rows > width else h_ND
 
 
-def rank_of_factor(factor: Tensor) -> float:
-    """Effective rank of the matrix that `triangular_factor` (or a stack of its results) stands for."""
-    if factor.numel() == 0:
-        return 0.0
-    singular = torch.linalg.svdvals(factor)
-    total = singular.sum()
-    if total == 0:
-        return 0.0
-    p = singular / total
-    p = p[p > NEGLIGIBLE_SINGULAR_VALUE]
-    return math.exp(float(-(p * p.log()).sum()))
+def _checked(h_ND: Tensor) -> Tensor:
+    if h_ND.ndim != 2:
+        raise ValueError(f"states must be a matrix (N, D), not of shape {tuple(h_ND.shape)}")
+    if not bool(h_ND.isfinite().all()):
+        raise ValueError("states must be finite: the model's hidden states contain NaN or infinity")
+    return h_ND.detach().to(torch.float64)

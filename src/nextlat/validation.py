@@ -12,7 +12,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from nextlat.errors import NextLatError
 
@@ -64,7 +65,28 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise NextLatError(sentence(error, cls, table, source)) from error
         except RecursionError as error:
-            raise NextLatError(f"{source}: it is nested too deeply.") from error
+            where = source("") if callable(source) else source
+            raise NextLatError(f"{where}: it is nested too deeply.") from error
+
+
+class Lookup:
+    """Annotates a field whose class is looked up when a table is validated, e.g. in a registry,
+    which may have grown since this module was imported.
+
+    Args:
+        find: of a table -> the type that it belongs to, and what of the table is validated. It
+            raises ValueError for a name that it does not know.
+    """
+
+    def __init__(self, find: Callable[[Any], tuple[Any, Any]]) -> None:
+        self.find = find
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, table: Any) -> Any:
+        kind, content = self.find(table)
+        return TypeAdapter(kind).validate_json(json.dumps(content))
 
 
 def read_json(path: Path, way_out: str) -> Any:
@@ -84,6 +106,26 @@ def read_json(path: Path, way_out: str) -> Any:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise NextLatError(f"{path} is corrupt ({error}): {way_out}.") from error
+
+
+def check_format(version: Any, known: int, path: Path, again: str) -> None:
+    """Refuse a file of another version of this package.
+
+    Args:
+        version: the format that the file names.
+        known: the one that this version reads.
+        path: of the file.
+        again: what to do about an older one.
+
+    Raises:
+        NextLatError: it is another format.
+    """
+    if type(version) is not int or version == known:
+        return
+    age, way_out = (
+        ("n older", again) if version < known else (" newer", "update nextlat to read it")
+    )
+    raise NextLatError(f"{path} is of a{age} version of nextlat (format {version}): {way_out}.")
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -106,43 +148,50 @@ def sentence(
 
     Args:
         error: of a validation against `model`.
-        model: the class that was validated.
+        model: the class that was validated; the title in its configuration ("a recipe") names it.
         table: what was validated.
         source: see `Settings.from_json`.
     """
     problems = error.errors()
     # A union such as `int | None` reports every branch: the one that was meant is not None's.
     problem = next((p for p in problems if p["type"] != "none_required"), problems[0])
-    path, owner = _resolve(model, table, problem["loc"])
+    path, owner = locate(problem["loc"], model, table)
+    kind, value = problem["type"], problem["input"]
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    if kind == "missing" and isinstance(problem["loc"][-1], int):
+        kind, message = "too_short", "too few values"
     key = ".".join(path)
     where = source(key) if callable(source) else source
-    if problem["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         parent = ".".join(path[:-1])
-        fields = [] if owner is None else list(owner.model_fields)
-        return (
-            f"{where}: {f'[{parent}]' if parent else 'it'} has no '{path[-1]}': "
-            f"{nearest(path[-1], fields)}."
-        )
-    if problem["type"] == "missing":
+        holder = f"[{parent}]" if parent else model.model_config.get("title") or "it"
+        guess = nearest(path[-1], [*owner.model_fields] if owner else [])
+        return f"{where}: {holder} has no '{path[-1]}': {guess}."
+    if kind == "missing":
         return f"{where}: '{key}' is missing."
-    if problem["type"] in ("value_error", "assertion_error"):
+    if kind in ("value_error", "assertion_error"):
         return f"{where}: {f'{key}: ' if key else ''}{problem['ctx']['error']}."
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    value = json.dumps(problem["input"], default=str)
+    if kind in ("model_type", "dict_type", "typed_dict_type"):
+        return f"{where}: '{key}' must be a table." if key else f"{where}: it is not a table."
     if not key:
-        return f"{where} is not valid: {message}."
-    return f"{where}: '{key}' = {value} is not valid: {message}."
+        return f"{where}: it is not valid: {message}."
+    return f"{where}: '{key}' = {json.dumps(value, default=str)} is not valid: {message}."
 
 
-def _resolve(
-    model: Any, table: Any, location: Sequence[int | str]
+def locate(
+    location: Sequence[int | str], model: type[BaseModel], table: Any
 ) -> tuple[list[str], type[BaseModel] | None]:
-    """The keys of a location without the names of union branches, and the model that owns the last.
+    """The keys of a location without the names of union branches, and the class that owns the last.
 
     pydantic puts the branch of a union into the location: `("task", "streets", "rows")`.
+
+    Args:
+        location: of a problem that pydantic reports.
+        model: the class that was validated.
+        table: what was validated.
     """
     path: list[str] = []
-    owner = model if isinstance(model, type) and issubclass(model, BaseModel) else None
+    owner: type[BaseModel] | None = model
     for position, part in enumerate(location):
         last = position == len(location) - 1
         if isinstance(table, Mapping):
@@ -154,24 +203,16 @@ def _resolve(
         elif path:
             continue
         path.append(str(part))
-        if owner is not None and not last:
-            field = owner.model_fields.get(str(part))
-            owner = None if field is None else _model_in(field.annotation, table)
+        if not last and owner is not None and (field := owner.model_fields.get(str(part))):
+            lookup = next((mark for mark in field.metadata if isinstance(mark, Lookup)), None)
+            owner = lookup.find(table)[0] if lookup else _model_in(field.annotation)
     return path, owner
 
 
-def _model_in(annotation: Any, table: Any) -> type[BaseModel] | None:
-    """The model that an annotation such as `Model | None` or a union of models stands for."""
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation such as `Model | None` or `list[Model]` stands for."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, UnionType, Annotated, list, tuple, dict):
-        found = [model for a in get_args(annotation) if (model := _model_in(a, table)) is not None]
-        named = [m for m in found if isinstance(table, Mapping) and _is_named(m, table)]
-        return next(iter(named or found), None)
+        return next(filter(None, map(_model_in, get_args(annotation))), None)
     return None
-
-
-def _is_named(model: type[BaseModel], table: Mapping[str, Any]) -> bool:
-    """Whether a table's `name` is the one that belongs to this branch of a union."""
-    field = model.model_fields.get("name")
-    return field is not None and table.get("name") in (field.default, *get_args(field.annotation))

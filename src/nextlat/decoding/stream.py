@@ -1,22 +1,18 @@
-"""What became of the drafts, drawn into the text that they led to, and how that text is printed as
-it comes.
+"""The text of a generation as it comes, with what became of the drafts drawn into it.
 
 A cycle is drawn in the order in which it happened: the drafted tokens that were accepted, those
 that were not, and the token of the transformer's own.
 """
 
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from rich.color import ColorSystem
-from rich.console import Console
 from rich.style import Style
 
-from nextlat.decoding import Cycle, Pass
+from nextlat.decoding import Cycle
 
 Kind = Literal["accepted", "rejected", "own", "corrected"]
 Piece = tuple[str, Kind]
@@ -32,8 +28,8 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first by
 
 
 class TokenText:
-    """The text that tokens add to those before them, so that all that `add` and `rest` gave is
-    `decode` of all tokens.
+    """The text that tokens add to those before them: all that `add` and `rest` gave, put together,
+    is `decode` of all tokens.
 
     A token that ends within a character adds nothing; the one that completes the character adds all
     of it.
@@ -45,10 +41,10 @@ class TokenText:
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        # Decoding all of them anew for each would take ever longer: the latest with any text are
-        # enough, as all that the text of a token depends on is whether one stands before it, and
-        # whether that left a character open.
-        self._known: list[int] = []
+        # Decoding all tokens anew for each would take ever longer. The latest with any text are
+        # enough: what a token adds depends only on whether one stands before it, and whether that
+        # left a character open.
+        self._latest: list[int] = []
         self._open: list[int] = []
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -57,28 +53,27 @@ class TokenText:
         text = self._new()
         if not text or text.endswith(INCOMPLETE):
             return ""
-        self._known, self._open = self._open, []
+        self._latest, self._open = self._open, []
         return text
 
     def rest(self) -> str:
         """What is still open at the end of the text."""
         text = self._new()
-        self._known, self._open = [*self._known, *self._open], []
+        self._latest, self._open = [*self._latest, *self._open], []
         return text
 
     def _new(self) -> str:
-        return (
-            self._decode(self._known + self._open)[len(self._decode(self._known)) :]
-            if self._open
-            else ""
-        )
+        if not self._open:
+            return ""
+        return self._decode(self._latest + self._open)[len(self._decode(self._latest)) :]
 
 
 def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
-    """The pieces of one cycle, at most one of each kind. But for the rejected ones, they are the
+    """The pieces of one cycle, at most one of each kind. Without the rejected ones, they are the
     text of its tokens.
 
     Args:
+        cycle: what to draw.
         text: of everything before the cycle; the tokens of the cycle are added to it.
     """
     accepted, own = cycle.tokens[: cycle.accepted], cycle.tokens[cycle.accepted :]
@@ -99,23 +94,24 @@ def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
 
 def coloured(pieces: Sequence[Piece]) -> str:
     """For a terminal; every piece resets its colour itself."""
-    return "".join(
-        STYLES[kind].render(text, color_system=ColorSystem.STANDARD) for text, kind in pieces
-    )
+    system = ColorSystem.STANDARD
+    return "".join(STYLES[kind].render(text, color_system=system) for text, kind in pieces)
 
 
 def marked(pieces: Sequence[Piece]) -> str:
-    """Without colours: [+accepted] and [-rejected], and the transformer's own tokens as they are."""
-    return "".join(
-        {"accepted": f"[+{text}]", "rejected": f"[-{text}]"}.get(kind, text)
-        for text, kind in pieces
-    )
+    """Without colours: [+accepted], [-rejected], and the transformer's own tokens as they are."""
+    marks = {"accepted": "[+{}]", "rejected": "[-{}]"}
+    return "".join(marks.get(kind, "{}").format(text) for text, kind in pieces)
 
 
 def legend(*, colours: bool, styled: bool = False) -> str:
-    """One line that says what is what: of the colours, drawn in them if `styled`, or of the marks."""
+    """One line that explains the colours, drawn in them if `styled`, or the marks."""
     if not colours:
-        return f"{marked([('drafted and accepted', 'accepted'), ('drafted and rejected', 'rejected')])} the transformer's own"
+        drafted: list[Piece] = [
+            ("drafted and accepted", "accepted"),
+            ("drafted and rejected", "rejected"),
+        ]
+        return f"{marked(drafted)} the transformer's own"
     named: list[Piece] = [
         ("drafted and accepted (green)", "accepted"),
         ("drafted and rejected (red)", "rejected"),
@@ -123,60 +119,3 @@ def legend(*, colours: bool, styled: bool = False) -> str:
         ("its corrections (yellow)", "corrected"),
     ]
     return ", ".join(coloured([piece]) if styled else piece[0] for piece in named)
-
-
-class Stream:
-    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left
-    clean however it ends.
-
-    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown
-    by marks.
-    """
-
-    def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
-        self._text, self._ids, self._drafts = TokenText(tokenizer.decode), ids, drafts
-        out, err = Console(), Console(stderr=True)
-        self._colours, self._coloured_legend = (
-            drafts
-            and console.is_terminal
-            and console.color_system is not None
-            and not console.no_color
-            for console in (out, err)
-        )
-        self._begun = self._stopped = False
-
-    def show(self, done: Pass) -> None:
-        """One pass of the one prompt."""
-        if not self._begun:  # not before: whatever is wrong with a request has been said by now
-            if self._drafts:
-                print(legend(colours=self._colours, styled=self._coloured_legend), file=sys.stderr)
-            self._write(self._text.add(self._ids))
-        if self._stopped:
-            raise KeyboardInterrupt
-        [cycle] = done.cycles
-        if cycle is None:
-            return
-        if not self._drafts:
-            self._write(self._text.add(cycle.tokens))
-        else:
-            picture = coloured if self._colours else marked
-            self._write(picture(draw(cycle, self._text)))
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
-
-    def _interrupt(self, *_: Any) -> None:
-        """The pass under way is finished first: an exception at any moment can be lost in a
-        destructor. A second one takes effect at once."""
-        self._stopped = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        if self._begun:
-            self._write(self._text.rest() + (RESET if self._colours else "") + "\n")
-
-    def _write(self, text: str) -> None:
-        self._begun = True
-        sys.stdout.write(text)
-        sys.stdout.flush()

@@ -5,13 +5,9 @@ from nextlat.tasks.countdown import CountdownConfig
 from nextlat.tasks.hmm import HMMConfig
 from nextlat.tasks.path_star import PathStarConfig
 from nextlat.tasks.streets.streets import StreetsConfig
-from nextlat.tasks.task import Metric, Task
+from nextlat.tasks.task import Task, TaskConfig
 from nextlat.tasks.text.text import TextConfig
 from nextlat.tasks.word_problem import WordProblemConfig
-
-TaskConfig = (
-    StreetsConfig | TextConfig | WordProblemConfig | PathStarConfig | CountdownConfig | HMMConfig
-)
 
 TASKS: dict[str, type[TaskConfig]] = {
     "streets": StreetsConfig,
@@ -26,7 +22,6 @@ __all__ = [
     "TASKS",
     "CountdownConfig",
     "HMMConfig",
-    "Metric",
     "PathStarConfig",
     "StreetsConfig",
     "Task",

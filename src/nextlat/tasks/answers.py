@@ -1,76 +1,44 @@
-"""Tasks of a prompt and an answer, both of one length: their rows, and the answers that a model
-gives.
+"""Tasks of a prompt and an answer, each of one length: their tokens, and the answers a model gives.
 
-Shapes: P problems, B problems of the running batch, T tokens of a prompt, A tokens of an answer, D
-    width, V vocabulary.
+Shapes: P problems, B problems of the running batch, T tokens of a prompt, A tokens of an answer,
+    D width, V vocabulary.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence as InTurn
-from tokenizers.pre_tokenizers import Split
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nextlat.batch import IGNORE
-from nextlat.tasks.streets.rides import SequenceModel, inference
-from nextlat.tasks.task import Rows
+from nextlat.backbone import evaluation_mode
+from nextlat.tasks.task import FIRST_WORD, SequenceModel, word_tokenizer
 
-SAMPLED = "_sampled"  # behind the names of metrics of answers that are not greedy
-PAD, UNK, END = 0, 1, 2
-SPECIAL_TOKENS = ("<pad>", "<unk>", "end")
+END, FIRST_SYMBOL = FIRST_WORD, FIRST_WORD + 1
+SAMPLED = {"sampled": True}  # parameter of metrics of answers that are not greedy
 
 
 def symbol_tokenizer(
     symbols: Sequence[str], numbers: int, *, spaces: str = r"\s"
 ) -> PreTrainedTokenizerFast:
     """One token per symbol (a single character) and per integer from 0 to `numbers` - 1, after
-    `<pad> <unk> end`.
+    `<pad> <unk> end`, where `end` is the end-of-sequence token.
 
-    `end` is the end-of-sequence token. Text needs no white space but between two integers; decoding
-    joins with single spaces.
+    Text needs no white space but between two integers.
 
     Args:
+        symbols: their tokens start at `FIRST_SYMBOL`, in this order.
+        numbers: how many integers; their tokens come after those of the symbols.
         spaces: the characters that separate tokens and are none themselves, as inside the brackets
             of a regular expression.
     """
-    words = (*SPECIAL_TOKENS, *symbols, *map(str, range(numbers)))
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = InTurn(
-        [Split(Regex(f"[{spaces}]+"), "removed"), Split(Regex(r"\d+|\D"), "isolated")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="end",
-        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-def row_keys(rows: np.ndarray) -> np.ndarray:
-    """(P, n) -> (P,) one opaque value per row, equal exactly where rows are."""
-    rows = np.ascontiguousarray(rows)
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
-
-
-class AnswerRows(Rows):
-    """Rows `prompt answer` with labels on the answer alone.
-
-    Args:
-        tokens: (P, T + A), of any integer type. prompt_length: T.
-    """
-
-    def __init__(self, tokens: np.ndarray, prompt_length: int, seed: int | None = None) -> None:
-        super().__init__(len(tokens), seed)
-        self.tokens, self.prompt_length = tokens, prompt_length
-
-    def row(self, place: int) -> dict[str, Tensor]:
-        input_ids = torch.from_numpy(self.tokens[place].astype(np.int64))
-        labels = input_ids.clone()
-        labels[: self.prompt_length] = IGNORE
-        return {"input_ids": input_ids, "labels": labels}
+    splits = [
+        pre_tokenizers.Split(Regex(f"[{spaces}]+"), "removed"),
+        pre_tokenizers.Split(Regex(r"\d+|\D"), "isolated"),
+    ]
+    words = ("end", *symbols, *map(str, range(numbers)))
+    return word_tokenizer(words, end="end", pre_tokenizer=pre_tokenizers.Sequence(splits))
 
 
 def generate_answers(
@@ -81,18 +49,20 @@ def generate_answers(
     seed: int | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """The `length` tokens (P, A) with which a model continues each prompt, whatever they are: it is
-    not stopped at `end`.
+    """The `length` tokens (P, A) with which a model continues each prompt; it does not stop at
+    `end`.
 
     Args:
         prompts: (P, T) token ids.
+        length: A.
         seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every
-            problem and place that depends on nothing but the seed, so that two models meet the same
-            draws in whatever batches.
+            problem and position that depends on the seed alone, so that two models meet the same
+            draws, in batches of any size.
+        batch_size: prompts continued at a time.
     """
     found = np.empty((len(prompts), length), dtype=np.int64)
     draws = None if seed is None else np.random.default_rng(seed).random(found.shape)
-    with inference(model):
+    with evaluation_mode(model):
         for first in range(0, len(prompts), batch_size):
             rows, past = slice(first, first + batch_size), None
             input_ids = torch.from_numpy(prompts[rows].astype(np.int64)).to(model.device)
@@ -109,25 +79,26 @@ def _drawn(logits_BV: Tensor, u: np.ndarray) -> Tensor:
     """(B,) tokens of softmax(logits) by inversion of the uniform numbers u (B,)."""
     cumulative = logits_BV.float().softmax(-1).double().cumsum(-1)
     at = torch.from_numpy(u).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return (
-        torch.searchsorted(cumulative, at, right=True)
-        .squeeze(1)
-        .clamp(max=cumulative.shape[-1] - 1)
-    )
+    token = torch.searchsorted(cumulative, at, right=True).squeeze(1)
+    return token.clamp(max=cumulative.shape[-1] - 1)
 
 
 def forced_answers(
     model: SequenceModel, tokens: np.ndarray, prompt_length: int, *, batch_size: int = 256
 ) -> np.ndarray:
-    """(P, A) the most likely token at every place of the answer when all before it are the true
-    ones (P, T + A)."""
+    """(P, A) the most likely token at every position of the answer, given the true ones before it.
+
+    Args:
+        tokens: (P, T + A) prompts with their true answers.
+        prompt_length: T.
+        batch_size: problems read at a time.
+    """
     found = np.empty((len(tokens), tokens.shape[1] - prompt_length), dtype=np.int64)
-    with inference(model):
+    with evaluation_mode(model):
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             input_ids = torch.from_numpy(tokens[rows, :-1].astype(np.int64)).to(model.device)
             h_BTD, _ = model.step(input_ids, None)
-            found[rows] = (
-                model.next_token_logits(h_BTD[:, prompt_length - 1 :]).argmax(-1).cpu().numpy()
-            )
+            logits_BAV = model.next_token_logits(h_BTD[:, prompt_length - 1 :])
+            found[rows] = logits_BAV.argmax(-1).cpu().numpy()
     return found

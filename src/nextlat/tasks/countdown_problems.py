@@ -15,33 +15,28 @@ from enum import StrEnum
 
 import numpy as np
 
-from nextlat.errors import NextLatError
-from nextlat.tasks.answers import row_keys
+from nextlat.tasks.rows import redraw, row_keys
 
 OPERATIONS = "+*-/"  # in the order in which the search tries them
 BLOCK = 512  # problems searched at a time: their paths stay in the processor's cache
-ROUNDS = 1000  # of drawing again, up to 512 times each in a round, before a target counts as out of reach
 
 
 def first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """(P,) the path of the first solution that depth-first search finds, -1 where there is none.
 
     The search takes every pair in index order and for it + * - /, larger operand first for - and /,
-    difference 0 allowed, division exact; the result goes behind the remaining numbers; all numbers
+    difference 0 allowed, division exact; the result comes after the remaining numbers; all numbers
     must be used. Its tree is built level by level with the paths in the order of their visit, so
     that the first hit is the solution. A path that divides wrongly is NaN, which nothing equals.
 
     Args:
-        numbers: (P, n), n >= 2, from 1. targets: (P,), from 1.
+        numbers: (P, n), n >= 2, from 1.
+        targets: (P,), from 1.
     """
     # In single precision all integers up to 2^24 are exact, and so is every comparison with a
     # target below it.
-    exact = (
-        max(2, int(numbers.max(initial=2))) ** (numbers.shape[1] - 1)
-        < 2**24
-        > int(targets.max(initial=1))
-    )
-    dtype = np.float32 if exact else np.float64
+    largest = int(numbers.max(initial=2)) ** (numbers.shape[1] - 1)
+    dtype = np.float32 if max(largest, int(targets.max(initial=1))) < 2**24 else np.float64
     found = np.empty(len(numbers), dtype=np.int64)
     block = max(1, BLOCK >> max(0, 5 * (numbers.shape[1] - 4)))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -52,7 +47,7 @@ def first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _first_solutions(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    values = list(numbers.T[:, :, None])  # one (B, Q) array per number still there
+    values = list(numbers.T[:, :, None])  # one (B, Q) array per number that is left
     while len(values) > 2:
         values = _next_level(values)
     (a, b), t = values, targets[:, None]
@@ -84,7 +79,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
-    """(P, n - 1, 4) the equations of solution paths, as (left, index in OPERATIONS, right, result)."""
+    """(P, n - 1, 4) equations of solution paths, as (left, index in OPERATIONS, right, result)."""
     count, n = numbers.shape
     steps = []
     for m in range(2, n + 1):  # the last step is the lowest digit
@@ -108,15 +103,20 @@ def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Problems:
-    """P solvable problems: numbers (P, n), targets (P,), and the equations (P, n - 1, 4) of their
-    stored solutions."""
+    """P solvable problems.
+
+    Attributes:
+        numbers: (P, n).
+        targets: (P,).
+        equations: (P, n - 1, 4) of their stored solutions, see `equations`.
+    """
 
     numbers: np.ndarray
     targets: np.ndarray
     equations: np.ndarray
 
     def keys(self) -> np.ndarray:
-        """(P,) one value per problem, whatever the order of its numbers."""
+        """(P,) one value per problem, the same for every order of its numbers."""
         return _keys(self.numbers, self.targets)
 
 
@@ -136,45 +136,49 @@ def draw_problems(
     max_value: int,
     refused: np.ndarray | None = None,
 ) -> Problems:
-    """Random problems: a target of the given ones, then numbers 1..max_number, the numbers drawn
-    again until all is well.
+    """Random problems: a target, then numbers, which are drawn again until there is a solution, the
+    stored one has no number above `max_value`, and the problem is not refused.
 
-    All is well when there is a solution, the stored one has no number above `max_value`, and the
-    problem's key is not among `refused`.
+    Args:
+        targets: to draw from.
+        count: P.
+        rng: draws them.
+        numbers: n.
+        max_number: numbers are drawn from 1 to here.
+        max_value: see above.
+        refused: keys of problems that are drawn again.
 
     Raises:
         NextLatError: a target that cannot be reached, or hardly ever.
     """
-    drawn = Problems(
-        np.empty((count, numbers), dtype=np.int64),
-        rng.choice(targets, size=count),
-        np.empty((count, numbers - 1, 4), dtype=np.int64),
-    )
-    pending = np.arange(count)
-    for _ in range(ROUNDS):
-        if len(pending) == 0:
-            return drawn
-        tries = max(1, BLOCK // len(pending))
-        row = np.repeat(pending, tries)
-        tried = rng.integers(1, max_number + 1, size=(len(row), numbers))
-        paths = first_solutions(tried, drawn.targets[row])
-        solved = np.flatnonzero(paths >= 0)
-        row, tried = row[solved], tried[solved]
-        written = equations(tried, paths[solved])
-        good = written.max(axis=(1, 2), initial=0) <= max_value
+    chosen = rng.choice(targets, size=count)
+
+    def draw(rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        tried = rng.integers(1, max_number + 1, size=(len(rows), numbers))
+        written = np.zeros((len(rows), numbers - 1, 4), dtype=np.int64)
+        paths = first_solutions(tried, chosen[rows])
+        good = paths >= 0
+        written[good] = equations(tried[good], paths[good])
+        good &= written.max(axis=(1, 2)) <= max_value
         if refused is not None:
-            good &= ~np.isin(_keys(tried, drawn.targets[row]), refused)
-        row, first = np.unique(row[good], return_index=True)  # of several good ones, the first
-        drawn.numbers[row], drawn.equations[row] = tried[good][first], written[good][first]
-        pending = np.setdiff1d(pending, row, assume_unique=True)
-    raise NextLatError(
-        f"no problem with target {drawn.targets[pending[0]]} was found among {numbers} numbers up to {max_number}, often as it "
-        "was tried: choose other targets, more or larger numbers, or fewer tests."
+            good[good] = ~np.isin(_keys(tried[good], chosen[rows][good]), refused)
+        return [tried, written], good
+
+    drawn, written = redraw(
+        count,
+        draw,
+        lambda row: (
+            f"no problem with target {chosen[row]} was found among {numbers} numbers up to "
+            f"{max_number} in many attempts: choose other targets, more or larger numbers, or "
+            "fewer tests."
+        ),
+        tries=lambda pending, attempt: max(1, BLOCK // pending),
     )
+    return Problems(drawn, chosen, written)
 
 
 class Verdict(StrEnum):
-    """What an answer comes to: solved, or the first thing that is wrong with it in reading order."""
+    """Of an answer: solved, or the first thing that is wrong with it in reading order."""
 
     SOLVED = "solved"
     NO_END = "no end"
@@ -192,7 +196,7 @@ Equation = tuple[int, str, int, int]  # left, operation, right, result
 
 def arithmetic(equation: Equation) -> Verdict:
     """SOLVED when the equation is true; a difference below 0 and a division with a remainder or by
-    0 are not, whatever is given."""
+    0 never are."""
     a, operation, b, result = equation
     if operation == "-" and a < b:
         return Verdict.NEGATIVE
@@ -203,8 +207,8 @@ def arithmetic(equation: Equation) -> Verdict:
 
 
 def judge(numbers: Sequence[int], target: int, given: Sequence[Equation]) -> Verdict:
-    """Any derivation counts that uses each number and each intermediate result once, in true
-    equations, the target last.
+    """The verdict on a derivation: any counts that uses each number and each intermediate result
+    once, in true equations, the target last.
 
     With n - 1 equations and nothing used twice, nothing can be left over.
     """

@@ -1,73 +1,144 @@
-"""Hidden Markov models: does the hidden state of the transformer hold the exact belief state?
-(ours)
+"""Hidden Markov models: does the state of the transformer hold the exact belief state? (ours)
 
 The theorem of arXiv 2511.05963 says that a transformer which predicts its own next latent state
 exactly carries a belief state, a sufficient statistic of the past. Here that state is known: the
 posterior over hidden states, by forward filtering. A row is `begin x_1 ... x_L`; the state at
 `begin` stands for the stationary distribution.
 
-Shapes: P sequences, L tokens a sequence, S hidden states, M symbols, D width, V vocabulary.
+Shapes: P sequences, L tokens of a sequence, S hidden states, M symbols, D width, V vocabulary.
 """
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
+from nextlat.results import Measurement, Metric, Picture
 from nextlat.scores import Score, mean_score, ratio_score
-from nextlat.tasks.answers import AnswerRows, row_keys
-from nextlat.tasks.hidden_markov import HiddenMarkov
-from nextlat.tasks.streets.rides import inference
-from nextlat.tasks.task import STREAM, Metric, Task
+from nextlat.tasks.hmm_process import HiddenMarkov
+from nextlat.tasks.rows import Rows, Stream, redraw, row_keys
+from nextlat.tasks.task import (
+    FIRST_WORD,
+    NEXTLAT,
+    OURS,
+    Length,
+    Measure,
+    Seed,
+    Task,
+    TaskConfig,
+    TestCount,
+    check_size,
+    word_tokenizer,
+    world_fingerprint,
+)
 
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
-
-BEGIN, FIRST_SYMBOL = 2, 3
-SPECIAL_TOKENS = ("<pad>", "<unk>", "begin")
-ROWS_PER_CHUNK, CACHED_CHUNKS = 1024, 4
-ROUNDS = 1000  # of drawing again the sequences that are held out
-BELIEFS, POINTS = "beliefs.json", 2000
+BEGIN, FIRST_SYMBOL = FIRST_WORD, FIRST_WORD + 1
+ROWS_PER_CHUNK = 1024
+POINTS = 2000  # beliefs in the picture
 BATCH = 128  # sequences measured at a time
 
+_declare = partial(Metric, source=OURS, items="sequences")
+BELIEF_R2 = _declare(
+    name="belief_r2",
+    title="Belief state, R\N{SUPERSCRIPT TWO}",
+    noun="share of the belief's variance that a linear probe reads off the state",
+    definition="How much of the variance of the exact belief (the probabilities of the hidden "
+    "states given all symbols so far) a linear probe of the transformer's state explains, fitted "
+    "on half of the held-out sequences and read on the others; 1 = all.",
+    unit="number",
+)
+NEXT_TOKEN_KL = _declare(
+    name="next_token_kl",
+    title="KL from the exact distribution",
+    noun="divergence from the exact next-token distribution",
+    definition="KL divergence of the model's next-token distribution from the exact one, which is "
+    "known here; nats, mean over positions.",
+    unit="nats",
+    higher_is_better=False,
+)
+ENTROPY_FLOOR = _declare(
+    name="entropy_floor",
+    title="Entropy of the process",
+    definition="Mean entropy of the exact next-token distribution at the same positions, below "
+    "which no cross-entropy can lie; of the data, not of a model.",
+    unit="nats",
+    higher_is_better=None,
+    headline=False,
+)
+TRANSITION_ERROR = _declare(
+    name="transition_consistency_error",
+    title="Transition consistency error",
+    definition="How far the latent dynamics model misses the next state, divided by how far the "
+    "state moves: sums of ||p(h, x) \N{MINUS SIGN} h'|| and of ||h' \N{MINUS SIGN} h|| over all "
+    "held-out sequences; 0 = exact. Without such a model there is none.",
+    source=f"{OURS}, after the theorem of {NEXTLAT}",
+    unit="number",
+    higher_is_better=False,
+)
+PICTURE = Picture(
+    kind="simplex",
+    file="beliefs.json",
+    title="Beliefs in the model's state",
+    text="Read off the state by a linear probe, on held-out sequences.",
+)
 
-@dataclass(frozen=True)
-class HMMConfig:
+
+class HMMConfig(TaskConfig):
     """Settings of the task.
 
     Attributes:
         process: mess3 (alpha, x), random (states, symbols, concentration, process_seed), or given
             (transition, emission).
-        alpha, x: see `HiddenMarkov.mess3`; the defaults are those of Shai et al., arXiv 2405.15943.
-        states, symbols, concentration, process_seed: see `HiddenMarkov.random`.
-        transition, emission: rows of probabilities, P(next state | state) and P(symbol | state).
-        length: tokens of a sequence, besides `begin`. tests: held-out sequences, which never occur
-            in training.
+        alpha: see `HiddenMarkov.mess3`; the default is that of Shai et al., arXiv 2405.15943.
+        x: likewise.
+        states: S, see `HiddenMarkov.random`.
+        symbols: M.
+        concentration: of the Dirichlet distribution; below 0.01 its rows are zeros and ones only.
+        process_seed: of the random matrices.
+        transition: rows of probabilities, P(next state | state).
+        emission: rows of probabilities, P(symbol | state).
+        length: tokens of a sequence, besides `begin`.
+        tests: held-out sequences, which never occur in training.
     """
 
     process: Literal["mess3", "random", "given"] = "mess3"
-    alpha: float = 0.85
-    x: float = 0.05
-    states: int = 4
-    symbols: int = 4
-    concentration: float = 0.5
-    process_seed: int = 0
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.85
+    x: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    states: Annotated[int, Field(ge=2, le=1000)] = 4
+    symbols: Annotated[int, Field(ge=2, le=100_000)] = 4
+    concentration: Annotated[float, Field(ge=0.01, le=1e6)] = 0.5
+    process_seed: Seed = 0
     transition: tuple[tuple[float, ...], ...] | None = None
     emission: tuple[tuple[float, ...], ...] | None = None
-    length: int = 32
-    tests: int = 1000
+    length: Annotated[Length, Field(ge=2)] = 32
+    tests: Annotated[TestCount, Field(ge=4)] = 1000
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        belongs_to = {
+            "alpha": "mess3", "x": "mess3", "states": "random", "symbols": "random",
+            "concentration": "random", "process_seed": "random",
+        }  # fmt: skip
+        process = f'task.process = "{self.process}"'
+        matrices = [self.transition is not None, self.emission is not None]
+        if self.process == "given" and not all(matrices):
+            raise ValueError(f"{process} needs both task.transition and task.emission")
+        if self.process != "given" and any(matrices):
+            raise ValueError(f'{process} has its own matrices: remove them, or set it to "given"')
+        for name, owner in belongs_to.items():
+            default = type(self).model_fields[name].default
+            if owner != self.process and getattr(self, name) != default:
+                raise ValueError(f"task.{name} has no meaning with {process}: remove it")
+        states = len(self.transition) if self.transition is not None else self.states
+        check_size(self.tests, self.length * states)
+        return self
 
     def build(self) -> "HMM":
         return HMM(self)
@@ -76,83 +147,89 @@ class HMMConfig:
         """The process that the settings name.
 
         Raises:
-            NextLatError: see `HiddenMarkov`; or matrices that are missing, or would be ignored.
+            NextLatError: see `HiddenMarkov.of`.
         """
-        given = self.transition is not None or self.emission is not None
-        if self.process != "given":
-            if given:
-                raise NextLatError(
-                    f'task.process = "{self.process}" has its own matrices: remove them, or set it to "given".'
-                )
-            if self.process == "mess3":
-                return HiddenMarkov.mess3(self.alpha, self.x)
+        if self.process == "mess3":
+            return HiddenMarkov.mess3(self.alpha, self.x)
+        if self.transition is None or self.emission is None:
             return HiddenMarkov.random(
                 self.states, self.symbols, self.concentration, self.process_seed
-            )
-        if self.transition is None or self.emission is None:
-            raise NextLatError(
-                'task.process = "given" needs both task.transition and task.emission.'
             )
         return HiddenMarkov.of(self.transition, self.emission)
 
 
 class HMM(Task):
-    """See the module. Held-out sequences are a function of the configuration alone, those of
-    training of the seed too."""
+    """See the module. Held-out sequences are a function of the settings alone, those of training of
+    the seed too."""
 
     name = "hmm"
-    higher_is_better: Mapping[str, bool] = {
-        "belief_r2": True,
-        "next_token_kl": False,
-        "transition_consistency_error": False,
-    }
+    title = "Hidden Markov model"
 
     def __init__(self, config: HMMConfig) -> None:
-        if config.length < 2 or config.tests < 4:
-            raise NextLatError("the HMM task needs length >= 2 and tests >= 4.")
         self.config = config
         self.process = config.hidden_markov()
         self.max_length = config.length + 1
-        words = (*SPECIAL_TOKENS, *map(str, range(self.process.emission.shape[1])))
-        core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        core.pre_tokenizer = WhitespaceSplit()
-        self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="begin",
-            model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
-        )  # fmt: skip
+        symbols = map(str, range(self.process.emission.shape[1]))
+        self.tokenizer = word_tokenizer(("begin", *symbols), begin="begin")
         self._held_out = self.process.sample(config.tests, config.length, np.random.default_rng(0))
         if np.ptp(self.beliefs, axis=(0, 1)).max() < 1e-9:
             raise NextLatError(
-                "the symbols of this HMM tell nothing about its states: there is no belief to be found."
+                "the symbols of this HMM tell nothing about its states: there is no belief to be "
+                "found."
             )
 
     def rows(self, symbols: np.ndarray) -> Tensor:
         """(P, L) symbols -> (P, L + 1) token ids."""
-        return torch.nn.functional.pad(
-            torch.from_numpy(symbols.astype(np.int64)) + FIRST_SYMBOL, (1, 0), value=BEGIN
+        ids = torch.from_numpy(symbols.astype(np.int64)) + FIRST_SYMBOL
+        return torch.nn.functional.pad(ids, (1, 0), value=BEGIN)
+
+    def train_dataset(self, seed: int) -> Stream:
+        """Sequences of which none is held out.
+
+        Raises:
+            NextLatError: hardly any sequence is left that is not held out.
+        """
+        stream = Stream(self._chunk, ROWS_PER_CHUNK, seed)
+        stream[0]  # a world too small to train in is refused at once
+        return stream
+
+    def _chunk(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        refused = row_keys(self._held_out)
+
+        def draw(rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+            symbols = self.process.sample(len(rows), self.config.length, rng)
+            return [symbols], ~np.isin(row_keys(symbols), refused)
+
+        [symbols] = redraw(
+            ROWS_PER_CHUNK,
+            draw,
+            lambda _: (
+                "nearly all sequences of this HMM are held out: set task.length higher or "
+                "task.tests lower."
+            ),
         )
+        ids = self.rows(symbols)
+        return {"input_ids": ids, "labels": ids}
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        return SampledRows(self, seed)
-
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return AnswerRows(
-            self.rows(self._held_out).numpy(), prompt_length=1
-        )  # every token but `begin` is predicted
+    def eval_dataset(self) -> Rows:
+        ids = self.rows(self._held_out)
+        return Rows({"input_ids": ids}, prompt_length=1)  # every token but `begin` is predicted
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.config).encode())
-        for x in (self.process.transition, self.process.emission, self._held_out):
-            digest.update(x.tobytes())
-        return digest.hexdigest()[:16]
+        process = self.process
+        return world_fingerprint(self.config, process.transition, process.emission, self._held_out)
 
     def prompts(self, count: int) -> list[Tensor]:
         """The first halves of held-out sequences."""
         return list(self.rows(self._held_out[:count, : self.config.length // 2]))
 
-    def metrics(self) -> Mapping[str, Metric]:
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return [BELIEF_R2, NEXT_TOKEN_KL, ENTROPY_FLOOR, TRANSITION_ERROR]
+
+    def measures(self) -> Mapping[str, Measure]:
         return {
-            "belief state": lambda model: {"belief_r2": self.belief_probe(model).r2},
+            "belief state": lambda model: [Measurement(BELIEF_R2, self.belief_probe(model)[0])],
             "next-token distribution": self.distributions,
             "transition consistency": self.transition_consistency,
         }
@@ -162,150 +239,85 @@ class HMM(Task):
         """(P, L + 1, S) exact beliefs of the held-out sequences."""
         return self.process.beliefs(self._held_out)
 
-    def states(self, model: "ObjectiveModel") -> Tensor:
+    def states(self, model: ObjectiveModel) -> Tensor:
         """(P, L + 1, D) states of the transformer on the held-out sequences, from `begin` on, in
         fp32 on the CPU."""
         rows = self.rows(self._held_out).split(BATCH)
-        with inference(model):
+        with evaluation_mode(model):
             return torch.cat(
                 [model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows]
             )
 
-    def belief_probe(self, model: "ObjectiveModel") -> "Probe":
-        """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on
-        half of the sequences, read on the rest."""
+    def belief_probe(self, model: ObjectiveModel) -> tuple[Score, np.ndarray]:
+        """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on the
+        first half of the held-out sequences, read on the others, which are the items.
+
+        Returns:
+            1 - SSE / SST over all positions and coordinates, and the decoded beliefs (P / 2, L, S).
+        """
         half = self.config.tests // 2
         h, true = self.states(model)[:, 1:].double().numpy(), self.beliefs[:, 1:]
         h = np.concatenate([h, np.ones((*h.shape[:2], 1))], axis=2)
         fit_h, fit_true = h[:half].reshape(-1, h.shape[2]), true[:half].reshape(-1, true.shape[2])
-        weights = np.linalg.lstsq(fit_h, fit_true, rcond=None)[0]
-        return Probe(self._held_out[half:], true[half:], h[half:] @ weights)
+        decoded = h[half:] @ np.linalg.lstsq(fit_h, fit_true, rcond=None)[0]
+        true = true[half:]
+        variation = ((true - true.mean(axis=(0, 1))) ** 2).sum(axis=(1, 2))
+        error = ((true - decoded) ** 2).sum(axis=(1, 2))
+        return ratio_score(variation - error, variation), decoded
 
-    def distributions(self, model: "ObjectiveModel") -> dict[str, Score]:
-        """`next_token_kl`: KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1;
-        the items are the sequences.
-
-        The model's distribution is that over its whole vocabulary. `entropy_floor`: mean entropy of
-        the exact distribution at the same places, below which no model's cross-entropy can lie.
-        """
+    def distributions(self, model: ObjectiveModel) -> list[Measurement]:
+        """KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1, where the model's
+        distribution is that over its whole vocabulary; and the mean entropy of the exact
+        distribution at the same positions. The items are the sequences."""
         p = self.process.next_symbol(self.beliefs[:, :-1])
         log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
+        symbols = slice(FIRST_SYMBOL, FIRST_SYMBOL + p.shape[-1])
         log_q = []
-        with inference(model):
+        with evaluation_mode(model):
             for ids in self.rows(self._held_out)[:, :-1].split(BATCH):
                 h_BTD, _ = model.step(ids.to(model.device))
                 logits = model.next_token_logits(h_BTD).double().cpu()
-                log_q.append(
-                    logits.log_softmax(-1)[..., FIRST_SYMBOL : FIRST_SYMBOL + p.shape[-1]].numpy()
-                )
+                log_q.append(logits.log_softmax(-1)[..., symbols].numpy())
         kl = (p * (log_p - np.concatenate(log_q))).sum(axis=-1)
-        return {
-            "next_token_kl": mean_score(kl.mean(axis=1)),
-            "entropy_floor": mean_score(-(p * log_p).sum(axis=-1).mean(axis=1)),
-        }
+        entropy = -(p * log_p).sum(axis=-1)
+        return [
+            Measurement(NEXT_TOKEN_KL, mean_score(kl.mean(axis=1))),
+            Measurement(ENTROPY_FLOOR, mean_score(entropy.mean(axis=1))),
+        ]
 
-    def transition_consistency(self, model: "ObjectiveModel") -> dict[str, Score]:
+    def transition_consistency(self, model: ObjectiveModel) -> list[Measurement]:
         """How far the latent dynamics model misses, against how far the state moves; 0 = exact.
         Empty where there is no such model.
 
         sum_t ||p_psi(h_t, x_{t+1}) - h_{t+1}|| / sum_t ||h_{t+1} - h_t|| over all held-out
-        sequences, which are the items. (A mean of the ratios would hang on the few places where the
-        state hardly moves.)
+        sequences, which are the items. (A mean of the ratios would hang on the few positions where
+        the state hardly moves.)
         """
         dynamics = getattr(model.objective, "dynamics", None)
         if dynamics is None:
-            return {}
+            return []
         missed, moved = [], []
-        with inference(model):
-            for ids, h in zip(
-                self.rows(self._held_out).split(BATCH), self.states(model).split(BATCH), strict=True
-            ):
+        rows, states = self.rows(self._held_out).split(BATCH), self.states(model).split(BATCH)
+        with evaluation_mode(model):
+            for ids, h in zip(rows, states, strict=True):
                 e = model.backbone.embed(ids[:, 1:].to(model.device))
                 predicted = dynamics(h[:, :-1].to(model.device), e).float().cpu()
                 missed.append((predicted - h[:, 1:]).norm(dim=-1).sum(dim=1))
                 moved.append((h[:, 1:] - h[:, :-1]).norm(dim=-1).sum(dim=1))
-        return {
-            "transition_consistency_error": ratio_score(
-                torch.cat(missed).numpy(), torch.cat(moved).numpy()
-            )
-        }
+        score = ratio_score(torch.cat(missed).numpy(), torch.cat(moved).numpy())
+        return [Measurement(TRANSITION_ERROR, score)]
 
-    def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """beliefs.json: true and decoded beliefs at 2,000 places, with the symbol read last, to
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
+        """beliefs.json: true and decoded beliefs at 2,000 positions, with the symbol read last, to
         draw the simplex from."""
-        probe = self.belief_probe(model)
-        states = probe.true.shape[-1]
-        places = np.linspace(0, probe.symbols.size - 1, min(POINTS, probe.symbols.size)).astype(
-            np.int64
-        )
-        return {
-            BELIEFS: {
-                "process": self.config.process,
-                "transition": self.process.transition.tolist(),
-                "emission": self.process.emission.tolist(),
-                "r2": probe.r2.value,
-                "symbol": probe.symbols.reshape(-1)[places].tolist(),
-                "true": probe.true.reshape(-1, states)[places].round(5).tolist(),
-                "decoded": probe.decoded.reshape(-1, states)[places].round(5).tolist(),
-            }
+        r2, decoded = self.belief_probe(model)
+        half = self.config.tests // 2
+        true, symbols = self.beliefs[half:, 1:], self._held_out[half:]
+        chosen = np.linspace(0, symbols.size - 1, min(POINTS, symbols.size)).astype(np.int64)
+        record = {
+            "r2": r2.value,
+            "symbol": symbols.reshape(-1)[chosen].tolist(),
+            "true": true.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
+            "decoded": decoded.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
         }
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """What a linear probe reads on sequences that it was not fitted on: symbols (P, L), true and
-    decoded beliefs (P, L, S)."""
-
-    symbols: np.ndarray
-    true: np.ndarray
-    decoded: np.ndarray
-
-    @property
-    def r2(self) -> Score:
-        """1 - SSE / SST over all places and coordinates; the items are the sequences."""
-        variation = ((self.true - self.true.mean(axis=(0, 1))) ** 2).sum(axis=(1, 2))
-        error = ((self.true - self.decoded) ** 2).sum(axis=(1, 2))
-        return ratio_score(variation - error, variation)
-
-
-class SampledRows(Dataset[dict[str, Tensor]]):
-    """An endless stream of sequences, none of them a held-out one, made in chunks when asked for.
-
-    Raises:
-        NextLatError: hardly any sequence is left that is not held out.
-    """
-
-    def __init__(self, task: HMM, seed: int) -> None:
-        self.task, self.seed = task, seed
-        self._refused = row_keys(task._held_out)
-        self._chunks: OrderedDict[int, Tensor] = OrderedDict()
-        self._chunk(0)  # a world too small to train in is refused at once
-
-    def __len__(self) -> int:
-        return STREAM
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        chunk, row = divmod(index, ROWS_PER_CHUNK)
-        input_ids = self._chunk(chunk)[row]
-        return {"input_ids": input_ids.clone(), "labels": input_ids.clone()}
-
-    def _chunk(self, number: int) -> Tensor:
-        if number not in self._chunks:
-            process, length = self.task.process, self.task.config.length
-            rng = np.random.default_rng((self.seed, number))
-            symbols = process.sample(ROWS_PER_CHUNK, length, rng)
-            for _ in range(ROUNDS):
-                again = np.flatnonzero(np.isin(row_keys(symbols), self._refused))
-                if len(again) == 0:
-                    break
-                symbols[again] = process.sample(len(again), length, rng)
-            else:
-                raise NextLatError(
-                    "nearly all sequences of this HMM are held out: set task.length higher or task.tests lower."
-                )
-            while len(self._chunks) >= CACHED_CHUNKS:
-                self._chunks.popitem(last=False)
-            self._chunks[number] = self.task.rows(symbols)
-        return self._chunks[number]
+        return [(PICTURE, record)]

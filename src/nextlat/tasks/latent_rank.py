@@ -1,34 +1,34 @@
-"""Effective latent rank of a model: how many directions its hidden states really use (arXiv
-2511.05963).
+"""Effective latent rank: how many directions a model's hidden states really use (arXiv 2511.05963).
 
 Shapes: R rows, T tokens, D width.
 """
-
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nextlat.backbone import Backbone
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import Batch
-from nextlat.scores import Score, jackknife_score, rank_of_factor, triangular_factor
-from nextlat.tasks.streets.rides import inference
+from nextlat.model import ObjectiveModel
+from nextlat.results import Metric
+from nextlat.scores import Score, effective_rank, jackknife_score, triangular_factor
+from nextlat.tasks.task import NEXTLAT
 
-
-class LatentModel(Protocol):
-    """What the latent rank needs of a model: `backbone.hidden(batch) -> h_BTD`, the transformer's
-    states of whole rows."""
-
-    @property
-    def backbone(self) -> Backbone: ...
-
-    @property
-    def device(self) -> torch.device: ...
+EFFECTIVE_LATENT_RANK = Metric(
+    name="effective_latent_rank",
+    title="Effective latent rank",
+    definition="Exponential of the entropy of the normalised singular values of the hidden states "
+    "of held-out rows: how many dimensions they fill.",
+    source=f"Roy & Vetterli 2007; {NEXTLAT}",
+    unit="number",
+    higher_is_better=False,
+    items="groups of rows (jackknife)",
+    published="effective_latent_rank",
+)
 
 
 def latent_rank(
-    model: LatentModel,
+    model: ObjectiveModel,
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -36,38 +36,40 @@ def latent_rank(
     batch_size: int = 32,
     groups: int = 16,
 ) -> Score:
-    """Effective rank of the hidden states of whole rows; 256 rows of 256 tokens in arXiv
-    2511.05963. Lower is more compact.
+    """Effective rank of the hidden states of whole rows (in the paper 256 rows of 256 tokens).
 
-    The states are the transformer's own, whatever an objective makes of them, of every position
-    that is no padding, prompts included; see `metrics.effective_rank` for the definition. The error
-    is a jackknife over `groups` groups of rows.
+    The states are the transformer's own, before an objective changes them, of every position that
+    is not padding, prompts included. See `scores.effective_rank` for the definition. The error
+    is a jackknife over groups of rows.
 
     Args:
-        input_ids, position_ids, attention_mask: (R, T) rows as the dataset packs them.
+        input_ids: (R, T) rows as a dataset packs them.
+        position_ids: (R, T), likewise.
+        attention_mask: (R, T), likewise.
+        batch_size: rows in a forward pass.
+        groups: of the jackknife, at most one per row.
 
     Raises:
         ValueError: states that are not finite.
     """
     groups = min(groups, len(input_ids))
     factors = []
-    with inference(model):
+    with evaluation_mode(model):
         for group in np.array_split(np.arange(len(input_ids)), groups):
             states = []
             for first in range(0, len(group), batch_size):
                 rows = torch.from_numpy(group[first : first + batch_size])
-                ids, positions, mask = (
+                ids = input_ids[rows].to(model.device)
+                positions, mask = (
                     None if x is None else x[rows].to(model.device)
-                    for x in (input_ids, position_ids, attention_mask)
+                    for x in (position_ids, attention_mask)
                 )
-                assert ids is not None
                 h_BTD = model.backbone.hidden(Batch.from_inputs(ids, ids, positions, mask))
                 states.append(h_BTD.flatten(0, 1) if mask is None else h_BTD[mask.bool()])
             factors.append(triangular_factor(torch.cat(states)))
-        value = rank_of_factor(torch.cat(factors))
-        without = (
-            [rank_of_factor(torch.cat(factors[:i] + factors[i + 1 :])) for i in range(groups)]
-            if groups > 1
-            else [value]
-        )
+        value = effective_rank(torch.cat(factors))
+        without = [
+            effective_rank(torch.cat(factors[:i] + factors[i + 1 :])) if groups > 1 else value
+            for i in range(groups)
+        ]
     return jackknife_score(value, without)

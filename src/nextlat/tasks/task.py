@@ -1,87 +1,85 @@
-"""The contract of a benchmark task: data made or loaded from a seed, a tokenizer, and metrics."""
+"""The contract of a benchmark task: a world made or loaded from a seed, its tokenizer, its metrics.
 
+Beside it what several tasks need: the word-level tokenizer, data directories, and the guard for
+measuring. Rows are in `tasks.rows`.
+"""
+
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import PreTokenizer, WhitespaceSplit
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nextlat.scores import Score
+from nextlat.batch import Batch
+from nextlat.model import ObjectiveModel
+from nextlat.results import Chart, Measurement, Metric, Picture, Published, Solved
+from nextlat.scores import Score, ratio_score
+from nextlat.validation import Settings
 
-if TYPE_CHECKING:  # the tasks know a model by what it does, and import none
-    from nextlat.model import ObjectiveModel
+PAD, UNK, FIRST_WORD = 0, 1, 2  # token ids of every word-level tokenizer
 
-STREAM = 2**40  # rows that a training stream announces: more than anyone trains on
-Metric = Callable[["ObjectiveModel"], Mapping[str, Score | list[float]]]
+NEXTLAT = "Teoh et al., arXiv 2511.05963"  # sources of metrics and published figures
+OURS = "ours"
+
+RowCount = Annotated[int, Field(ge=1, le=10**9)]
+TestCount = Annotated[int, Field(ge=2, le=10**7)]  # fewer than two items have no error
+Length = Annotated[int, Field(ge=1, le=2**20)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]
+MAX_TOKENS = 2**33  # of all rows of a task
+
+Measure = Callable[[ObjectiveModel], Iterable[Measurement | Chart]]
 
 
-def find_data(path: str, *, file: bool = False) -> Path | None:
-    """A data directory (or file): as given, or below $NEXTLAT_DATA (default: shared/data beside the
-    working directory)."""
-    places = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
-    return next((place for place in places if (place.is_file() if file else place.is_dir())), None)
-
-
-class Rows(Dataset[dict[str, Tensor]], ABC):
-    """`count` rows: a stream of epochs, each in an order of its own by (seed, epoch), or once in
-    order (seed None)."""
-
-    def __init__(self, count: int, seed: int | None) -> None:
-        self.count, self.seed = count, seed
-        self._epoch, self._order = -1, np.arange(count)
+class TaskConfig(Settings, ABC):
+    """Base class of the settings of a task."""
 
     @abstractmethod
-    def row(self, place: int) -> dict[str, Tensor]:
-        """The row that stands at a place before any shuffling."""
+    def build(self) -> "Task":
+        """The task with these settings.
 
-    def __len__(self) -> int:
-        return self.count if self.seed is None else STREAM
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        epoch, place = divmod(index, self.count)
-        if self.seed is not None and epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng((self.seed, epoch)).permutation(self.count),
-            )
-        return self.row(int(self._order[place]))
+        Raises:
+            NextLatError: settings that no world has, or data that are not there.
+        """
 
 
 class Task(ABC):
-    """One benchmark with its world, built from a task configuration.
+    """One benchmark with its world, built from a `TaskConfig`.
 
     Attributes:
         name: as in recipes and results.
-        tokenizer: of the task's language; its length is the vocabulary size of the model.
+        title: in reports.
+        published: what the paper reports on it.
+        solved: when a seed counts as having solved it; None where that is not asked.
+        tokenizer: of the task's language; see `vocabulary_size`.
         max_length: tokens of the longest sequence that training or evaluation uses.
-        higher_is_better: for every metric that is compared, whether more of it is better.
     """
 
-    name: str
+    name: ClassVar[str]
+    title: ClassVar[str]
+    published: ClassVar[Published | None] = None
+    solved: Solved | None = None
     tokenizer: PreTrainedTokenizerFast
     max_length: int
-    higher_is_better: Mapping[str, bool]
 
     @abstractmethod
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        """A stream of training rows, long enough never to end: item i depends on (seed, i) and on
-        nothing else."""
+        """A stream of training rows that never ends: item i depends on (seed, i) alone."""
 
     @abstractmethod
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
         """Held-out rows for the evaluation loss."""
-
-    @abstractmethod
-    def metrics(self) -> Mapping[str, Metric]:
-        """What is measured on a trained model: each entry returns one or several named scores (or a
-        curve, as a list)."""
 
     @abstractmethod
     def prompts(self, count: int) -> list[Tensor]:
@@ -93,6 +91,119 @@ class Task(ABC):
         """Hash of the world (not of the model): a run is only ever evaluated in the world it was
         trained in."""
 
-    def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """Files beside results.json that the report draws from: name -> JSON-ready content."""
-        return {}
+    @property
+    @abstractmethod
+    def metrics(self) -> Sequence[Metric]:
+        """All that this task may measure, in the order of the report."""
+
+    @abstractmethod
+    def measures(self) -> Mapping[str, Measure]:
+        """What is shown while it is measured -> the measurement of a trained model.
+
+        Together they give measurements of `metrics`, in that order, and charts. One that a model
+        does not allow is left out.
+        """
+
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
+        """Files beside results.json, with their JSON content, that a report draws from."""
+        return ()
+
+
+class SequenceModel(Protocol):
+    """What most metrics need of a model: `nextlat.model.ObjectiveModel` has it, and so have the
+    exact world models of the tests.
+
+    `step(input_ids_BT, past) -> (h_BTD, past)` reads a few more tokens. The cache is opaque but for
+    `batch_select_indices(indices)`, in place, as in `transformers.Cache`.
+    """
+
+    def step(self, input_ids: Tensor, past_key_values: Any = None, /) -> tuple[Tensor, Any]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def next_token_logits(self, h: Tensor, /) -> Tensor: ...
+
+
+def held_out_cross_entropy(
+    model: ObjectiveModel, dataset: Dataset[dict[str, Tensor]], *, batch_size: int = 1
+) -> Score:
+    """Cross-entropy in nats per scored token; the items are the rows.
+
+    Args:
+        dataset: held-out rows.
+        batch_size: rows in a forward pass, of equal length if more than one.
+    """
+    sums, counts = [], []
+    for rows in DataLoader(dataset, batch_size=batch_size):
+        batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
+        row_sums, row_counts = model.next_token_loss(batch)
+        sums += row_sums.tolist()
+        counts += row_counts.tolist()
+    return ratio_score(sums, counts)
+
+
+def word_tokenizer(
+    words: Sequence[str],
+    *,
+    begin: str | None = None,
+    end: str | None = None,
+    pre_tokenizer: PreTokenizer | None = None,
+) -> PreTrainedTokenizerFast:
+    """One token per word, after `<pad>` and `<unk>`; decoding joins with single spaces.
+
+    Args:
+        words: distinct; the token of words[i] is `FIRST_WORD` + i.
+        begin: the beginning-of-sequence word.
+        end: the end-of-sequence word.
+        pre_tokenizer: splits a text into words; default: at white space.
+    """
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", *words))}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizer or WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token=begin,
+        eos_token=end,
+        # Where white space sets words apart, "end" must not be cut out of names that contain it.
+        split_special_tokens=pre_tokenizer is None,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a table of its tokens needs: the largest id + 1, which is more than `len(tokenizer)`
+    where there are gaps between the ids."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_size(rows: int, length: int) -> None:
+    """Refuse a number of rows of some length that no memory holds.
+
+    Raises:
+        ValueError: there are too many tokens.
+    """
+    if rows * length > MAX_TOKENS:
+        raise ValueError(
+            f"{rows:,} rows of {length:,} tokens are too many to be held in memory: take fewer"
+        )
+
+
+def world_fingerprint(config: TaskConfig, *data: np.ndarray) -> str:
+    """Hash of the settings that are not the defaults (so that a setting which comes with a later
+    version changes nothing) and of the data that they gave."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for array in data:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_data(path: str, *, file: bool = False) -> Path | None:
+    """A data directory (or file): as given, or below $NEXTLAT_DATA (default: shared/data beside the
+    working directory)."""
+    candidates = [Path(path), Path(os.environ.get("NEXTLAT_DATA", "../shared/data")) / path]
+    return next((p for p in candidates if (p.is_file() if file else p.is_dir())), None)

@@ -1,4 +1,4 @@
-"""The group word problem: follow a state that every token changes (Merrill, Petty & Sabharwal 2024;
+"""The group word problem: track a state that every token changes (Merrill, Petty & Sabharwal 2024;
 A5 in arXiv 2511.05963).
 
 A row is `begin a_1 ... a_n end` with i.i.d. uniform group elements, and the label of a_t is the
@@ -6,63 +6,114 @@ product a_1 a_2 ... a_t, accumulator on the left. Inputs and labels differ: the 
 losses is the label, while the latent dynamics model reads the next input. Without the token
 `begin`, rotary attention over a prefix of equal tokens could not tell a from aa.
 
-Shapes: S sequences, n elements a sequence, G order of the group.
+Shapes: S sequences, n elements of a sequence, G order of the group.
 """
 
-import hashlib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.scores import Score, mean_score
-from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.task import Metric, Rows, Task
+from nextlat.model import ObjectiveModel
+from nextlat.results import (
+    Chart,
+    Line,
+    Mark,
+    Measurement,
+    Metric,
+    Parameter,
+    Published,
+    Saying,
+)
+from nextlat.scores import mean_score
+from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
+from nextlat.tasks.rows import Rows
+from nextlat.tasks.task import (
+    FIRST_WORD,
+    NEXTLAT,
+    Length,
+    Measure,
+    RowCount,
+    Task,
+    TaskConfig,
+    TestCount,
+    check_size,
+    word_tokenizer,
+    world_fingerprint,
+)
 
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
-
-PAD, UNK, BEGIN, END, FIRST_ELEMENT = 0, 1, 2, 3, 4
-SPECIAL_TOKENS = ("<pad>", "<unk>", "begin", "end")
+BEGIN, END, FIRST_ELEMENT = FIRST_WORD, FIRST_WORD + 1, FIRST_WORD + 2
 VALIDATION_SHARE = 0.2  # of the distinct sequences (paper: 80 % train, 20 % validation)
+MAX_ORDER = 720
+
+Predictor = Literal["transformer", "dynamics"]
+
+
+def accuracy(predictor: Predictor, length: int) -> Metric:
+    """Accuracy at the last of `length` elements."""
+    parameters: Mapping[str, Parameter] = {"predictor": predictor, "length": length}
+    declare = partial(
+        Metric, name="accuracy", parameters=parameters, items="sequences", published=predictor
+    )
+    if predictor == "transformer":
+        return declare(
+            title=f"Transformer, {length} elements",
+            noun=f"accuracy of the transformer at {length} elements",
+            definition="Share of word problems whose last product the transformer predicts.",
+            source=f"Merrill, Petty & Sabharwal 2024; {NEXTLAT}",
+        )
+    return declare(
+        title=f"Dynamics alone, {length} elements",
+        noun=f"accuracy at {length} elements of the latent dynamics model run alone",
+        definition="The same for the latent dynamics model run alone, as an RNN, from the "
+        "transformer's first state.",
+        source=NEXTLAT,
+        counterpart=accuracy("transformer", length).key,
+        counterpart_name="the transformer of",
+        note="The dynamics model run alone is compared with the transformer of the baseline at the "
+        "same length.",
+    )
 
 
 @dataclass(frozen=True)
 class Group:
-    """A finite group as its Cayley table: `table[a, b]` is the index of the product a b, `names`
-    the elements' tokens."""
+    """A finite group as its Cayley table.
+
+    Attributes:
+        table: (G, G), `table[a, b]` is the index of the product a b.
+        names: tokens of the elements.
+    """
 
     table: np.ndarray
     names: tuple[str, ...]
 
 
 def group(name: str) -> Group:
-    """Z<n> (cyclic), S<n> (all permutations) or A<n> (the even ones); permutations compose as (p
-    q)(i) = p(q(i)).
+    """Z<n> (cyclic), S<n> (all permutations) or A<n> (the even ones); permutations compose as
+    (p q)(i) = p(q(i)).
 
     Raises:
         NextLatError: another name, or an order beyond 720.
     """
     match = re.fullmatch(r"([ZSA])(\d{1,3})", name)
     kind, n = (match[1], int(match[2])) if match else ("", 0)
-    if kind == "Z" and 2 <= n <= 720:
+    if kind == "Z" and 2 <= n <= MAX_ORDER:
         i = np.arange(n)
         return Group((i[:, None] + i) % n, tuple(map(str, range(n))))
     if kind not in ("S", "A") or not 2 + (kind == "A") <= n <= 6:
         raise NextLatError(
-            f"'{name}' is no group known here: use Z2 to Z720 (cyclic), S2 to S6 or A3 to A6 (permutations)."
+            f"'{name}' is not a group known here: use Z2 to Z{MAX_ORDER} (cyclic), S2 to S6 or A3 "
+            "to A6 (permutations)."
         )
     elements = [p for p in itertools.permutations(range(n)) if kind == "S" or _even(p)]
     index = {p: i for i, p in enumerate(elements)}
@@ -74,64 +125,70 @@ def _even(p: tuple[int, ...]) -> bool:
     return sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
 
 
-@dataclass(frozen=True)
-class WordProblemConfig:
+class WordProblemConfig(TaskConfig):
     """Settings of the task (defaults: the A5 experiment of arXiv 2511.05963).
 
     Attributes:
-        group: see `group`. length: elements of a training sequence.
-        sequences: distinct sequences in all, a fifth of them held out; fewer where the group has
-            not that many.
-        multiples: test lengths as multiples of `length` (paper: 1 and 3). tests: sequences per test
-            length.
+        group: see `group`.
+        length: elements of a training sequence.
+        sequences: distinct sequences in all, a fifth of them held out; fewer where the group does
+            not have that many.
+        multiples: test lengths as multiples of `length` (paper: 1 and 3).
+        tests: sequences per test length.
     """
 
     group: str = "A5"
-    length: int = 12
-    sequences: int = 1_000_000
-    multiples: tuple[int, ...] = (1, 2, 3)
-    tests: int = 2000
+    length: Length = 12
+    sequences: Annotated[RowCount, Field(ge=10)] = 1_000_000
+    multiples: Annotated[tuple[Length, ...], Field(min_length=1)] = (1, 2, 3)
+    tests: TestCount = 2000
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        check_size(self.sequences, self.length)
+        check_size(self.tests, self.length * max(self.multiples))
+        return self
 
     def build(self) -> "WordProblem":
         return WordProblem(self)
 
 
 class WordProblem(Task):
-    """See the module; the data are a function of the configuration alone, the order of training of
-    the seed."""
+    """See the module; the data are a function of the settings alone, the order of training of the
+    seed."""
 
     name = "word-problem"
+    title = "Word problem"
+    published: ClassVar[Published] = Published(
+        setting="A5, one million sequences of 12 elements, 2 layers of width 512, horizon 1",
+        source=f"{NEXTLAT}v4",
+        sayings=[
+            Saying(
+                methods=("NextLat",),
+                text="the dynamics model alone stays above 95 % at 36 elements, three times the "
+                "training length",
+                of="dynamics",
+            ),
+            Saying(
+                methods=("GPT", "NextLat"),
+                text="the transformer fails beyond the training length (12)",
+                of="transformer",
+            ),
+            Saying(methods=("GPT",), text="trained on 36 elements it fails too"),
+        ],
+    )
 
     def __init__(self, config: WordProblemConfig) -> None:
-        if (
-            config.length < 1
-            or config.sequences < 10
-            or config.tests < 2
-            or min(config.multiples, default=0) < 1
-        ):
-            raise NextLatError(
-                "the word problem needs length >= 1, sequences >= 10, tests >= 2 and multiples >= 1."
-            )
         self.config = config
         self.group = group(config.group)
         self.max_length = config.length * max(config.multiples) + 2
-        words = (*SPECIAL_TOKENS, *self.group.names)
-        core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        core.pre_tokenizer = WhitespaceSplit()
-        self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="begin", eos_token="end",
-            model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
-        )  # fmt: skip
-        self.higher_is_better = {
-            f"{who}_accuracy_{n}": True
-            for who in ("transformer", "dynamics")
-            for n in self._test_lengths()
-        }
-        self.higher_is_better["effective_latent_rank"] = False
-        self._train, self._held_out = _split(_distinct(len(self.group.names), config))
-
-    def _test_lengths(self) -> list[int]:
-        return [multiple * self.config.length for multiple in self.config.multiples]
+        self.tokenizer = word_tokenizer(
+            ("begin", "end", *self.group.names), begin="begin", end="end"
+        )
+        self._lengths = [multiple * config.length for multiple in config.multiples]
+        words = _distinct(len(self.group.names), config)
+        held_out = round(VALIDATION_SHARE * len(words))
+        self._train, self._held_out = words[held_out:], words[:held_out]
 
     def products(self, words: np.ndarray) -> np.ndarray:
         """(S, n) elements -> (S, n) running products, accumulator on the left."""
@@ -140,97 +197,96 @@ class WordProblem(Task):
             out[:, t] = self.group.table[out[:, t - 1], out[:, t]]
         return out
 
-    def rows(self, words: np.ndarray) -> dict[str, Tensor]:
-        """(S, n) elements -> `input_ids` and `labels` (S, n + 2); the label of a_t stands one place
-        later, as always."""
+    def rows(self, words: np.ndarray) -> dict[str, np.ndarray]:
+        """(S, n) elements -> `input_ids` and `labels` (S, n + 2); the label of a_t stands one
+        position later, as always."""
         count, n = words.shape
-        ids = np.full((count, n + 2), END, dtype=np.int64)
-        ids[:, 0], ids[:, 1:-1] = BEGIN, words.astype(np.int64) + FIRST_ELEMENT
-        labels = np.full((count, n + 2), IGNORE, dtype=np.int64)
+        ids = np.full((count, n + 2), END, dtype=np.int16)
+        ids[:, 0], ids[:, 1:-1] = BEGIN, words + FIRST_ELEMENT
+        labels = np.full((count, n + 2), IGNORE, dtype=np.int16)
         labels[:, 2:] = self.products(words) + FIRST_ELEMENT
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        return {"input_ids": ids, "labels": labels}
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        return WordDataset(self, self._train, seed)
+    def train_dataset(self, seed: int) -> Rows:
+        return Rows(self.rows(self._train), seed=seed)
 
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return WordDataset(self, self._held_out[: self.config.tests], None)
+    def eval_dataset(self) -> Rows:
+        return Rows(self.rows(self._held_out[: self.config.tests]))
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.config).encode())
-        digest.update(self.group.table.tobytes())
-        return digest.hexdigest()[:16]
+        return world_fingerprint(self.config, self.group.table)
 
     def prompts(self, count: int) -> list[Tensor]:
         return []  # the labels are products, not inputs: there is nothing to continue
 
-    def metrics(self) -> Mapping[str, Metric]:
-        return {
-            "word problem": self.accuracies,
-            "effective latent rank": lambda model: {
-                "effective_latent_rank": self.latent_rank(model)
-            },
-        }
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        predictors: tuple[Predictor, ...] = ("transformer", "dynamics")
+        accuracies = [accuracy(who, n) for n in self._lengths for who in predictors]
+        return [EFFECTIVE_LATENT_RANK, *accuracies]
 
-    def latent_rank(self, model: "ObjectiveModel") -> Score:
+    def measures(self) -> Mapping[str, Measure]:
+        return {"word problem": self.accuracies, "effective latent rank": self.latent_rank}
+
+    def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
         """Effective rank of the states of the held-out rows of the training length."""
-        return latent_rank(
-            model, self.rows(self._held_out[: self.config.tests])["input_ids"][:, :-1]
-        )
+        ids = self.rows(self._held_out[: self.config.tests])["input_ids"][:, :-1]
+        score = latent_rank(model, torch.from_numpy(ids.astype(np.int64)))
+        return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
-    @torch.inference_mode()
-    def accuracies(self, model: "ObjectiveModel") -> dict[str, Score | list[float]]:
-        """Accuracy at the last position of test sequences of each length, and per position at the
-        longest.
-
-        `transformer_accuracy_n`: of the transformer. `dynamics_accuracy_n`: of the latent dynamics
-        model run alone, as an RNN, from the transformer's state at `begin` (arXiv 2511.05963, A5),
-        where the objective has one.
-        """
-        was_training = model.training
-        model.eval()
-        found: dict[str, Score | list[float]] = {}
-        for n in self._test_lengths():
+    def accuracies(self, model: ObjectiveModel) -> list[Measurement | Chart]:
+        """Accuracy at the last position of test sequences of each length, and a chart of it by
+        position at the longest: of the transformer, and, where the objective has one, of the latent
+        dynamics model run alone, as an RNN, from the state at `begin` (arXiv 2511.05963, A5)."""
+        found: list[Measurement | Chart] = []
+        lines: list[Line] = []
+        for n in self._lengths:
             rng = np.random.default_rng((len(self.group.names), n))
             words = (
                 self._held_out[: self.config.tests]
                 if n == self.config.length
                 else rng.integers(len(self.group.names), size=(self.config.tests, n))
             )
-            rows = {name: x.to(model.device) for name, x in self.rows(words).items()}
-            for who, logits in self._logits(model, rows["input_ids"][:, :-1]).items():
-                correct = (logits.argmax(-1) == rows["labels"][:, 2:]).double().cpu().numpy()
-                found[f"{who}_accuracy_{n}"] = mean_score(correct[:, -1])
-                found[f"{who}_accuracy_by_position"] = correct.mean(0).tolist()
-        model.train(was_training)
-        return found
+            rows = self.rows(words)
+            for predictor, tokens in self._predictions(model, rows["input_ids"][:, :-1]).items():
+                correct = (tokens == rows["labels"][:, 2:]).astype(np.float64)
+                found.append(Measurement(accuracy(predictor, n), mean_score(correct[:, -1])))
+                if n == max(self._lengths):
+                    alone = "latent dynamics model run alone"
+                    series = alone if predictor == "dynamics" else predictor
+                    lines.append(Line(values=correct.mean(0).tolist(), series=series))
+        chart = Chart(
+            name="accuracy",
+            title="Accuracy by position",
+            x="elements read",
+            lines=lines,
+            alt="Accuracy of {models} by the number of elements read.",
+            marks=[
+                Mark(text="trained up to here", x=self.config.length),
+                Mark(text="chance", y=1 / len(self.group.names)),
+            ],
+        )
+        return [*found, chart]
 
-    def _logits(self, model: "ObjectiveModel", input_ids: Tensor) -> dict[str, Tensor]:
-        """(S, n + 1) inputs -> logits (S, n, V) of each way to predict the products."""
-        h, _ = model.step(input_ids)
-        found = {"transformer": model.next_token_logits(h[:, 1:])}
-        if model.objective.max_draft_length is None:
-            state, logits = h[:, 0], []
-            for t in range(1, input_ids.shape[1]):
-                state, following = model.objective.draft(state, input_ids[:, t])
-                logits.append(following)
-            found["dynamics"] = torch.stack(logits, dim=1)
-        return found
-
-
-class WordDataset(Rows):
-    """Rows of given sequences."""
-
-    def __init__(self, task: WordProblem, words: np.ndarray, seed: int | None) -> None:
-        super().__init__(len(words), seed)
-        self.data = task.rows(words)
-
-    def row(self, place: int) -> dict[str, Tensor]:
-        return {name: x[place] for name, x in self.data.items()}
+    def _predictions(
+        self, model: ObjectiveModel, input_ids: np.ndarray
+    ) -> dict[Predictor, np.ndarray]:
+        """(S, n + 1) inputs -> the products (S, n) that each way to predict them gives."""
+        ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
+        with evaluation_mode(model):
+            h, _ = model.step(ids)
+            found: dict[Predictor, Tensor] = {"transformer": model.next_token_logits(h[:, 1:])}
+            if model.objective.max_draft_length is None:
+                state, logits = h[:, 0], []
+                for t in range(1, ids.shape[1]):
+                    state, next_logits = model.objective.draft(state, ids[:, t])
+                    logits.append(next_logits)
+                found["dynamics"] = torch.stack(logits, dim=1)
+            return {who: logits.argmax(-1).cpu().numpy() for who, logits in found.items()}
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:
-    """(S, n) distinct uniform sequences in random order: all that exist when fewer are there than
+    """(S, n) distinct uniform sequences in random order: all that exist, when those are fewer than
     asked for."""
     rng = np.random.default_rng((order, config.length, config.sequences))
     if order**config.length <= 4 * config.sequences:
@@ -243,8 +299,3 @@ def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:
         )
         words = np.unique(np.concatenate([words, more]), axis=0)
     return rng.permutation(words)
-
-
-def _split(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    held_out = round(VALIDATION_SHARE * len(words))
-    return words[held_out:], words[:held_out]

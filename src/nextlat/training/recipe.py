@@ -1,137 +1,201 @@
 """Recipes: one small typed file names task, backbone, objective, optimiser, schedule and seed of a
 training run.
 
-TOML in, plain frozen dataclasses out. A recipe is strict: an unknown key, a wrong type or a value
-out of range is one sentence that names the place, the key and the nearest valid name; nothing is
-converted behind the user's back and nothing is ignored.
+A recipe is strict: an unknown key, a wrong type or a value out of range is one sentence that names
+the file or override, the key and the nearest valid name; nothing is converted behind the user's
+back and nothing is ignored.
 """
 
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from nextlat.errors import NextLatError
 from nextlat.objectives import OBJECTIVES
-from nextlat.strict import Reader, nearest
 from nextlat.tasks import TASKS
+from nextlat.validation import Lookup, Settings, locate, nearest
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
+Steps = Annotated[int, Field(ge=1, le=10**12)]
+StepsOrZero = Annotated[int, Field(ge=0, le=10**12)]
+Size = Annotated[int, Field(ge=1, le=2**20)]  # beyond what any machine trains
+Small = Annotated[int, Field(ge=0, le=2**12)]  # of processes, threads and the like
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as transformers' set_seed takes for numpy
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, le=1e6)]
+FactorOrZero = Annotated[float, Field(ge=0, le=1e6)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class BackboneSettings:
-    """The transformer: from scratch (`nextlat.llama` with layers, width, heads) or `pretrained`, a
-    directory or hub id.
+class BackboneSettings(Settings):
+    """The transformer: from scratch (`nextlat.llama`), or a pretrained one.
 
-    `max_length` None = the longest sequence of the task; `intermediate_size`, `initializer_range`
-    None = as in `nextlat.llama`. `frozen`: a pretrained model stays as it is, and only NextLat's
-    dynamics are trained, to draft for it.
+    Attributes:
+        layers: from scratch.
+        width: from scratch.
+        heads: from scratch.
+        intermediate_size: from scratch; None = as in `nextlat.llama`.
+        initializer_range: from scratch; None = as in `nextlat.llama`.
+        max_length: positions, from scratch; None = the longest sequence of the task.
+        pretrained: a directory or hub id.
+        frozen: a pretrained model stays as it is, and only NextLat's dynamics are trained, to draft
+            for it.
     """
 
-    layers: Count | None = None
-    width: Count | None = None
-    heads: Count | None = None
-    intermediate_size: Count | None = None
-    initializer_range: Positive | None = None
-    max_length: Count | None = None
+    layers: Size | None = None
+    width: Size | None = None
+    heads: Size | None = None
+    intermediate_size: Size | None = None
+    initializer_range: Factor | None = None
+    max_length: Size | None = None
     pretrained: str | None = None
     frozen: bool = False
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW. The defaults are the paper's betas (arXiv 2511.05963, appendix); `gradient_clip` 0 =
-    none.
+class OptimizerSettings(Settings):
+    """AdamW. Weight decay spares biases and norm weights, as in every `transformers.Trainer` run.
 
-    Weight decay spares biases and norm weights, as in every `transformers.Trainer` run.
+    Attributes:
+        learning_rate: at its highest, see `ScheduleSettings`.
+        weight_decay: per step, times the learning rate.
+        beta1: the paper's (arXiv 2511.05963, appendix), as beta2 is.
+        beta2: see beta1.
+        epsilon: of Adam.
+        gradient_clip: largest norm of the gradient; 0 = it is not clipped.
     """
 
-    learning_rate: Positive = 1e-4
-    weight_decay: NotNegative = 0.01
+    learning_rate: Factor = 1e-4
+    weight_decay: FactorOrZero = 0.01
     beta1: Below1 = 0.9
     beta2: Below1 = 0.95
-    epsilon: Positive = 1e-8
-    gradient_clip: NotNegative = 0.0
+    epsilon: Factor = 1e-8
+    gradient_clip: FactorOrZero = 0.0
 
 
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """Learning rate over the steps, after a linear warm-up of `warmup_steps`.
+class ScheduleSettings(Settings):
+    """The learning rate over the steps, after a linear warm-up.
 
-    constant; wsd (constant, then linear to 0 over the last `decay_steps`); cosine or linear (to 0
-    over all after the warm-up).
+    Attributes:
+        name: constant; wsd (constant, then linearly to 0); cosine or linear (to 0 over all steps
+            after the warm-up).
+        warmup_steps: of the linear warm-up.
+        decay_steps: the last steps, over which wsd goes to 0.
     """
 
     name: Literal["constant", "wsd", "cosine", "linear"] = "constant"
-    warmup_steps: CountOrNone = 0
-    decay_steps: CountOrNone = 0
+    warmup_steps: StepsOrZero = 0
+    decay_steps: StepsOrZero = 0
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """How a run is kept, watched and computed; intervals are in optimiser steps.
+class RunSettings(Settings):
+    """How a run is computed, saved and watched; intervals are in optimiser steps.
+
+    All but `precision` and `compile` may change when a run is resumed.
 
     Attributes:
-        save_every: 0 = only at the end. keep_checkpoints: the newest so many; 0 = one while
-            training, none when finished.
-        log_every: also the window over which losses are averaged. eval_every: 0 = only at the end.
+        save_every: 0 = only at the end.
+        keep_checkpoints: the newest so many; 0 = one while training, none when finished.
+        log_every: also the window over which losses are averaged.
+        eval_every: 0 = only at the end.
         report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
-        precision: bf16 = autocast with fp32 weights. compile: torch.compile of the layers. threads:
-            of torch on the CPU, 0 = leave.
-        workers: processes that prepare rows while the device computes; rows come in order, so that
+        precision: bf16 = autocast with fp32 weights.
+        compile: torch.compile of the layers.
+        threads: of torch on the CPU; 0 = as many as torch chooses.
+        workers: processes that prepare rows while the device computes. Rows come in order, so that
             one is as good as many.
     """
 
-    save_every: CountOrNone = 0
-    keep_checkpoints: CountOrNone = 1
-    log_every: Count = 10
-    eval_every: CountOrNone = 0
+    save_every: StepsOrZero = 0
+    keep_checkpoints: StepsOrZero = 1
+    log_every: Steps = 10
+    eval_every: StepsOrZero = 0
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    threads: CountOrNone = 0
-    workers: CountOrNone = 0
+    threads: Small = 0
+    workers: Small = 0
 
 
-@dataclass(frozen=True)
-class Recipe:
+def _known_objective(name: str) -> str:
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective '{name}': {nearest(name, [*OBJECTIVES])}")
+    return name
+
+
+def _task_settings(table: Any) -> tuple[Any, Any]:
+    """The class of a `[task]` table by its name, and its settings."""
+    if not isinstance(table, Mapping):
+        raise ValueError("must be a table")
+    name = table.get("name")
+    if not isinstance(name, str) or name not in TASKS:
+        told = "there is no name" if name is None else f"unknown task '{name}'"
+        raise ValueError(f"{told}: {nearest(str(name), [*TASKS])}")
+    return TASKS[name], {key: value for key, value in table.items() if key != "name"}
+
+
+def _objective_settings(table: Any) -> tuple[Any, Any]:
+    """The class of the table of `[objectives.NAME]` tables: each belongs to one objective."""
+    fields: Any = {name: (kind | None, None) for name, (kind, _) in OBJECTIVES.items()}
+    return create_model("Objectives", __base__=Settings, **fields), table
+
+
+class Recipe(Settings):
     """One training run, wholly determined.
 
     Attributes:
-        name: of the file it came from; not part of what determines the run.
-        task_name: key of `tasks.TASKS`; task: its configuration.
-        objective: key of `objectives.OBJECTIVES`; objective_config: its configuration.
-        steps: optimiser steps. batch_size: rows per optimiser step, over all processes and
-            micro-batches.
+        task: settings of one of `tasks.TASKS`.
+        objective: key of `objectives.OBJECTIVES`.
+        objectives: of the chosen objective alone: its name -> its settings.
+        backbone: see there, as for the next three.
+        optimizer: AdamW.
+        schedule: of the learning rate.
+        run: how it is computed, saved and watched.
+        steps: optimiser steps.
+        batch_size: rows per optimiser step, over all processes and micro-batches.
         gradient_accumulation: micro-batches that a batch is split in (on each process).
         seed: of the initial weights and of the data.
     """
 
-    name: str = field(compare=False)
-    task_name: str
-    task: Any
-    objective: str
-    objective_config: Any
-    backbone: BackboneSettings
-    steps: int
-    batch_size: int
-    gradient_accumulation: int = 1
-    seed: int = 0
+    model_config = ConfigDict(title="a recipe")
+
+    task: Annotated[Any, Lookup(_task_settings)]
+    objective: Annotated[str, AfterValidator(_known_objective)]
+    steps: Steps
+    batch_size: Size
+    gradient_accumulation: Size = 1
+    seed: Seed = 0
+    backbone: BackboneSettings = BackboneSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     run: RunSettings = RunSettings()
+    objectives: Annotated[dict[str, Any], Lookup(_objective_settings)] = {}
+    _name: str = "recipe"
+
+    @property
+    def name(self) -> str:
+        """Of the file it came from."""
+        return self._name
+
+    @property
+    def task_name(self) -> str:
+        """Key of `tasks.TASKS`."""
+        return next(name for name, kind in TASKS.items() if kind is type(self.task))
+
+    @property
+    def objective_config(self) -> Any:
+        """Settings of the objective."""
+        return self.objectives[self.objective]
 
     @property
     def run_name(self) -> str:
@@ -143,43 +207,58 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready tables, every default spelt out; `from_dict` reads it back."""
-        content = {
-            "task": {"name": self.task_name, **asdict(self.task)},
-            "objective": self.objective,
-            **{key: getattr(self, key) for key in _TOP},
-            **{key: asdict(getattr(self, key)) for key in _TABLES},
-            "objectives": {self.objective: asdict(self.objective_config)},
-        }
-        return json.loads(json.dumps(content, default=str))
+        content = self.model_dump(mode="json")
+        return {**content, "task": {"name": self.task_name, **content["task"]}}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], name: str = "recipe") -> "Recipe":
+    def from_dict(cls, content: Any, name: str = "recipe") -> Self:
         """The recipe that `to_dict` gave, e.g. `json.load(run.json)["recipe"]`.
 
         Raises:
             NextLatError: as for a recipe file.
         """
-        return _build(_without_none(content), {}, name, f"recipe '{name}'")
+        recipe = cls.from_json(content, f"recipe '{name}'")
+        recipe._name = name
+        return recipe
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if problem := self._contradiction():
+            raise ValueError(problem)
+        chosen = dict(self.objectives).get(self.objective) or OBJECTIVES[self.objective][0]()
+        object.__setattr__(self, "objectives", {self.objective: chosen})
+        return self
 
-@dataclass(frozen=True)
-class _Top:
-    """What stands above the tables of a recipe file."""
-
-    objective: str
-    steps: Count
-    batch_size: Count
-    gradient_accumulation: Count = 1
-    seed: Seed = 0
-
-
-_TOP = ("steps", "batch_size", "gradient_accumulation", "seed")
-_TABLES: dict[str, type] = {
-    "backbone": BackboneSettings,
-    "optimizer": OptimizerSettings,
-    "schedule": ScheduleSettings,
-    "run": RunSettings,
-}
+    def _contradiction(self) -> str | None:
+        """What no single field can know, or None."""
+        backbone, schedule = self.backbone, self.schedule
+        own = {"pretrained", "frozen"}
+        sizes = [key for key, value in backbone if key not in own and value is not None]
+        if backbone.frozen and (backbone.pretrained is None or self.objective != "nextlat"):
+            return (
+                "backbone.frozen trains the dynamics of NextLat alone: it needs "
+                "backbone.pretrained, a directory or hub id, and the objective nextlat"
+            )
+        if backbone.pretrained is not None and sizes:
+            keys = ", backbone.".join(sizes)
+            return f"backbone.pretrained has its own sizes: remove backbone.{keys}"
+        if backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
+            return 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
+        if self.batch_size % self.gradient_accumulation:
+            return (
+                f"batch_size {self.batch_size} is no multiple of gradient_accumulation "
+                f"{self.gradient_accumulation}"
+            )
+        if schedule.decay_steps and schedule.name != "wsd":
+            return (
+                f'schedule.decay_steps has no meaning with schedule.name = "{schedule.name}": '
+                "remove it or choose wsd"
+            )
+        if schedule.name == "wsd" and not schedule.decay_steps:
+            return 'schedule.name = "wsd" needs schedule.decay_steps'
+        if schedule.warmup_steps + schedule.decay_steps > self.steps:
+            return f"schedule.warmup_steps + schedule.decay_steps exceed the {self.steps} steps"
+        return None
 
 
 def built_in_recipes() -> list[str]:
@@ -200,82 +279,74 @@ def load_recipe(
     Args:
         name_or_path: a built-in name (`city-small`) or the path of a .toml file.
         overrides: `key=value`, keys with dots (`optimizer.learning_rate=1e-3`), values as in TOML,
-            quotes around plain words may be left out; `key=` with nothing behind it removes the
-            key, so that its default holds.
-        objective, horizon, seed: shorthands for overrides of the same meaning (the horizon is that
-            of the chosen objective).
+            quotes around plain words may be left out; `key=` removes the key, so that its default
+            holds.
+        objective: shorthand for the override of the same name.
+        horizon: d of the chosen objective, shorthand for the override.
+        seed: shorthand for the override of the same name.
 
     Raises:
         NextLatError: no such recipe, not TOML, an unknown key or objective, a wrong type or range,
             settings that contradict.
     """
-    path, content = _read(name_or_path)
-    requests = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
-    requests |= (
-        {"objective": (objective, f"--objective {objective}")} if objective is not None else {}
-    )
-    requests |= {"seed": (str(seed), f"--seed {seed}")} if seed is not None else {}
-    chosen = requests.get("objective", (content.get("objective"), ""))[0]
+    path, content = read_recipe_file(name_or_path)
+    given = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
+    if objective is not None:
+        given["objective"] = (objective, f"--objective {objective}")
+    if seed is not None:
+        given["seed"] = (str(seed), f"--seed {seed}")
+    chosen = given["objective"][0] if "objective" in given else content.get("objective")
     if horizon is not None:
-        requests[f"objectives.{chosen}.horizon"] = (str(horizon), f"--horizon {horizon}")
-    for key, (_, source) in requests.items():
-        kind, _, rest = key.partition(".")
-        if (
-            kind == "objectives"
-            and rest.split(".")[0] in OBJECTIVES
-            and rest.split(".")[0] != chosen
-        ):
+        given[f"objectives.{chosen}.horizon"] = (str(horizon), f"--horizon {horizon}")
+    for key, (text, source) in given.items():
+        table, _, rest = key.partition(".")
+        named = rest.partition(".")[0]
+        if table == "objectives" and named in OBJECTIVES and named != chosen:
             raise NextLatError(
-                f"{source} sets '{key}', but the objective is {chosen}: leave it out or choose that objective."
+                f"{source} sets '{key}', but the objective is {chosen}: leave it out or choose "
+                "that objective."
             )
-    for key, (text, _) in requests.items():
-        _place(content, key, text)
-    return _build(content, requests, path.stem, f"recipe {path.name}")
+        _set(content, key, _value(text) if text else None)
+
+    def source_of(key: str) -> str:
+        found = (s for k, (_, s) in given.items() if k == key or k.startswith(f"{key}."))
+        return next(found, f"recipe {path.name}")
+
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        # `task.place=10115` is a place too: where words are wanted, the override is taken as words.
+        for key in _keys_of_words(error, content) & {
+            key for key, (text, _) in given.items() if text
+        }:
+            _set(content, key, given[key][0])
+        recipe = Recipe.from_json(content, source_of)
+    recipe._name = path.stem
+    return recipe
 
 
-def recipe_horizon(name_or_path: str | Path) -> tuple[int | None, set[str]]:
-    """The horizon that a recipe's file sets, for its own objective or else for NextLat, and the
-    objectives it has a table for.
+def read_recipe_file(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe and its content, unchecked.
 
     Raises:
         NextLatError: no such recipe, or not TOML.
     """
-    content = _read(name_or_path)[1]
-    tables = content.get("objectives", {})
-    tables = tables if isinstance(tables, dict) else {}  # `load_recipe` says what is wrong with it
-    for name in (content.get("objective"), "nextlat"):
-        table = tables.get(name)
-        if isinstance(table, dict) and isinstance(table.get("horizon"), int):
-            return table["horizon"], {*tables}
-    return None, {*tables}
-
-
-def _read(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file of a recipe and what stands in it."""
-    path = _find(str(name_or_path))
+    text, path = str(name_or_path), Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        if text in built_in_recipes():
+            path = BUILT_IN / f"{text}.toml"
+        elif path.suffix == ".toml" or path.is_dir():
+            raise NextLatError(f"there is no recipe file {text}: give the path of a .toml file.")
+        else:
+            guess = nearest(text, built_in_recipes())
+            raise NextLatError(f"unknown recipe '{text}': {guess}; a path ends in .toml.")
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(
-            f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}."
-        ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
-
-
-def _find(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.suffix == ".toml" and path.is_file():
-        return path
-    if name_or_path in built_in_recipes():
-        return BUILT_IN / f"{name_or_path}.toml"
-    if path.suffix == ".toml" or path.is_dir():
-        raise NextLatError(
-            f"there is no recipe file {name_or_path}: give the path of a .toml file."
-        )
-    raise NextLatError(
-        f"unknown recipe '{name_or_path}': {nearest(name_or_path, built_in_recipes())}; a path ends in .toml."
-    )
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NextLatError(f"cannot read recipe {path}: {reason}.") from error
 
 
 def _split(item: str) -> tuple[str, str]:
@@ -287,17 +358,17 @@ def _split(item: str) -> tuple[str, str]:
     return key.strip(), text.strip()
 
 
-def _place(content: dict[str, Any], key: str, text: str) -> None:
-    """Set (or with an empty text remove) one key of nested tables in place."""
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set one key of nested tables in place; None removes it."""
     *tables, last = key.split(".")
     for name in tables:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
-            raise NextLatError(f"'{key}={text}': '{name}' is a value, not a table.")
-    if text:
-        content[last] = _value(text)
-    else:
+            raise NextLatError(f"'{key}' cannot be set: '{name}' is a value, not a table.")
+    if value is None:
         content.pop(last, None)
+    else:
+        content[last] = value
 
 
 def _value(text: str) -> Any:
@@ -307,108 +378,20 @@ def _value(text: str) -> Any:
         return text
 
 
-def _without_none(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _without_none(value) for key, value in content.items() if value is not None}
-    return content
+def _keys_of_words(error: ValidationError, content: Any) -> set[str]:
+    """Dotted keys whose value should have been a string."""
+    problems = (p["loc"] for p in error.errors() if p["type"].startswith("string"))
+    return {".".join(locate(location, Recipe, content)[0]) for location in problems}
 
 
-def _build(
-    content: dict[str, Any], requests: dict[str, tuple[str, str]], name: str, where: str
-) -> Recipe:
-    """Type every table of a recipe. `requests` (key -> text, source) says what came from the
-    command line."""
-    reader = Reader(requests, where)
-    tables = (
-        {key: content.pop(key, {}) for key in ("task", "objectives", *_TABLES)}
-        if isinstance(content, dict)
-        else {}
-    )
-    for key, table in tables.items():
-        if not isinstance(table, dict):
-            raise NextLatError(f"{reader.source(key)}: '{key}' must be a table.")
-    top = reader.read(_Top, content, "", extra=("task", "objectives", *_TABLES))
-    if top.objective not in OBJECTIVES:
-        raise NextLatError(
-            f"{reader.source('objective')}: unknown objective '{top.objective}': {nearest(top.objective, [*OBJECTIVES])}."
-        )
-    task = dict(tables["task"])
-    task_name = task.pop("name", None)
-    if task_name not in TASKS:
-        told = f"unknown task '{task_name}'" if task_name is not None else "no task.name"
-        raise NextLatError(
-            f"{reader.source('task.name')}: {told}: {nearest(str(task_name), [*TASKS])}."
-        )
-    objectives = {}
-    for key, table in tables["objectives"].items():
-        if key not in OBJECTIVES:
-            raise NextLatError(
-                f"{reader.source(f'objectives.{key}')}: unknown objective '{key}': {nearest(key, [*OBJECTIVES])}."
-            )
-        objectives[key] = reader.read(OBJECTIVES[key][0], table, f"objectives.{key}")
-    recipe = Recipe(
-        name=name,
-        task_name=task_name,
-        task=reader.read(TASKS[task_name], task, "task", extra=("name",)),
-        objective=top.objective,
-        objective_config=objectives.get(top.objective)
-        or reader.read(OBJECTIVES[top.objective][0], {}, "objectives"),
-        **{key: reader.read(kind, tables[key], key) for key, kind in _TABLES.items()},
-        **{key: getattr(top, key) for key in _TOP},
-    )
-    _check(recipe, where)
-    return recipe
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    """What no single field can know."""
-    backbone, schedule = recipe.backbone, recipe.schedule
-    own = ("pretrained", "frozen")
-    sizes = [
-        f.name
-        for f in fields(backbone)
-        if f.name not in own and getattr(backbone, f.name) is not None
-    ]
-    if backbone.frozen and (backbone.pretrained is None or recipe.objective != "nextlat"):
-        problem = (
-            "backbone.frozen trains the dynamics of NextLat alone: it needs backbone.pretrained, a directory or hub id, and the "
-            "objective nextlat"
-        )
-    elif backbone.pretrained is not None and sizes:
-        problem = (
-            f"backbone.pretrained has its own sizes: remove backbone.{', backbone.'.join(sizes)}"
-        )
-    elif backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
-        problem = 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
-    elif recipe.batch_size % recipe.gradient_accumulation:
-        problem = f"batch_size {recipe.batch_size} is no multiple of gradient_accumulation {recipe.gradient_accumulation}"
-    elif schedule.decay_steps and schedule.name != "wsd":
-        problem = f'schedule.decay_steps has no meaning with schedule.name = "{schedule.name}": remove it or choose wsd'
-    elif schedule.name == "wsd" and not schedule.decay_steps:
-        problem = 'schedule.name = "wsd" needs schedule.decay_steps'
-    elif schedule.warmup_steps + schedule.decay_steps > recipe.steps:
-        problem = f"schedule.warmup_steps + schedule.decay_steps exceed the {recipe.steps} steps"
-    else:
-        return
-    raise NextLatError(f"{where}: {problem}.")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], table: str = "") -> list[str]:
     """Dotted keys in which two recipes, as `to_dict` gives them, differ."""
     keys = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        full = f"{place}.{key}".lstrip(".")
+    for key in {**old, **new}:
+        full = f"{table}.{key}".lstrip(".")
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             keys += differences(a, b, full)
         elif a != b:
             keys.append(full)
     return keys
-
-
-def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
-    """A copy of a recipe with some of its attributes replaced, checked again (for programs that
-    sweep)."""
-    changed = replace(recipe, **changes)
-    _check(changed, f"recipe '{recipe.name}'")
-    return changed

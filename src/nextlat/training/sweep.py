@@ -1,34 +1,88 @@
-"""Comparisons: one recipe trained by several objectives and seeds, side by side, and measured.
+"""Several training runs side by side, each the command `nextlat train RECIPE ...` in a process of
+its own: comparisons of objectives and seeds, and the demo.
 
-Made of the jobs of `jobs`; what is already there is not made again. An objective that cannot train
-on the task is left out with a sentence that says why.
+What is already there is not made again, and stopped anywhere, the same jobs go on where they were.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
+from nextlat.files import write_errors, write_json
 from nextlat.objectives import OBJECTIVES
-from nextlat.strict import nearest
+from nextlat.results import RESULTS, Results, read_results
 from nextlat.tasks import Task
-from nextlat.training.jobs import Job, check_seeds
-from nextlat.training.recipe import Recipe, load_recipe, recipe_horizon
-from nextlat.training.run_directory import read_record
-from nextlat.training.train import check_same_run, check_trains
+from nextlat.training.build import check_trains
+from nextlat.training.recipe import Recipe, load_recipe, read_recipe_file
+from nextlat.training.run_directory import is_finished, last_metrics, read_record
+from nextlat.training.run_log import NOT_SHOWN
+from nextlat.training.train import check_same_run
+from nextlat.validation import nearest
 
-LONGEST_FIRST = ("bst", "mtp", "jtp", "nextlat", "next-token")  # so that no core idles at the end
+WAY_OUT = "choose another --out"
+POLL = 0.5  # seconds between two looks at the jobs
+DEMO_RECIPES = ("city-small", "word-problem-small")
+DEMO_OBJECTIVES = (
+    "nextlat",
+    "next-token",
+)  # the longer job first, so that no core idles at the end
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
 
-# Objectives that predict tokens beyond the next one from nothing but tokens before them (MTP), or
-# tokens that lie before those read (BST): where a label is a function of inputs not read yet, or of
-# all before it, there is nothing there to learn.
-OF_TOKENS_ONLY = {
-    "mtp": "it predicts labels whose inputs it has not read",
-    "bst": "it predicts the tokens before a suffix, which here are no labels",
-}
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train and measure.
+
+    Attributes:
+        recipe: built-in name or path.
+        objective: of the run.
+        seed: of the run.
+        steps: optimiser steps that it takes.
+        directory: where it goes.
+        settings: further arguments of `nextlat train`, overrides of the recipe and options.
+        label: what it is called; by default by recipe, objective and seed.
+    """
+
+    recipe: str
+    objective: str
+    seed: int
+    steps: int
+    directory: Path
+    settings: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or f"{self.recipe} {self.objective} s{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        train = [sys.executable, "-m", "nextlat", "train", self.recipe, *self.settings]
+        run = [
+            "--objective",
+            self.objective,
+            "--seed",
+            str(self.seed),
+            "--out",
+            str(self.directory),
+        ]
+        return [*train, *run, "--no-progress"]
+
+    @property
+    def log(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.log")
+
+    @property
+    def done(self) -> bool:
+        """Whether the model is trained and measured."""
+        return is_finished(self.directory) and (self.directory / RESULTS).exists()
 
 
 @dataclass(frozen=True)
@@ -36,14 +90,45 @@ class Plan:
     """What a comparison consists of.
 
     Attributes:
-        jobs: all of them, seed by seed. skipped: objective -> the sentence that says why it is left
-            out.
+        jobs: all of them, seed by seed.
+        skipped: objective -> the sentence that says why it is left out.
         processes: how many jobs the machine can take at a time.
     """
 
     jobs: list[Job]
     skipped: dict[str, str]
     processes: int
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Seeds that can be those of one comparison.
+
+    Raises:
+        NextLatError: a seed below zero, or the same seed twice.
+    """
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        given = " ".join(map(str, seeds))
+        raise NextLatError(f"seeds {given}: give different whole numbers from 0 on.")
+
+
+def demo(out: Path, seeds: Sequence[int]) -> list[Job]:
+    """What the demo trains: two objectives, every recipe, every seed.
+
+    Raises:
+        NextLatError: a seed below zero, or the same seed twice.
+    """
+    check_seeds(seeds)
+    jobs = []
+    for name in DEMO_RECIPES:
+        for seed in seeds:
+            for objective in DEMO_OBJECTIVES:
+                recipe = load_recipe(name, objective=objective, seed=seed)
+                directory = out / "runs" / recipe.run_name
+                jobs.append(Job(name, objective, seed, recipe.steps, directory))
+    return jobs
+
+
+# ---- comparisons ----
 
 
 def plan(
@@ -58,9 +143,10 @@ def plan(
     """What to train: every objective that can, with every seed.
 
     Args:
-        recipe: built-in name or path. overrides: as of `load_recipe`; one of `objectives.NAME`
-            holds for that objective alone.
+        recipe: built-in name or path.
+        overrides: as of `load_recipe`; one of `objectives.NAME` holds for that objective alone.
         objectives: names with commas between, or "all".
+        seeds: different ones.
         horizon: d, of every objective that has one (an override of it wins); None = as in the
             recipe, where an objective without a table of its own has the horizon of the recipe's
             objective, or of its NextLat.
@@ -76,7 +162,9 @@ def plan(
     _check_overrides(overrides, names)
     settings = {name: _settings(recipe, name, overrides, horizon) for name in names}
     recipes = {
-        (name, seed): _load(recipe, name, settings[name], seed) for seed in seeds for name in names
+        (name, seed): load_recipe(recipe, settings[name], objective=name, seed=seed)
+        for seed in seeds
+        for name in names
     }
     task = recipes[names[0], seeds[0]].task.build()
     skipped = {name: why for name in names if (why := _obstacle(recipes[name, seeds[0]], task))}
@@ -94,21 +182,17 @@ def plan(
 
 
 def _names(objectives: str) -> list[str]:
-    asked = (
-        [*OBJECTIVES]
-        if objectives == "all"
-        else [name.strip() for name in objectives.split(",") if name.strip()]
-    )
+    known = [*OBJECTIVES]
+    asked = known if objectives == "all" else [s for x in objectives.split(",") if (s := x.strip())]
     for name in asked:
-        if name not in OBJECTIVES:
+        if name not in known:
             raise NextLatError(
-                f"--objectives {objectives}: unknown objective '{name}': {nearest(name, [*OBJECTIVES])}."
+                f"--objectives {objectives}: unknown objective '{name}': {nearest(name, known)}."
             )
     if not asked:
-        raise NextLatError(
-            f"--objectives '{objectives}' names none: {nearest('', [*OBJECTIVES])}; or all."
-        )
-    return sorted(set(asked), key=LONGEST_FIRST.index)
+        raise NextLatError(f"--objectives '{objectives}' names none: {nearest('', known)}; or all.")
+    # Next-token prediction, the shortest, last, so that no core idles at the end.
+    return sorted(set(asked), key=known.index, reverse=True)
 
 
 def _belongs_to(override: str) -> str | None:
@@ -121,12 +205,12 @@ def _check_overrides(overrides: Sequence[str], names: Sequence[str]) -> None:
     for item in overrides:
         key, name = item.partition("=")[0].strip(), _belongs_to(item)
         if key in BY_OBJECTIVE_AND_SEED:
-            raise NextLatError(
-                f"'{item}': a comparison has several of them: use {BY_OBJECTIVE_AND_SEED[key]}."
-            )
+            option = BY_OBJECTIVE_AND_SEED[key]
+            raise NextLatError(f"'{item}': a comparison has several of them: use {option}.")
         if name in OBJECTIVES and name not in names:
             raise NextLatError(
-                f"'{item}' is of an objective that is not compared: leave it out, or name it in --objectives."
+                f"'{item}' is of an objective that is not compared: leave it out, or name it in "
+                "--objectives."
             )
 
 
@@ -134,36 +218,119 @@ def _settings(
     recipe: str, objective: str, overrides: Sequence[str], horizon: int | None
 ) -> tuple[str, ...]:
     """The overrides of one objective, its horizon among them if the recipe says too little."""
-    own = [
-        item
-        for item in overrides
-        if _belongs_to(item) in (None, objective) or _belongs_to(item) not in OBJECTIVES
-    ]
-    has_one = "horizon" in {field.name for field in fields(OBJECTIVES[objective][0])}
+    others = OBJECTIVES.keys() - {objective}
+    own = [item for item in overrides if _belongs_to(item) not in others]
     key = f"objectives.{objective}.horizon"
+    has_one = "horizon" in OBJECTIVES[objective][0].model_fields
     if not has_one or any(item.partition("=")[0].strip() == key for item in own):
         return tuple(own)
     if horizon is None:
-        common, tables = recipe_horizon(recipe)
-        horizon = common if objective not in tables else None
+        horizon = _recipe_horizon(recipe, objective)
     return tuple(own if horizon is None else [*own, f"{key}={horizon}"])
 
 
-def _load(recipe: str, objective: str, settings: Sequence[str], seed: int) -> Recipe:
-    return load_recipe(recipe, settings, objective=objective, seed=seed)
+def _recipe_horizon(recipe: str, objective: str) -> int | None:
+    """For an objective without a table in the recipe, the horizon of the recipe's own objective or
+    of NextLat."""
+    content = read_recipe_file(recipe)[1]
+    tables = content.get("objectives")
+    if not isinstance(tables, dict) or objective in tables:
+        return None
+    found = [tables.get(name) for name in (content.get("objective"), "nextlat")]
+    horizons = [table.get("horizon") for table in found if isinstance(table, dict)]
+    return next((horizon for horizon in horizons if isinstance(horizon, int)), None)
 
 
 def _obstacle(recipe: Recipe, task: Task) -> str | None:
     """Why a recipe cannot be trained, in a sentence, or None."""
     row = task.eval_dataset()[0]
     read, asked = row["input_ids"], row["labels"]
-    if recipe.objective in OF_TOKENS_ONLY and (read != asked)[asked != IGNORE].any():
+    why = OBJECTIVES[recipe.objective][1].tokens_only
+    if why and (read != asked)[asked != IGNORE].any():
         return (
             f"{recipe.objective} is skipped: the labels of {recipe.task_name} are not its tokens, "
-            f"and {OF_TOKENS_ONLY[recipe.objective]}."
+            f"and {why}."
         )
     try:
         check_trains(recipe, task)
     except NextLatError as error:
         return f"{recipe.objective} is skipped: {error}"
     return None
+
+
+# ---- running them ----
+
+
+def run(
+    todo: Sequence[Job], processes: int | None = None, failures: dict[Job, str] | None = None
+) -> Iterator[tuple[Job, int, str]]:
+    """Run jobs side by side; yields (job, step, state) whenever one may have moved.
+
+    Args:
+        todo: the jobs.
+        processes: at a time; None = as many as there are cores.
+        failures: where to put why a job failed, for the others to go on; None = one that fails ends
+            all.
+
+    Raises:
+        NextLatError: a job failed, and `failures` is None; the others are stopped and keep what
+            they have.
+    """
+    processes = processes or os.cpu_count() or 1
+    for job in todo:
+        with write_errors(job.log.parent, WAY_OUT):
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(todo), dict[Job, subprocess.Popen[bytes]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job = waiting.pop(0)
+                with write_errors(job.log.parent, WAY_OUT), job.log.open("wb") as log:
+                    running[job] = subprocess.Popen(
+                        job.command, stdout=log, stderr=log, start_new_session=True
+                    )
+                yield job, 0, "starting"
+            for job, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    yield job, *_state(job)
+                    continue
+                del running[job]
+                if code == 0:
+                    yield job, job.steps, "done"
+                    continue
+                reason = f"'{job.name}' failed: {_last_line(job.log)} (all of it is in {job.log})"
+                if failures is None:
+                    raise NextLatError(reason)
+                failures[job] = reason
+                yield job, _state(job)[0], "failed"
+            time.sleep(POLL)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)  # it finishes its step, saves, and can go on
+        for process in running.values():
+            process.wait()
+
+
+def _state(job: Job) -> tuple[int, str]:
+    """How far a job is: its step, and what it logged last or does now."""
+    line = last_metrics(job.directory)
+    if line is None:
+        return 0, "starting"
+    if line["step"] >= job.steps:
+        return job.steps, "measuring"
+    hidden = (*NOT_SHOWN, "step", "tokens", "seconds")
+    parts = (f"{k} {v:.3f}" for k, v in line.items() if k not in hidden and v is not None)
+    return line["step"], "  ".join(parts)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+
+def collect(done: Sequence[Job], out: Path) -> Path:
+    """One results.json with the entries of all runs."""
+    results = Results(runs=[entry for job in done for entry in read_results(job.directory)])
+    write_json(out / RESULTS, results.model_dump(mode="json"))
+    return out / RESULTS

@@ -11,38 +11,43 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from nextlat.errors import NextLatError, first_line
+from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write_errors, write_json
-from nextlat.hub import hub_or_cache
-from nextlat.model import ObjectiveModel, attach, llama
-from nextlat.tasks import Task
-from nextlat.training.recipe import Recipe, differences
-from nextlat.training.run_directory import (
-    RECORD,
-    MetricsLog,
+from nextlat.model import ObjectiveModel
+from nextlat.signals import StopSignal
+from nextlat.training.build import build_model
+from nextlat.training.checkpoints import (
     checkpoint_step,
     last_complete_checkpoint,
+    load_trainer_state,
     model_fault,
+    rotate_checkpoints,
+)
+from nextlat.training.recipe import Recipe, differences
+from nextlat.training.run_directory import (
+    FORMAT,
+    RECORD,
     provenance,
     read_record,
     refuse_foreign_directory,
-    rotate_checkpoints,
     sole_writer,
 )
-from nextlat.training.trainer import FirstRows, NextLatTrainer, StopSignal, no_library_bars
+from nextlat.training.run_log import Progress, RunLog
+from nextlat.training.trainer import Item, NextLatTrainer, collate
 
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"wsd": "warmup_stable_decay", "cosine": "cosine", "linear": "linear"}
+FIXED = ("run.precision", "run.compile")  # the settings of a run that its result depends on
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,60 +62,6 @@ class Interrupted(KeyboardInterrupt):
             f"stopped after step {step}, saved in {directory}: the same command goes on from there."
         )
         self.directory, self.step, self.signal = directory, step, number
-
-
-def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
-    """The untrained model of a recipe. The backbone's initial weights depend on the seed alone, not
-    on the objective.
-
-    Raises:
-        NextLatError: a horizon beyond the task's sequences; sizes that do not fit together; a
-            pretrained model that cannot be loaded, or with too small a vocabulary.
-    """
-    _check_horizon(recipe, task)
-    backbone, tokenizer = recipe.backbone, task.tokenizer
-    lm: Any
-    vocab_size = len(tokenizer)
-    if backbone.pretrained is not None:
-        try:
-            with hub_or_cache(backbone.pretrained), no_library_bars():
-                lm = AutoModelForCausalLM.from_pretrained(backbone.pretrained, dtype=torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise NextLatError(
-                f"backbone.pretrained = '{backbone.pretrained}' cannot be loaded ({first_line(error)}): give the directory of a "
-                "saved causal LM, or a hub id that can be reached."
-            ) from error
-        known = lm.get_input_embeddings().num_embeddings
-        if known < vocab_size:
-            raise NextLatError(
-                f"backbone.pretrained = '{backbone.pretrained}' knows {known} tokens, the task {recipe.task_name} needs "
-                f"{vocab_size}: train from scratch or choose another model."
-            )
-        lm.requires_grad_(not backbone.frozen)
-    else:
-        lm = llama(
-            vocab_size,
-            layers=backbone.layers or 0,  # None has been refused with the recipe
-            width=backbone.width or 0,
-            heads=backbone.heads or 0,
-            intermediate_size=backbone.intermediate_size,
-            initializer_range=backbone.initializer_range,
-            max_length=backbone.max_length or task.max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=recipe.seed,
-        )
-    positions = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and positions < task.max_length:
-        key = "max_length" if backbone.pretrained is None else "pretrained"
-        raise NextLatError(
-            f"backbone.{key} = {getattr(backbone, key)!r} gives {positions} positions, the task {recipe.task_name} needs "
-            f"{task.max_length}: leave it out, or give one with as many."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return attach(lm, recipe.objective_config)
 
 
 def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
@@ -129,7 +80,8 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     for tool in run.report_to:
         if find_spec(tool) is None:
             raise NextLatError(
-                f"run.report_to asks for {tool}, which is not installed: pip install {tool}, or leave it out."
+                f"run.report_to asks for {tool}, which is not installed: pip install {tool}, or "
+                "leave it out."
             )
     args = TrainingArguments(
         output_dir=str(directory),
@@ -147,15 +99,16 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         warmup_steps=schedule.warmup_steps,
         logging_strategy="steps",
         logging_steps=run.log_every,
-        logging_nan_inf_filter=False,  # it would wait for the device at every step; the log refuses a loss gone wrong
+        # The filter would wait for the device at every step; the log refuses a loss gone wrong.
+        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=run.eval_every or recipe.steps,
         save_strategy="steps",
         save_steps=run.save_every or recipe.steps,
-        save_total_limit=None,  # NextLatTrainer deletes old checkpoints itself, after the new one is safe
+        save_total_limit=max(run.keep_checkpoints, 1),
         report_to=list(run.report_to) or "none",
         run_name=recipe.run_name,
-        disable_tqdm=True,  # NextLatTrainer has a bar of its own
+        disable_tqdm=True,  # `train` reports its progress itself
         bf16=run.precision == "bf16",
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
@@ -164,33 +117,48 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         remove_unused_columns=False,  # strict: what a task gives, the model must take
         seed=recipe.seed,
         data_seed=recipe.seed,
-        ddp_find_unused_parameters=False,
     )
-    if args.world_size == 1:
-        args._n_gpu = min(
-            args.n_gpu, 1
-        )  # without torchrun one GPU is used; nn.DataParallel would break the counts
     parts = recipe.gradient_accumulation * args.world_size
     if recipe.batch_size % parts:
         raise NextLatError(
-            f"batch_size {recipe.batch_size} cannot be split over {args.world_size} processes with gradient_accumulation "
-            f"{recipe.gradient_accumulation}: choose a multiple of {parts}."
+            f"batch_size {recipe.batch_size} cannot be split over {args.world_size} processes with "
+            f"gradient_accumulation {recipe.gradient_accumulation}: choose a multiple of {parts}."
         )
     args.per_device_train_batch_size = args.per_device_eval_batch_size = recipe.batch_size // parts
     return args
 
 
-def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
+class FirstRows(Dataset[Item]):
+    """The first `count` rows of a dataset, begun again where it ends: exactly the rows of one run,
+    in order.
+
+    Rows are independent draws (see `tasks`), so there is nothing to shuffle, and a resumed run
+    finds its position by counting.
+    """
+
+    def __init__(self, dataset: Dataset[Item], count: int) -> None:
+        self._dataset, self._count = dataset, count
+        self._size: int = len(dataset)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Item:
+        return self._dataset[index % self._size]
+
+
+def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) -> Path:
     """Train a recipe in a run directory, or go on with it there.
 
     A run that was stopped anywhere, `kill -9` during a save or the final export included, goes on
     from its last whole checkpoint. A finished run is left as it is and the call returns at once
-    (`run_directory.is_finished` tells). On Ctrl-C the current step is finished and saved first.
-    With `torchrun` the batch is divided among the processes.
+    (`run_directory.is_finished` tells). On Ctrl-C or SIGTERM the current step is finished and saved
+    first. With `torchrun` the batch is divided among the processes.
 
     Args:
-        recipe: see `recipe.load_recipe`. out: the run directory, made if need be. progress: show a
-            progress bar on stderr.
+        recipe: see `recipe.load_recipe`.
+        out: the run directory, made if need be.
+        progress: called after every step.
 
     Returns:
         The run directory, now a plain Hugging Face model directory besides.
@@ -198,26 +166,29 @@ def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
     Raises:
         NextLatError: the directory holds something else, a run of another recipe, or only damaged
             checkpoints; it cannot be written or the disk is full (the last checkpoint is then
-            intact); another process is training there; the loss is not finite; or whatever is wrong
-            with the recipe's task or model.
+            intact); another process is training there; the loss or a weight is not finite; or
+            whatever is wrong with the recipe's task or model.
         Interrupted: by Ctrl-C or SIGTERM, after a checkpoint.
+        KeyboardInterrupt: by one of them, before the first step or after the last.
     """
     out = Path(out)
     with write_errors(out, "choose another place"):
         out.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, out)
     first = args.process_index == 0
-    with sole_writer(out) if first else nullcontext(), threads(recipe.run.threads):
+    lock = sole_writer(out) if first else nullcontext()
+    with StopSignal() as stop, lock, threads(recipe.run.threads):
         with args.main_process_first():  # the first process tidies up before the others look
             record = read_record(out)
             check_same_run(record, recipe, out)
             if first:
                 remove_unfinished(out)
         if record is None or record["status"] != "finished":
-            _train(recipe, out, args, record, first=first, progress=progress)
+            _train(recipe, out, args, record, stop, progress)
         elif fault := model_fault(out):
             raise NextLatError(
-                f"the finished run {out} is damaged ({fault}): restore it or train in another directory."
+                f"the finished run {out} is damaged ({fault}): restore it or train in another "
+                "directory."
             )
         else:
             logger.info("%s is finished: nothing to train.", out)
@@ -227,6 +198,8 @@ def train(recipe: Recipe, out: str | Path, *, progress: bool = True) -> Path:
 def check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> None:
     """Whether a run directory with this run.json (None = without one) may be that of a recipe.
 
+    Settings that its result does not depend on may differ: all of `run` but precision and compile.
+
     Raises:
         NextLatError: it holds something else.
     """
@@ -235,13 +208,14 @@ def check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> 
         return
     # Read back first, so that a setting which came with a later version has its default and is no
     # difference.
-    keys = differences(Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict())
+    before = Recipe.from_dict(record["recipe"], record["recipe_name"])
+    keys = differences(before.to_dict(), recipe.to_dict())
     if "objective" in keys:
         raise NextLatError(
-            f"{out} is the run directory of another objective, {record['recipe']['objective']}, not {recipe.objective}: "
-            "choose another directory."
+            f"{out} is the run directory of another objective, {before.objective}, not "
+            f"{recipe.objective}: choose another directory."
         )
-    if keys:
+    if keys := [key for key in keys if not key.startswith("run.") or key in FIXED]:
         raise NextLatError(
             f"{out} holds a run of a recipe that differs in {', '.join(keys)}: choose another one."
         )
@@ -252,111 +226,71 @@ def _train(
     out: Path,
     args: TrainingArguments,
     record: dict[str, Any] | None,
-    *,
-    first: bool,
-    progress: bool,
+    stop: StopSignal,
+    progress: Progress | None,
 ) -> None:
     checkpoint, faults = last_complete_checkpoint(out)
     if checkpoint is None and faults:
         raise NextLatError(
-            f"no checkpoint in {out} can be used: {'; '.join(faults)}; restore one or choose another directory."
+            f"no checkpoint in {out} can be used: {'; '.join(faults)}; restore one or choose "
+            "another directory."
         )
+    start = checkpoint.name if checkpoint else "the start"
     for fault in faults:
-        logger.warning(
-            "%s in %s: going on from %s.",
-            fault,
-            out,
-            checkpoint.name if checkpoint else "the start",
-        )
+        logger.warning("%s in %s: going on from %s.", fault, out, start)
     step = checkpoint_step(checkpoint) if checkpoint else 0
     task = recipe.task.build()
     fingerprint = task.fingerprint()
     if record is not None and record["task"]["fingerprint"] != fingerprint:
         raise NextLatError(
-            f"the data of task {recipe.task_name} is not what {out} was trained on: restore it, or start anew."
+            f"the data of task {recipe.task_name} is not what {out} was trained on: restore it, or "
+            "start anew."
         )
     model = build_model(recipe, task)
+    first = args.process_index == 0
     if record is None:
         record = _new_record(recipe, fingerprint, model, args)
     else:
         logger.info("going on from step %d of %d in %s.", step, recipe.steps, out)
-        record = {**record, "resumed_at": [*record["resumed_at"], step]}
+        resumed = [*record["resumed_at"], step]
+        record = {**record, "recipe": recipe.to_dict(), "resumed_at": resumed}
     if first:
         write_json(out / RECORD, record)
     if recipe.run.compile:
-        model.lm.base_model.compile()  # the layers: fixed shapes and one graph, which the losses' masked positions have not
-    rows = task.train_dataset(recipe.seed)
-    stop = StopSignal()
+        # The layers: fixed shapes and one graph, which the losses' masked positions have not.
+        model.lm.base_model.compile()
+    log = RunLog(out, step, stop, progress, first=first)
     trainer = NextLatTrainer(
         model,
         args,
-        FirstRows(rows, recipe.steps * recipe.batch_size),
+        collate,
+        FirstRows(task.train_dataset(recipe.seed), recipe.steps * recipe.batch_size),
         task.eval_dataset(),
-        tokenizer=task.tokenizer,
-        metrics=MetricsLog(out, step, first=first),
-        keep_checkpoints=recipe.run.keep_checkpoints,
-        stop=stop,
-        progress=progress,
+        task.tokenizer,
+        callbacks=[log],
     )
+    trainer.remove_callback(PrinterCallback)
     if step < recipe.steps:
-        with stop.installed():
+        with stop.deferred():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if (
-            trainer.state.global_step < recipe.steps
-        ):  # on all processes, whichever of them got the signal
-            raise Interrupted(out, trainer.state.global_step, stop.received or signal.SIGINT)
-        record = {
-            **record,
-            "tokens": trainer.state.num_input_tokens_seen,
-            "seconds": round(trainer.seconds, 3),
-        }
-    else:
+        done = trainer.state.global_step
+        if done < recipe.steps:  # on all processes, whichever of them got the signal
+            raise Interrupted(out, done, stop.received or signal.SIGINT)
+    else:  # killed during the export: only that is left to do
         assert checkpoint is not None
-        trainer._load_from_checkpoint(
-            str(checkpoint)
-        )  # killed during the export: only that is left to do
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        record = {
-            **record,
-            "tokens": trainer.state.num_input_tokens_seen,
-            "seconds": trainer.seconds_before,
-        }
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = load_trainer_state(checkpoint)
     if first:
         _export(trainer, out)
-        write_json(
-            out / RECORD,
-            {**record, "status": "finished", "steps": recipe.steps, "finished": _now()},
-        )
+        finished = {
+            "status": "finished",
+            "steps": recipe.steps,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "seconds": log.seconds,
+            "finished": _now(),
+        }
+        write_json(out / RECORD, {**record, **finished})
         rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
-    trainer.accelerator.wait_for_everyone()
-
-
-def check_trains(recipe: Recipe, task: Task) -> None:
-    """Whether `train` would get to its first step with a recipe whose task is built, found out on
-    one layer of its transformer.
-
-    Raises:
-        NextLatError: the objective does not fit the model, or its horizon the task.
-    """
-    backbone = (
-        recipe.backbone
-        if recipe.backbone.pretrained is not None
-        else replace(recipe.backbone, layers=1)
-    )
-    build_model(replace(recipe, backbone=backbone), task)
-
-
-def _check_horizon(recipe: Recipe, task: Task) -> None:
-    """The last of d steps beyond the next token must have a target somewhere. (Before the model is
-    built: MTP's grows with d.)"""
-    d = getattr(recipe.objective_config, "horizon", 0)
-    if not d:  # rows are not made for nothing
-        return
-    longest = min(task.max_length, len(task.train_dataset(recipe.seed)[0]["input_ids"]))
-    if d + 2 > longest:
-        raise NextLatError(
-            f"the horizon {d} is too long for sequences of at most {longest} tokens: choose one of at most {max(longest - 2, 0)}."
-        )
 
 
 def _export(trainer: NextLatTrainer, out: Path) -> None:
@@ -375,6 +309,7 @@ def _new_record(
     recipe: Recipe, fingerprint: str, model: ObjectiveModel, args: TrainingArguments
 ) -> dict[str, Any]:
     return {
+        "format": FORMAT,
         "status": "running",
         "recipe_name": recipe.name,
         "recipe": recipe.to_dict(),

@@ -1,85 +1,35 @@
-"""`transformers.Trainer` for objective models: right loss normalisation, named losses, atomic
-checkpoints, exact resume.
+"""`transformers.Trainer` for objective models.
 
 As thin as can be: every method here replaces or refines one of the Trainer's own of the same name;
 the loop, optimiser, schedules, mixed precision, distribution and reporting are the library's.
 """
 
+import logging
 import math
-import signal
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as library_logging
 
-from nextlat.errors import NextLatError
+from nextlat.backbone import evaluation_mode
+from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
+from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
-from nextlat.training.run_directory import MetricsLog, rotate_checkpoints
+from nextlat.training.checkpoints import load_state, rotate_checkpoints
+from nextlat.weights import read_sums, write_sums
+
+logger = logging.getLogger(__name__)
 
 Item = dict[str, Tensor]
-
-
-def collate(items: list[Item]) -> Item:
-    """Rows of equal length to a batch; nothing is guessed or converted."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
-class FirstRows(Dataset[Item]):
-    """The first `count` rows of a dataset, begun again where it ends: exactly the rows of one run,
-    in order.
-
-    Rows are independent draws (see `tasks`), so there is nothing to shuffle, and a resumed run
-    finds its place by counting.
-    """
-
-    def __init__(self, dataset: Dataset[Item], count: int) -> None:
-        self._dataset, self._count = dataset, count
-        self._size: int = len(dataset)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Item:
-        return self._dataset[index % self._size]
-
-
-def evaluation_loss(
-    model: ObjectiveModel, dataset: Dataset[Item], batch_size: int
-) -> dict[str, float]:
-    """Means of the objective and its named parts over a whole dataset, each over its own count
-    (next_token: nats per token).
-
-    The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
-    their tokens.
-    """
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-    counts = torch.stack([model.counts(**batch) for batch in loader]).sum(0).to(model.device)
-    sums: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in loader:
-                out = model(
-                    **{key: value.to(model.device) for key, value in batch.items()}, counts=counts
-                )
-                for name, value in {"loss": out.loss, **out.losses}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double()
-    finally:
-        model.train(was_training)
-    return {name: value.item() for name, value in sums.items()}
+_OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
 @contextmanager
@@ -94,287 +44,307 @@ def no_library_bars() -> Iterator[None]:
             library_logging.enable_progress_bar()
 
 
-class StopSignal:
-    """Ctrl-C (and SIGTERM) asks the run to stop after its current step; a second one takes effect
-    at once.
+def collate(items: list[Item]) -> Item:
+    """Rows of equal length to a batch; nothing is guessed or converted."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
-    Attributes:
-        received: number of the signal that came, or None.
+
+def evaluation_loss(
+    model: ObjectiveModel,
+    dataset: Dataset[Item],
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Item] = collate,
+) -> dict[str, float]:
+    """Means of the objective and its named parts over a whole dataset, each over its own count
+    (next_token: nats per token).
+
+    The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
+    their tokens.
+    """
+    batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
+    counts = add_counts([model.counts(**batch) for batch in batches])
+    counts = {name: count.to(model.device) for name, count in counts.items()}
+    sums: dict[str, Tensor] = {}
+    with evaluation_mode(model):
+        for batch in batches:
+            out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
+    return {name: value.item() for name, value in sums.items()}
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class NextLatMixin(_Base):
+    """Makes any subclass of `transformers.Trainer` one for objective models.
+
+    `class MyTrainer(NextLatMixin, SomeTrainer)` divides every loss part by its own count over the
+    whole optimiser step (micro-batches and processes), logs the parts, and saves and resumes plain
+    Hugging Face directories with the sidecar `nextlat/`, comparing what it reads with the model.
+
+    Raises:
+        NextLatError: from the constructor, if the model is not an `ObjectiveModel`, or is told to
+            do what an objective model cannot.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Only the main thread can install signal handlers; elsewhere this does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {
-            number: signal.getsignal(number) or signal.SIG_DFL
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            self.received = number
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-
-        for number in previous:
-            signal.signal(number, on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-class RunControl(TrainerCallback):
-    """Stops at a signal with a checkpoint, and logs before every save so that no half-averaged
-    losses need saving."""
-
-    def __init__(self, stop: StopSignal) -> None:
-        self.stop = stop
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stops(args, control):
-            control.should_training_stop = control.should_save = True
-        if control.should_save:
-            control.should_log = True
-
-    def _stops(self, args: TrainingArguments, control: Any) -> bool:
-        if args.world_size == 1:
-            return self.stop.received is not None
-        if not (
-            control.should_log or control.should_save
-        ):  # processes agree where they wait for each other anyway
-            return False
-        received = torch.tensor(float(self.stop.received is not None), device=args.device)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        return bool(received.item())
-
-
-class ProgressBar(ProgressCallback):
-    """Rate, remaining time and the latest loss parts on one line; nothing else is printed."""
-
-    training_bar: Any
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
-        self.current_step = state.global_step
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+    def create_accelerator_and_postprocess(self) -> None:
+        if not isinstance(self.model, ObjectiveModel):
+            raise NextLatError(
+                f"{type(self).__name__} trains what nextlat.attach gives, not a "
+                f"{type(self.model).__name__}."
             )
-
-    def on_log(
-        self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if self.training_bar is not None and logs:
-            hidden = (
-                "loss",
-                "eval_loss",
-                "learning_rate",
-                "grad_norm",
-                "epoch",
-                "tokens",
-                "seconds",
+        if self.args.n_gpu > 1:
+            logger.warning(
+                "One GPU of %d is used: start it with torchrun to use all.", self.args.n_gpu
             )
-            shown = {
-                key: f"{value:.3f}"
-                for key, value in logs.items()
-                if key not in hidden and isinstance(value, float)
-            }
-            self.training_bar.set_postfix(shown, refresh=False)
-
-    def close(self) -> None:
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
-
-
-class NextLatTrainer(Trainer):
-    """Trains an `ObjectiveModel`.
-
-    Args:
-        model: what is trained. args: of the Trainer, see `training.training_arguments`.
-        train_dataset: as long as the run, see `FirstRows`. eval_dataset: held-out rows, read at
-            every evaluation.
-        tokenizer: saved with every checkpoint.
-        metrics: where every logged line goes, whatever else is asked to report.
-        keep_checkpoints: how many stay; at least one while training.
-        stop: asks for an early end.
-        progress: show a bar.
-    """
-
-    def __init__(
-        self,
-        model: ObjectiveModel,
-        args: TrainingArguments,
-        train_dataset: Dataset[Item],
-        eval_dataset: Dataset[Item],
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        metrics: MetricsLog,
-        keep_checkpoints: int,
-        stop: StopSignal,
-        progress: bool,
-    ) -> None:
-        use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=[RunControl(stop)],
-        )
-        if use_cache is not None:
-            model.config.use_cache = use_cache  # the Trainer switched it off, and would save that; our forward does so itself
-        self.model_accepts_loss_kwargs = (
-            True  # the loss is a share of the whole step's: the Trainer must not divide it again
-        )
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self._bar = ProgressBar() if progress else None
-        if self._bar is not None:
-            self.add_callback(self._bar)
-        self._model, self._held_out, self._run = model, eval_dataset, Path(str(args.output_dir))
-        self._tokenizer, self._metrics, self._keep = tokenizer, metrics, keep_checkpoints
-        self._sums: dict[str, Tensor] = {}  # of the steps since the last log, as are the next two
-        self._steps = 0
-        self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
-        self.seconds_before, self._started = metrics.seconds, time.monotonic()
+            self.args._n_gpu = 1
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False
+        # Of the steps since the last log:
+        self._sums: dict[str, Tensor] = {}
+        self._steps: set[int] = set()
+        self._tokens: Tensor | int = 0
+        self._sound_step = 0
+        super().create_accelerator_and_postprocess()
 
     @property
-    def seconds(self) -> float:
-        """Seconds of training up to now, those before a resumed checkpoint included."""
-        return self.seconds_before + time.monotonic() - self._started
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._started = time.monotonic()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self._bar is not None:
-                self._bar.close()
+    def objective_model(self) -> ObjectiveModel:
+        """The model itself, however it is wrapped."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # ---- loss: every part divided by its own count over the whole optimiser step ----
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Item], num_batches: int, device: torch.device
-    ) -> tuple[list[Item], Tensor | None]:
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if not batches:
-            return [], None
-        self._steps += 1
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            self._tokens += batch["input_ids"].numel() if mask is None else mask.sum()
-        if len(batches) == 1 and self.args.world_size == 1:
-            return (
-                batches,
-                None,
-            )  # the batch is the whole step, whose own counts the loss takes anyway
-        counts = torch.stack([self._model.counts(**batch) for batch in batches]).sum(0).to(device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return batches, counts
+    def _get_num_items_in_batch(self, batch_samples: list[Item], device: torch.device) -> Any:
+        several = len(batch_samples) > 1 or self.args.world_size > 1
+        if not batch_samples or not several:
+            return None  # the batch is the whole step, whose own counts the loss takes anyway
+        counts = [self.objective_model.counts(**batch) for batch in batch_samples]
+        total = {name: count.to(device) for name, count in add_counts(counts).items()}
+        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: Item,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        self._model.objective.step = (
-            self.state.global_step + 1
-        )  # restored on resume, so that the loss there is the same
+        step = self.state.global_step + 1
+        # Restored on resume, so that a loss that changes over the steps is the same there.
+        self.objective_model.objective.step = step
         outputs = model(**inputs, counts=num_items_in_batch)
-        for name, value in outputs.losses.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if model.training:
+            self._steps.add(step)
+            for name, value in outputs.losses.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
         # Processes average their gradients, and each loss is already its share of the global mean.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(
-        self, model: torch.nn.Module, grad_norm: Tensor | float | None = None
-    ) -> Any:
+    # ---- log ----
+
+    def _track_num_input_tokens(self, inputs: Item) -> None:
+        """Without waiting for the device at every step, as the Trainer does."""
+        if self.args.include_num_input_tokens_seen != "no":
+            return super()._track_num_input_tokens(inputs)
+        mask = inputs.get("attention_mask")
+        self._tokens = self._tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Without clipping the norm is only for the log: not worth a pass over the gradients at
         other steps."""
-        step = self.state.global_step + 1
-        logged = any(
-            step % every == 0
-            for every in (self.state.logging_steps, self.state.save_steps, self.state.max_steps)
-        )
-        if grad_norm is None and not logged:
+        step, state = self.state.global_step + 1, self.state
+        every = (state.logging_steps, state.save_steps, state.max_steps)
+        by_steps = grad_norm is None and self.args.logging_strategy == "steps"
+        if by_steps and all(step % (n or step + 1) for n in every):
             return None
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
-    # ---- log ----
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if (
-            "train_runtime" in logs
-        ):  # the Trainer's own summary; run.json has what is true over all resumes
-            return
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums = {
-                name: self.accelerator.reduce(value.float(), "sum").item()
-                for name, value in self._sums.items()
-            }
-            steps, self._sums, self._steps = self._steps, {}, 0
-            self.state.num_input_tokens_seen += int(
-                self.accelerator.reduce(self._tokens, "sum").item()
-            )
-            self._tokens.zero_()
-            logs = {
-                "loss": logs.pop("loss"),
-                **{name: value / steps for name, value in sums.items()},
-                **logs,
-                "tokens": self.state.num_input_tokens_seen,
-                "seconds": round(self.seconds, 3),
-            }
-            if not math.isfinite(logs["loss"]):
-                raise NextLatError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: "
-                    "train in a new directory with a lower optimizer.learning_rate or with optimizer.gradient_clip."
-                )
+            reduce = self.accelerator.reduce
+            parts = {name: reduce(x.float(), "sum").item() for name, x in self._sums.items()}
+            tokens = torch.as_tensor(self._tokens, dtype=torch.int64, device=self.args.device)
+            self.state.num_input_tokens_seen += int(reduce(tokens, "sum").item())
+            means = {name: total / len(self._steps) for name, total in parts.items()}
+            logs = {"loss": logs["loss"], **means, **logs}
+            self._sums, self._steps, self._tokens = {}, set(), 0
+        for name, value in logs.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                held_out = "" if name == "loss" else "held-out "
+                raise self._not_sound(f"the {held_out}loss is {value}")
+        self._check_weights()
+        self._sound_step = self.state.global_step
         super().log(logs, start_time)
-        self.state.log_history.clear()  # metrics.jsonl has it; the Trainer would write it all into every checkpoint again
-        if self.is_world_process_zero():
-            line = {key: value for key, value in logs.items() if key != "epoch"}
-            finite = {
-                k: v if not isinstance(v, float) or math.isfinite(v) else None
-                for k, v in line.items()
-            }
-            self._metrics.append({"step": self.state.global_step, **finite})
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        means = evaluation_loss(self._model, self._held_out, self.args.per_device_eval_batch_size)
-        logs = {f"eval_{name}": value for name, value in means.items()}
+    def _check_weights(self) -> None:
+        named = [(n, torch.isfinite(p).all()) for n, p in self.objective_model.named_parameters()]
+        if not torch.stack([finite for _, finite in named]).all():
+            raise self._not_sound(f"{next(n for n, finite in named if not finite)} is not finite")
+
+    def _not_sound(self, told: str) -> NextLatError:
+        return NextLatError(
+            f"{told} at step {self.state.global_step}, the model was last sound at step "
+            f"{self._sound_step}: train in a new directory with a lower learning rate or with "
+            "clipped gradients (optimizer.learning_rate, optimizer.gradient_clip)."
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        if self.compute_metrics is not None:
+            raise NextLatError(
+                "compute_metrics needs logits, which an objective model gives only without labels: "
+                "leave it out, and measure the trained model."
+            )
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        logs: dict[str, float] = {}
+        named = dataset if isinstance(dataset, dict) else {"": dataset}
+        for name, rows in named.items():
+            prefix = "_".join(filter(None, (metric_key_prefix, name)))
+            ours = self.get_eval_dataloader(rows)
+            # Not divided among the processes, where rows would be counted twice to make it even.
+            size = self.args.per_device_eval_batch_size
+            means = evaluation_loss(self.objective_model, ours.dataset, size, ours.collate_fn)
+            logs |= {f"{prefix}_{part}": value for part, value in means.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    # ---- checkpoints: staged, flushed, renamed, and only then are older ones deleted ----
+    # ---- files ----
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._check_weights()
+        if self.args.should_save:
+            directory = Path(output_dir or str(self.args.output_dir))
+            with no_library_bars():
+                self.objective_model.save_pretrained(directory)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+            # safetensors makes files that only their owner can read
+            for weights in directory.rglob("*.safetensors"):
+                weights.chmod((directory / "config.json").stat().st_mode)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        with no_library_bars():
+            self.objective_model.load_weights(resume_from_checkpoint)
+        self._sound_step = int(resume_from_checkpoint.rpartition("-")[2])
+
+    def _load_best_model(self) -> None:
+        self.objective_model.load_weights(str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        directory = Path(checkpoint)
+        with _of_this_run(directory / "optimizer.pt"):
+            optimizer = cast(torch.optim.Optimizer, self.optimizer)
+            state = load_state(directory / "optimizer.pt")
+            _check_optimizer_state(optimizer, state)
+            optimizer.load_state_dict(state)
+        with _of_this_run(directory / "scheduler.pt"):
+            scheduler: Any = self.lr_scheduler
+            state, own = load_state(directory / "scheduler.pt"), scheduler.state_dict()
+            if any(type(value) is not type(own[key]) for key, value in state.items()):
+                raise ValueError("it is of another schedule")
+            scheduler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _of_this_run(Path(checkpoint or "") / "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _of_this_run(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (NextLatError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise NextLatError(
+            f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
+            "the checkpoint before it, or choose another run directory."
+        ) from error
+
+
+def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Compare what torch does not compare before it computes with it.
+
+    Raises:
+        ValueError: the state belongs to other parameters or another optimiser.
+    """
+    groups = optimizer.param_groups
+    for own, other in zip(groups, state["param_groups"], strict=True):
+        if len(own["params"]) != len(other["params"]):
+            raise ValueError("it is of a model with other parameters")
+        for key in {"lr", "betas", "eps", "weight_decay"} & own.keys():
+            if type(other[key]) is not type(own[key]):
+                raise ValueError(f"its {key} is {other[key]!r}")
+    parameters = [p for group in groups for p in group["params"]]
+    if not state["state"]:
+        raise ValueError("it is empty")
+    for index, values in state["state"].items():
+        shapes = {name: x.shape for name, x in values.items() if isinstance(x, torch.Tensor)}
+        expected = parameters[index].shape
+        for name in _OF_PARAMETER_SHAPE & shapes.keys():
+            if shapes[name] != expected:
+                found, expected = tuple(shapes[name]), tuple(expected)
+                raise ValueError(
+                    f"{name} of parameter {index} is {found}, the parameter {expected}"
+                )
+        if "exp_avg" in values and not (
+            {"exp_avg", "exp_avg_sq"} <= shapes.keys() and torch.as_tensor(values["step"]).ndim == 0
+        ):
+            raise ValueError(f"the state of parameter {index} is not whole")
+
+
+class NextLatTrainer(NextLatMixin, Trainer):
+    """`transformers.Trainer` for what `nextlat.attach` gives, with the same arguments.
+
+    Besides what `NextLatMixin` says, a checkpoint gets its name only when all of it is on the disk:
+    whatever happens while it is saved, `train(resume_from_checkpoint=True)` finds a whole one.
+
+    Example:
+        trainer = nextlat.NextLatTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model("my-model")      # opens with nextlat.load and AutoModelForCausalLM
+    """
+
+    args: TrainingArguments
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        target = self._run / f"checkpoint-{self.state.global_step}"
+        state: Any = self.state
+        args = self.args
+        target = Path(self._get_output_dir(trial)) / f"checkpoint-{state.global_step}"
+        best = target.with_name(f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and (best == target or best.is_dir()):
+            state.best_model_checkpoint = str(best)
         with self._staged(target) as staging:
-            folder = str(staging)
-            self.save_model(folder, _internal_call=True)
-            self._save_optimizer_and_scheduler(folder)
-            self._save_scaler(folder)
-            self._save_rng_state(folder)
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / "trainer_state.json"))
-                self._metrics.sync()
-        if self.args.should_save:
-            rotate_checkpoints(self._run, self.state.global_step, max(self._keep, 1))
+            self.save_model(str(staging), _internal_call=True)
+            if not args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            if args.should_save:
+                for callback in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(callback, ExportableState):
+                        state.stateful_callbacks[type(callback).__name__] = callback.state()
+                state.save_to_json(str(staging / "trainer_state.json"))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if args.should_save and args.save_total_limit:
+            spared = Path(state.best_model_checkpoint or target)
+            rotate_checkpoints(target.parent, state.global_step, args.save_total_limit, spared)
 
     @contextmanager
     def _staged(self, target: Path) -> Iterator[Path]:
@@ -385,26 +355,8 @@ class NextLatTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 yield staging
                 self.accelerator.wait_for_everyone()
+                write_sums(staging, read_sums(staging))
         else:
             self.accelerator.wait_for_everyone()
             yield staging_directory(target)
             self.accelerator.wait_for_everyone()
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        if self.args.should_save:
-            directory = Path(output_dir or self._run)
-            with no_library_bars():
-                self._model.save_pretrained(directory)
-            self._tokenizer.save_pretrained(directory)
-            for weights in directory.rglob(
-                "*.safetensors"
-            ):  # safetensors makes files that only their owner can read
-                weights.chmod((directory / "config.json").stat().st_mode)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        with no_library_bars():
-            self._model.load_weights(resume_from_checkpoint)

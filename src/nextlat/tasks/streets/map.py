@@ -1,24 +1,25 @@
 """The street map that a model seems to have in mind: reconstruction from its rides, after Vafa et
-al. (arXiv 2406.03689).
+al. (arXiv 2406.03689), and its record, map.json.
 
 A model that knows the city needs no street that is not there. Every invented street is a move that
 the model made and no true street explains.
 
-Shapes: N intersections, C candidate intersections, E streets.
+Shapes: N intersections, E streets.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nextlat.tasks.streets.network import StreetNetwork
+from nextlat.errors import NextLatError
+from nextlat.tasks.streets.network import NOWHERE, StreetNetwork
+from nextlat.validation import CountOrZero, Settings
 
-NO_STREET = -1
-
-Ride = tuple[
-    int, int, Sequence[int] | None
-]  # source, destination, directions 0..7 (None: the model did not close the ride)
+# Source, destination, directions 0..7 (None: the model did not close the ride).
+Ride = tuple[int, int, Sequence[int] | None]
+Street = tuple[int, int, int]  # source, direction, target
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class ReconstructedMap:
     Attributes:
         used: (E, 3) int64 true streets (source, direction, target) on which a followed ride went,
             sorted.
-        invented: list of (source, direction, target) in the order of their invention.
+        invented: streets in the order of their invention.
         true_unused: true streets that no followed ride used.
         explained: rides that lead from source to destination over true and invented streets.
         astray: rides that can be followed to their last move too, but end elsewhere than at their
@@ -39,7 +40,7 @@ class ReconstructedMap:
     """
 
     used: np.ndarray
-    invented: list[tuple[int, int, int]]
+    invented: list[Street]
     true_unused: int
     explained: int
     astray: int
@@ -88,47 +89,43 @@ def reconstruct(
 
     Args:
         network: the true city.
-        rides: (source, destination, directions) of each; directions None for a ride that the model
-            did not close.
-        max_miles: great-circle length of an invented street at most; 0.5 in the original.
-        max_degree: streets out of an intersection with an invented one at most; 4 in the original.
+        rides: what the model drove.
+        max_miles: limit of the great-circle length of an invented street; 0.5 in the original.
+        max_degree: limit of the streets out of an intersection with an invented one; 4 in the
+            original.
     """
     known = network.targets.copy()
     used = np.zeros(known.shape, dtype=bool)
-    invented: list[tuple[int, int, int]] = []
+    invented: list[Street] = []
     outcome = {"explained": 0, "astray": 0, "failed": 0, "unclosed": 0}
     for source, destination, moves in rides:
         if moves is None:
             outcome["unclosed"] += 1
             continue
-        here, failed = source, False
+        here = source
         path: list[tuple[int, int]] = []
-        added: list[tuple[int, int, int]] = []
+        added: list[Street] = []
         for i, direction in enumerate(moves):
-            if known[here, direction] == NO_STREET:
-                there = _invent(
-                    network, known, here, destination, moves[i + 1 :], max_miles, max_degree
-                )
-                if there == NO_STREET:
-                    failed = True
+            if known[here, direction] == NOWHERE:
+                rest = moves[i + 1 :]
+                there = _invent(network, known, here, destination, rest, max_miles, max_degree)
+                if there == NOWHERE:
                     break
                 known[here, direction] = there
                 added.append((here, direction, there))
             path.append((here, direction))
             here = int(known[here, direction])
-        if failed:
+        if len(path) < len(moves):
             outcome["failed"] += 1
             for a, direction, _ in added:
-                known[a, direction] = NO_STREET
+                known[a, direction] = NOWHERE
             continue
         outcome["explained" if here == destination else "astray"] += 1
         invented += added
         for street in path:
             used[street] = True
-    used &= network.targets != NO_STREET
-    origin, way = np.nonzero(used)
-    streets = np.stack([origin, way, network.targets[origin, way]], axis=1)
-    return ReconstructedMap(streets, invented, network.num_edges - len(streets), **outcome)
+    streets = network.edges[used[network.edges[:, 0], network.edges[:, 1]]]
+    return ReconstructedMap(streets, invented, len(network.edges) - len(streets), **outcome)
 
 
 def _invent(
@@ -140,21 +137,86 @@ def _invent(
     max_miles: float,
     max_degree: int,
 ) -> int:
-    """The intersection that a new street from `here` should lead to, -1 if there can be none (rule
-    3 of `reconstruct`)."""
-    if (known[here] != NO_STREET).sum() >= max_degree:
-        return NO_STREET
+    """The intersection that a new street from `here` should lead to, NOWHERE if there can be none
+    (rule 3 of `reconstruct`)."""
+    if (known[here] != NOWHERE).sum() >= max_degree:
+        return NOWHERE
     miles = network.miles(here, np.arange(len(network)))
     near = np.flatnonzero((miles <= max_miles) & (np.arange(len(network)) != here))
     if len(near) == 0:
-        return NO_STREET
+        return NOWHERE
     at, followed = near.copy(), np.zeros(len(near), dtype=np.int64)
     going = np.arange(len(near))
     for direction in rest:
         at[going] = known[at[going], direction]
-        going = going[at[going] != NO_STREET]
+        going = going[at[going] != NOWHERE]
         followed[going] += 1
-        if len(going) == 0:
-            break
     arrives = (followed == len(rest)) & (at == destination)
     return int(near[np.lexsort((near, miles[near], ~arrives, -followed))[0]])
+
+
+class _City(Settings):
+    node_ids: list[str]
+    latitude: list[float]
+    longitude: list[float]
+    targets: list[list[int]]
+
+
+class _Record(Settings):
+    network: _City
+    used: list[tuple[CountOrZero, CountOrZero, CountOrZero]]
+    invented: list[tuple[CountOrZero, CountOrZero, CountOrZero]]
+    counts: dict[str, CountOrZero]
+
+
+def map_record(network: StreetNetwork, reconstructed: ReconstructedMap) -> dict[str, Any]:
+    """The city and the map as JSON that needs no other file to be drawn; `read_map_record` reads
+    it."""
+    return {
+        "network": {
+            "node_ids": list(network.node_ids),
+            "latitude": network.latitude.tolist(),
+            "longitude": network.longitude.tolist(),
+            "targets": network.targets.tolist(),
+        },
+        "used": reconstructed.used.tolist(),
+        "invented": [list(street) for street in reconstructed.invented],
+        "counts": reconstructed.counts(),
+    }
+
+
+def read_map_record(
+    content: Any, source: str = "map.json is corrupt"
+) -> tuple[StreetNetwork, ReconstructedMap]:
+    """The network and the map of a record.
+
+    Args:
+        content: of map.json.
+        source: how the sentence of an error begins.
+
+    Raises:
+        NextLatError: it is not such a record, or contradicts itself.
+    """
+    record = _Record.from_json(content, source)
+    city = record.network
+    try:
+        network = StreetNetwork(
+            tuple(city.node_ids),
+            np.array(city.latitude),
+            np.array(city.longitude),
+            np.array(city.targets, dtype=np.int64),
+        )
+        used, invented = (
+            np.array(streets, dtype=np.int64).reshape(-1, 3)
+            for streets in (record.used, record.invented)
+        )
+        _ = network.targets[invented[:, 0], invented[:, 1]], network.latitude[invented[:, 2]]
+        if (network.targets[used[:, 0], used[:, 1]] != used[:, 2]).any():
+            raise ValueError("not every street in 'used' is one of the city")
+        outcome = {k: n for k, n in record.counts.items() if k not in ("invented", "true_used")}
+        reconstructed = ReconstructedMap(used, record.invented, **outcome)
+        if reconstructed.counts() != record.counts:
+            raise ValueError("'counts' contradicts the streets")
+    except (ValueError, IndexError, TypeError) as error:
+        raise NextLatError(f"{source}: {error}.") from error
+    return network, reconstructed

@@ -1,41 +1,61 @@
 """A street network: intersections with coordinates, and at most one street per compass direction
 out of each.
 
-The world of the taxi-ride benchmark (Vafa et al., arXiv 2406.03689, section 4), for any city: read from CSV files,
-downloaded from OpenStreetMap, or generated (`embedded_city`).  Shapes: N intersections, K destinations, D largest out-degree.
+The world of the taxi rides of Vafa et al. (arXiv 2406.03689, section 4), for any city: `sources`
+reads, downloads or generates one. Shapes: N intersections, E streets, K destinations, D largest
+out-degree.
 """
 
 import hashlib
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Self
 
-import networkx as nx
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, dijkstra
 
 from nextlat.errors import NextLatError
-from nextlat.tasks.streets.compass import DIRECTIONS, compass_direction, great_circle_miles
-from nextlat.tasks.streets.embedded_city import embedded_city
-from nextlat.tasks.streets.sources import read_csv, read_place, write_csv
 
-__all__ = ["DIRECTIONS", "StreetNetwork"]
+DIRECTIONS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
+NOWHERE = -1  # the target of a street that does not exist
+MAX_LISTED_PAIRS = 2**22  # 2,048 intersections: up to here all pairs are listed to hold some out
+EARTH_RADIUS_MILES = 3958.7613  # mean radius of the WGS 84 ellipsoid, 6,371.0088 km
+
+
+def compass_direction(
+    lat_a: np.ndarray, lon_a: np.ndarray, lat_b: np.ndarray, lon_b: np.ndarray
+) -> np.ndarray:
+    """Index in DIRECTIONS of the initial great-circle bearing from a to b.
+
+    A direction covers 45 degrees centred on its compass point, the lower bound included: N is
+    within 22.5 degrees of north. A point's bearing to itself counts as N.
+
+    Args:
+        lat_a, lon_a: start, in degrees.
+        lat_b, lon_b: end, in degrees, of any shape that broadcasts with the start.
+    """
+    phi_a, phi_b = np.radians(lat_a), np.radians(lat_b)
+    delta = np.radians(np.subtract(lon_b, lon_a))
+    east = np.sin(delta) * np.cos(phi_b)
+    north = np.cos(phi_a) * np.sin(phi_b) - np.sin(phi_a) * np.cos(phi_b) * np.cos(delta)
+    degrees = np.degrees(np.arctan2(east, north)) % 360.0
+    return (np.floor((degrees + 22.5) / 45.0) % len(DIRECTIONS)).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class StreetNetwork:
-    """N intersections and the directed streets between them.
+    """N intersections and the directed streets between them. Its arrays are read-only.
 
-    Args:
-        node_ids: N distinct names; they become the tokens of the intersections, so they hold no
-            white space.
-        latitude, longitude: (N,) float64, degrees.
-        targets: (N, 8) int64, the intersection reached by each of DIRECTIONS, -1 where there is no
-            street.
+    Attributes:
+        node_ids: N distinct names without white space: the tokens of the intersections.
+        latitude: (N,) float64, degrees.
+        longitude: (N,) float64, degrees.
+        targets: (N, 8) int64, the intersection that the street in each of DIRECTIONS leads to,
+            NOWHERE where there is no street.
 
-    The arrays are made read-only.  Two networks with the same content have the same `fingerprint()`.
+    Raises:
+        ValueError: arrays that contradict each other.
     """
 
     node_ids: tuple[str, ...]
@@ -55,7 +75,7 @@ class StreetNetwork:
                 raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
             array.flags.writeable = False
             object.__setattr__(self, name, array)
-        if n and not (self.targets.min() >= -1 and self.targets.max() < n):
+        if n and not (self.targets.min() >= NOWHERE and self.targets.max() < n):
             raise ValueError("targets must lie in -1..N-1")
         if len(set(self.node_ids)) != n:
             raise ValueError("node_ids are not distinct")
@@ -64,31 +84,35 @@ class StreetNetwork:
         return len(self.node_ids)
 
     def __repr__(self) -> str:
-        return f"StreetNetwork({len(self):,} intersections, {self.num_edges:,} streets, {self.fingerprint()})"
+        return (
+            f"StreetNetwork({len(self):,} intersections, {len(self.edges):,} streets, "
+            f"{self.fingerprint()})"
+        )
 
     @cached_property
     def out_degree(self) -> np.ndarray:
         """(N,) int64, the number of legal moves at each intersection; 0 at a dead end."""
-        return (self.targets >= 0).sum(axis=1)
-
-    @property
-    def num_edges(self) -> int:
-        """Directed streets: one per legal (intersection, direction)."""
-        return int(self.out_degree.sum())
+        return (self.targets != NOWHERE).sum(axis=1)
 
     @cached_property
     def legal_moves(self) -> np.ndarray:
         """(N, D) int64, the legal directions of each intersection in increasing order, then -1."""
         width = max(1, int(self.out_degree.max(initial=0)))
-        legal = self.targets >= 0
+        legal = self.targets != NOWHERE
         order = np.argsort(~legal, axis=1, kind="stable")[:, :width]
         return np.where(np.take_along_axis(legal, order, axis=1), order, -1)
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """(num_edges, 3) int64, rows (source, direction, target), sorted."""
-        source, direction = np.nonzero(self.targets >= 0)
+        """(E, 3) int64, rows (source, direction, target), sorted."""
+        source, direction = np.nonzero(self.targets != NOWHERE)
         return np.stack([source, direction, self.targets[source, direction]], axis=1)
+
+    @cached_property
+    def adjacency(self) -> csr_array:
+        """(N, N), how many streets lead from one intersection to another."""
+        source, _, target = self.edges.T
+        return csr_array((np.ones(len(source)), (source, target)), shape=(len(self), len(self)))
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 of names, coordinates and streets."""
@@ -96,20 +120,6 @@ class StreetNetwork:
         for array in (self.latitude, self.longitude, self.targets):
             digest.update(b"\0" + array.astype(array.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()[:16]
-
-    def graph(self) -> nx.MultiDiGraph:
-        """A networkx graph on node indices: `name`, `y`, `x` on the nodes; `direction` (also the
-        key) on the edges."""
-        graph = nx.MultiDiGraph()
-        for index, name in enumerate(self.node_ids):
-            graph.add_node(
-                index, name=name, y=float(self.latitude[index]), x=float(self.longitude[index])
-            )
-        for source, direction, target in self.edges.tolist():
-            graph.add_edge(
-                source, target, key=DIRECTIONS[direction], direction=DIRECTIONS[direction]
-            )
-        return graph
 
     def hops_to(self, destinations: np.ndarray) -> np.ndarray:
         """Fewest moves from every intersection to each destination.
@@ -119,55 +129,26 @@ class StreetNetwork:
 
         Returns:
             (K, N) int16; 0 at the destination itself, -1 where it cannot be reached.
-
-        Breadth-first search from all destinations at once, one bit per destination.
         """
-        destinations = np.asarray(destinations, dtype=np.int64).reshape(-1)
-        k, n = len(destinations), len(self)
-        # The last row stands for "no street": it is never reached.
-        reached_bytes = np.zeros((n + 1, 8 * math.ceil(k / 64)), dtype=np.uint8)
-        column = np.arange(k)
-        np.bitwise_or.at(
-            reached_bytes, (destinations, column // 8), (128 >> (column % 8)).astype(np.uint8)
-        )
-        reached = reached_bytes.view(np.uint64)
-        legal = self.legal_moves
-        successors = np.where(legal >= 0, np.take_along_axis(self.targets, legal, axis=1), n)
-        # Bit plane j holds bit j of every distance, so that a level costs a few operations on words
-        # of 64 destinations.
-        planes: list[np.ndarray] = []
-        for level in range(1, n + 1):
-            fresh = reached[successors[:, 0]]
-            for rank in range(1, successors.shape[1]):
-                fresh |= reached[successors[:, rank]]
-            fresh &= ~reached[:n]
-            if not fresh.any():
-                break
-            reached[:n] |= fresh
-            if level.bit_length() > len(planes):
-                planes.append(np.zeros_like(fresh))
-            for j, plane in enumerate(planes):
-                if level >> j & 1:
-                    plane |= fresh
-        hops = np.unpackbits(reached_bytes[:n], axis=1, count=k).astype(np.int16) - 1
-        for j, plane in enumerate(planes):
-            hops += np.unpackbits(plane.view(np.uint8), axis=1, count=k).astype(np.int16) << j
-        return np.ascontiguousarray(hops.T)
+        hops = dijkstra(self.adjacency.T, indices=destinations, unweighted=True)
+        return np.where(np.isinf(hops), -1, hops).astype(np.int16)
 
     def miles(self, a: np.ndarray | int, b: np.ndarray | int) -> np.ndarray:
-        """Great-circle (haversine) distance in miles between node indices a and b, of any
-        broadcastable shapes."""
-        return great_circle_miles(
-            self.latitude[a], self.longitude[a], self.latitude[b], self.longitude[b]
-        )
-
-    # --- parts of a network -----------------------------------------------------------------------------------------
+        """Great-circle (haversine) distance in miles between node indices a and b, of shapes that
+        broadcast."""
+        phi_a, phi_b = np.radians(self.latitude[a]), np.radians(self.latitude[b])
+        delta = np.radians(np.subtract(self.longitude[b], self.longitude[a]))
+        chord = np.sin((phi_b - phi_a) / 2) ** 2
+        chord = chord + np.cos(phi_a) * np.cos(phi_b) * np.sin(delta / 2) ** 2
+        return 2 * EARTH_RADIUS_MILES * np.arcsin(np.sqrt(np.clip(chord, 0.0, 1.0)))
 
     def subset(self, nodes: np.ndarray) -> Self:
-        """The network induced by these node indices ((M,) distinct, in their order); streets that
-        leave it are dropped."""
-        nodes = np.asarray(nodes, dtype=np.int64)
-        renamed = np.full(len(self) + 1, -1, dtype=np.int64)  # the last entry serves the index -1
+        """The network of some intersections; streets that leave it are dropped.
+
+        Args:
+            nodes: (M,) distinct node indices, in the order that they are to have.
+        """
+        renamed = np.full(len(self) + 1, NOWHERE)  # the last entry serves the index -1
         renamed[nodes] = np.arange(len(nodes))
         return replace(
             self,
@@ -179,17 +160,20 @@ class StreetNetwork:
 
     def strongly_connected(self) -> Self:
         """The largest part in which every intersection can be reached from every other, in the same
-        order.
+        order; without it a walk could end in a dead end.
 
-        Of equally large parts, the one that holds the first intersection.  Without it a walk could end in a dead end.
+        Of equally large parts, the one that holds the first intersection.
         """
-        parts = (sorted(part) for part in nx.strongly_connected_components(self.graph()))
-        best = min(parts, key=lambda part: (-len(part), part[0]), default=[])
-        return self.subset(np.array(best, dtype=np.int64))
+        if len(self) == 0:
+            return self
+        _, part = connected_components(self.adjacency, connection="strong")
+        return self.subset(np.flatnonzero(part == part[np.bincount(part)[part].argmax()]))
 
     def within(self, south: float, west: float, north: float, east: float) -> Self:
-        """The largest strongly connected part of the streets inside a bounding box (degrees, bounds
-        included).
+        """The largest strongly connected part of the streets inside a bounding box.
+
+        Args:
+            south, west, north, east: bounds in degrees, included.
 
         Raises:
             NextLatError: the bounds are out of order or no number, or the box holds no two
@@ -198,90 +182,89 @@ class StreetNetwork:
         box = f"the box south={south}, west={west}, north={north}, east={east}"
         if not (south < north and west < east):  # also false for NaN
             raise NextLatError(
-                f"{box} is no box: give it as south < north and west < east, in degrees"
+                f"{box} is empty: give it as south < north and west < east, in degrees."
             )
         inside = (self.latitude >= south) & (self.latitude <= north)
         inside &= (self.longitude >= west) & (self.longitude <= east)
         part = self.subset(np.flatnonzero(inside)).strongly_connected()
         if len(part) < 2:
-            extent = (
-                f"latitude {self.latitude.min():.4f} to {self.latitude.max():.4f}, "
-                f"longitude {self.longitude.min():.4f} to {self.longitude.max():.4f}"
-                if len(self)
-                else "empty"
-            )
             raise NextLatError(
-                f"{box} holds {int(inside.sum())} intersections and no two of them that reach each other: "
-                f"take a larger box (the network is {extent})"
+                f"{box} holds {int(inside.sum())} intersections and no two of them that reach each "
+                f"other: take a larger box (the network spans latitude {self.latitude.min():.4f} to "
+                f"{self.latitude.max():.4f}, longitude {self.longitude.min():.4f} to "
+                f"{self.longitude.max():.4f})."
             )
         return part
 
-    # --- where networks come from -----------------------------------------------------------------------------------
 
-    @classmethod
-    def embedded(
-        cls,
-        rows: int = 10,
-        columns: int = 10,
-        seed: int = 0,
-        one_way: float = 0.5,
-        missing: float = 0.1,
-        diagonal: bool = True,
-        park: bool = True,
-    ) -> Self:
-        """A generated city, strongly connected; see
-        `nextlat.tasks.streets.embedded_city.embedded_city` for what it looks like."""
-        return cls.from_links(*embedded_city(rows, columns, seed, one_way, missing, diagonal, park))
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """K pairs of intersections.
 
-    @classmethod
-    def from_csv(cls, directory_or_nodes: str | Path, edges: str | Path | None = None) -> Self:
-        """Reads `nodes.csv` (id, lat, lon) and `edges.csv` (source, direction, target); see
-        `street_files.read_csv`."""
-        return cls(*read_csv(directory_or_nodes, edges))
+    Attributes:
+        source: (K,) int64.
+        destination: (K,) int64.
+    """
 
-    @classmethod
-    def from_place(cls, place: str, cache: str | Path | None = None) -> Self:
-        """Downloads a place's drivable streets from OpenStreetMap, strongly connected; see
-        `street_files.read_place`."""
-        network = cls.from_links(*read_place(place, cache)).strongly_connected()
-        if len(network) < 2:
-            raise NextLatError(
-                f"the streets of {place!r} do not connect two intersections both ways: take a larger place"
-            )
-        return network
+    source: np.ndarray
+    destination: np.ndarray
 
-    @classmethod
-    def from_links(
-        cls,
-        node_ids: Iterable[str],
-        latitude: np.ndarray,
-        longitude: np.ndarray,
-        links: np.ndarray,
-        lengths: np.ndarray | None = None,
-    ) -> Self:
-        """Labels each link (a, b) of `links` (E, 2) with its compass direction and keeps one per
-        (a, direction).
+    def __len__(self) -> int:
+        return len(self.source)
 
-        Of several links with one (a, direction), the shortest is kept (`lengths`, (E,), any unit; great-circle distance
-        when omitted; of equally short ones the smaller b).  Links of a node to itself have no direction and are dropped.
-        """
-        ids = tuple(node_ids)
-        bare = cls(ids, latitude, longitude, np.full((len(ids), len(DIRECTIONS)), -1))
-        links = np.asarray(links, dtype=np.int64).reshape(-1, 2)
-        a, b = links[:, 0], links[:, 1]
-        length = bare.miles(a, b) if lengths is None else np.asarray(lengths, dtype=np.float64)
-        direction = compass_direction(
-            bare.latitude[a], bare.longitude[a], bare.latitude[b], bare.longitude[b]
+    def __getitem__(self, index: slice | np.ndarray) -> "Pairs":
+        return Pairs(self.source[index], self.destination[index])
+
+
+def held_out_pairs(
+    network: StreetNetwork, count: int, *, max_hops: int = 50, seed: int = 0, max_share: float = 0.1
+) -> Pairs:
+    """Pairs to evaluate on, which training never sees: drawn uniformly and without repetition from
+    all eligible ones.
+
+    Args:
+        network: the city.
+        count: how many.
+        max_hops: a pair is eligible if its destination is another intersection, at most this many
+            moves away (50 in arXiv 2511.05963).
+        seed: the same seed gives the same pairs.
+        max_share: largest share of the eligible pairs that may be held out, so that a small city
+            keeps enough to train on.
+
+    Raises:
+        NextLatError: no pair is eligible.
+    """
+    n = len(network)
+    rng = np.random.default_rng(seed)
+    if n * n <= MAX_LISTED_PAIRS:
+        hops = network.hops_to(np.arange(n))  # (destination, source)
+        keys = np.flatnonzero((hops > 0) & (hops <= max_hops))
+        limit = int(max_share * len(keys))
+        destination, source = np.divmod(rng.permutation(keys)[: min(count, limit)], n)
+    else:
+        source, destination = _sampled_pairs(network, count, max_hops, max_share, rng)
+    if len(source) == 0:
+        raise NextLatError(
+            f"no pair of intersections can be held out (at most {max_hops} moves apart, at most "
+            f"{max_share:g} of all pairs): take a larger network or a larger max_hops."
         )
-        targets = bare.targets.copy()
-        order = np.lexsort((b, length))[
-            ::-1
-        ]  # longest first: the shortest is written last and stays
-        order = order[a[order] != b[order]]
-        for link in order.tolist():
-            targets[a[link], direction[link]] = b[link]
-        return replace(bare, targets=targets)
+    return Pairs(source, destination)
 
-    def to_csv(self, directory: str | Path) -> None:
-        """Writes `nodes.csv` and `edges.csv`, which `from_csv` reads back to an equal network."""
-        write_csv(directory, self.node_ids, self.latitude, self.longitude, self.edges)
+
+def _sampled_pairs(
+    network: StreetNetwork, count: int, max_hops: int, max_share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and destinations by rejection, for networks too large to list every pair."""
+    n = len(network)
+    keys: np.ndarray = np.zeros(0, dtype=np.int64)
+    drawn = 0
+    for _ in range(50):
+        fresh = np.unique(rng.integers(0, n * n, size=max(1024, 2 * (count - len(keys)))))
+        fresh = rng.permutation(np.setdiff1d(fresh, keys, assume_unique=True))
+        destinations, row = np.unique(fresh % n, return_inverse=True)
+        hops = network.hops_to(destinations)[row, fresh // n]
+        drawn += len(fresh)
+        keys = np.concatenate([keys, fresh[(hops > 0) & (hops <= max_hops)]])
+        if len(keys) >= count:
+            break
+    return np.divmod(keys[: min(count, int(max_share * n * n * len(keys) / drawn))], n)

@@ -2,57 +2,27 @@
 known at every step.
 
 The one generation loop of all street metrics. Rides of a batch advance in lockstep over a KV cache
-without any padding: rides whose prefix is longer than the others' are fed their prefix tokens while
-the others already drive.
+without any padding: rides with longer prefixes are still fed those while the others already drive.
 
-Shapes: P rides, B rides of the running batch, T tokens, D width, V vocabulary, L the longest prefix
-    or ride.
+Shapes: P rides, B rides of the running batch, D width, V vocabulary, L the longest prefix or ride.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nextlat.tasks.streets.network import StreetNetwork
-from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, PAD, Pairs
+from nextlat.backbone import evaluation_mode
+from nextlat.errors import NextLatError
+from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
+from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE
+from nextlat.tasks.task import PAD, SequenceModel
 
-NOWHERE = -1  # the true place of a ride that took a street that does not exist
-COMPACT_BELOW = 0.85  # share of rides still under way below which the finished ones leave the batch and its cache
-
-
-class SequenceModel(Protocol):
-    """What the street metrics need of a model; `nextlat.model.ObjectiveModel` has it, and so has
-    the exact world model of the tests.
-
-    `step(input_ids_BT, past) -> (h_BTD, past)` reads a few more tokens. The cache is opaque but for
-    `batch_select_indices(indices)`, in place, as in `transformers.Cache`.
-    """
-
-    def step(self, input_ids: Tensor, past_key_values: Any = None, /) -> tuple[Tensor, Any]: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def next_token_logits(self, h: Tensor, /) -> Tensor: ...
-
-
-@contextmanager
-def inference(model: object) -> Iterator[None]:
-    """No gradients and no dropout inside; the model's training mode is restored afterwards."""
-    trained = model if isinstance(model, nn.Module) and model.training else None
-    if trained is not None:
-        trained.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if trained is not None:
-            trained.train()
+BATCH = 256  # rides in lockstep
+COMPACT_BELOW = 0.85  # share of rides under way below which finished ones leave batch and cache
+ROUNDS = 200  # of drawing before a network counts as too small for pairs of prefixes
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +30,8 @@ class Prompts:
     """Where rides begin: `source destination` and the legal moves already made.
 
     Attributes:
-        source, destination: (P,) node indices.
+        source: (P,) node indices.
+        destination: (P,) node indices.
         moves: (P, L) direction indices 0..7 of the prefix; what lies beyond `lengths` is not read.
         lengths: (P,) moves of each prefix.
     """
@@ -71,10 +42,10 @@ class Prompts:
     lengths: np.ndarray
 
     @classmethod
-    def of_pairs(cls, source: np.ndarray, destination: np.ndarray) -> "Prompts":
+    def of_pairs(cls, pairs: Pairs) -> "Prompts":
         """Rides that begin at their source."""
-        none = np.zeros(len(source), dtype=np.int64)
-        return cls(np.asarray(source), np.asarray(destination), none[:, None][:, :0], none)
+        none = np.zeros((len(pairs), 0), dtype=np.int64)
+        return cls(pairs.source, pairs.destination, none, none.sum(axis=1))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -84,12 +55,16 @@ class Prompts:
             self.source[rows], self.destination[rows], self.moves[rows], self.lengths[rows]
         )
 
+    def batches(self) -> list[np.ndarray]:
+        """Row indices, BATCH at a time; prefixes of like length share a batch, so that more is read
+        in one go."""
+        order = np.argsort(self.lengths, kind="stable")
+        return [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+
     def tokens(self) -> np.ndarray:
         """(P, 2 + L) token ids; those beyond `2 + lengths` are not part of the prompt."""
         ends = np.stack([self.source, self.destination], axis=1) + FIRST_NODE
-        return np.concatenate([ends, np.maximum(self.moves, 0) + FIRST_DIRECTION], axis=1).astype(
-            np.int64
-        )
+        return np.concatenate([ends, np.maximum(self.moves, 0) + FIRST_DIRECTION], axis=1)
 
     def intersections(self, network: StreetNetwork) -> np.ndarray:
         """(P,) the node that each prefix has reached.
@@ -97,31 +72,29 @@ class Prompts:
         Raises:
             ValueError: a prefix takes a street that does not exist.
         """
-        node = np.asarray(self.source, dtype=np.int64).copy()
+        node = self.source.copy()
         for i in range(self.moves.shape[1]):
             going = i < self.lengths
             node[going] = network.targets[node[going], self.moves[going, i]]
             if (node == NOWHERE).any():
-                raise ValueError(
-                    f"the prefix of prompt {int((node == NOWHERE).argmax())} is not a walk in this network"
-                )
+                raise ValueError(f"the prefix of prompt {(node == NOWHERE).argmax()} is no walk")
         return node
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One moment at which the rides `rows` are to choose their next token.
+    """One moment at which some rides are to choose their next token.
 
     Attributes:
         rows: (B,) which of the P rides these are.
-        nodes: (B,) true intersections; -1 for a ride that left the map.
-        made: (B,) moves made so far, the prefix included.
+        nodes: (B,) true intersections; NOWHERE for a ride that left the map.
+        made: moves made so far, the prefix included.
         logits_BV: the model's next-token logits.
     """
 
     rows: np.ndarray
     nodes: np.ndarray
-    made: np.ndarray
+    made: int
     logits_BV: Tensor
 
 
@@ -140,22 +113,16 @@ class Rides:
     arrived: np.ndarray
 
     def moves(self, row: int) -> list[int] | None:
-        """Direction indices of one ride, or None when it does not close with `end` (out of moves,
-        or not a move)."""
-        tokens = self.tokens[row, : self.lengths[row]]
-        return (
-            [int(t) - FIRST_DIRECTION for t in tokens[:-1]]
-            if len(tokens) and tokens[-1] == END
-            else None
-        )
+        """Direction indices of one ride; None if it does not close with `end` (out of moves, or not
+        a move)."""
+        *moves, last = self.tokens[row, : self.lengths[row]].tolist()
+        return [move - FIRST_DIRECTION for move in moves] if last == END else None
 
     def sequences(self, pairs: Pairs) -> list[tuple[int, int, list[int] | None]]:
-        """(source, destination, moves) of each ride of these pairs, as `street_map.reconstruct`
-        reads them."""
+        """(source, destination, moves) of the rides of these pairs, as `map.reconstruct` reads
+        them."""
         ends = zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True)
-        return [
-            (source, destination, self.moves(row)) for row, (source, destination) in enumerate(ends)
-        ]
+        return [(*end, self.moves(row)) for row, end in enumerate(ends)]
 
 
 def greedy(step: Step) -> np.ndarray:
@@ -171,7 +138,6 @@ def ride(
     *,
     choose: Callable[[Step], np.ndarray] = greedy,
     leave_map: bool = False,
-    batch_size: int = 256,
 ) -> Rides:
     """Drive every ride to its end.
 
@@ -180,76 +146,154 @@ def ride(
     token is not `end`.
 
     Args:
+        model: the driver.
+        network: the true city.
         prompts: P beginnings; their prefixes must be legal walks.
         max_moves: moves a ride may have in all, prefix included; one number, or (P,).
-        choose: the token of each ride from its `Step`: greedy by default, sampling or a detour
-            otherwise.
+        choose: the token of each ride from its `Step`.
         leave_map: go on after a move that does not exist, as the tokens alone would (the ride can
             no longer arrive).
-        batch_size: rides in lockstep.
     """
-    budget = np.broadcast_to(np.asarray(max_moves, dtype=np.int64), (len(prompts),))
+    count = len(prompts)
+    budget = np.broadcast_to(max_moves, count)
     longest = int((budget - prompts.lengths).max(initial=0)) + 1
-    tokens = np.full((len(prompts), longest), PAD, dtype=np.int64)
     rides = Rides(
-        tokens, np.zeros(len(prompts), dtype=np.int64), np.zeros(len(prompts), dtype=bool)
+        np.full((count, longest), PAD), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
     )
     start = prompts.intersections(network)
-    order = np.argsort(
-        prompts.lengths, kind="stable"
-    )  # prefixes of like length share a batch: more is read in one go
-    with inference(model):
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            _ride_batch(
-                model, network, prompts, rows, start[rows], budget[rows], choose, leave_map, rides
-            )
+    with evaluation_mode(model):
+        for rows in prompts.batches():
+            nodes, limit = start[rows], budget[rows]
+            prefix, prompt_ids = prompts.lengths[rows], prompts[rows].tokens()
+            made = int(prefix.min())  # moves in the cache, the same for all rides of the batch
+            input_ids = prompt_ids[:, : 2 + made]
+            past, alive = None, np.ones(len(rows), dtype=bool)
+            while alive.any():
+                h_BTD, past = model.step(torch.from_numpy(input_ids).to(model.device), past)
+                drives = alive & (prefix <= made)
+                token = np.full(len(rows), END)
+                waits = prefix > made
+                token[waits] = prompt_ids[waits, min(2 + made, prompt_ids.shape[1] - 1)]
+                if drives.any():
+                    index = torch.from_numpy(np.flatnonzero(drives)).to(model.device)
+                    logits_BV = model.next_token_logits(h_BTD[:, -1].index_select(0, index))
+                    now, here = rows[drives], nodes[drives]
+                    token[drives] = chosen = choose(Step(now, here, made, logits_BV))
+                    rides.tokens[now, made - prefix[drives]] = chosen
+                    rides.lengths[now] += 1
+                    rides.arrived[now] = (chosen == END) & (here == prompts.destination[now])
+                    is_move = (chosen >= FIRST_DIRECTION) & (chosen < FIRST_NODE)
+                    legal = is_move & (here != NOWHERE)
+                    there = np.full(len(now), NOWHERE)
+                    there[legal] = network.targets[here[legal], chosen[legal] - FIRST_DIRECTION]
+                    nodes[drives] = there
+                    on = is_move & (leave_map | (there != NOWHERE))
+                    alive[drives] = on & (made < limit[drives])
+                made += 1
+                if alive.any() and alive.mean() < COMPACT_BELOW:
+                    past.batch_select_indices(
+                        torch.from_numpy(np.flatnonzero(alive)).to(model.device)
+                    )
+                    rows, nodes, limit, prefix, prompt_ids, token = (
+                        x[alive] for x in (rows, nodes, limit, prefix, prompt_ids, token)
+                    )
+                    alive = np.ones(len(rows), dtype=bool)
+                input_ids = token[:, None]
     return rides
 
 
-def _ride_batch(
-    model: SequenceModel,
-    network: StreetNetwork,
-    prompts: Prompts,
-    rows: np.ndarray,
-    nodes: np.ndarray,
-    budget: np.ndarray,
-    choose: Callable[[Step], np.ndarray],
-    leave_map: bool,
-    rides: Rides,
-) -> None:
-    """Drive `rows` in lockstep and write what happens into `rides`."""
-    prefix, prompt_ids = prompts.lengths[rows], prompts[rows].tokens()
-    made = int(prefix.min())  # moves in the cache, the same for all rides of the batch
-    input_ids = prompt_ids[:, : 2 + made]
-    past, alive = None, np.ones(len(rows), dtype=bool)
-    while True:
-        h_BTD, past = model.step(torch.from_numpy(input_ids).to(model.device), past)
-        drives = alive & (prefix <= made)
-        token = np.full(len(rows), END, dtype=np.int64)
-        token[prefix > made] = prompt_ids[prefix > made, min(2 + made, prompt_ids.shape[1] - 1)]
-        if drives.any():
-            index = torch.from_numpy(np.flatnonzero(drives)).to(model.device)
-            logits_BV = model.next_token_logits(h_BTD[:, -1].index_select(0, index))
-            now, here = rows[drives], nodes[drives]
-            chosen = choose(Step(now, here, np.full(len(now), made), logits_BV))
-            token[drives] = chosen
-            rides.tokens[now, made - prefix[drives]] = chosen
-            rides.lengths[now] += 1
-            rides.arrived[now] = (chosen == END) & (here == prompts.destination[now])
-            is_move = (chosen >= FIRST_DIRECTION) & (chosen < FIRST_NODE)
-            legal = is_move & (here != NOWHERE)
-            there = np.full(len(now), NOWHERE, dtype=np.int64)
-            there[legal] = network.targets[here[legal], chosen[legal] - FIRST_DIRECTION]
-            nodes[drives] = there
-            alive[drives] = is_move & (leave_map | (there != NOWHERE)) & (made < budget[drives])
-        if not alive.any():
-            return
-        made += 1
-        if alive.mean() < COMPACT_BELOW:
-            past.batch_select_indices(torch.from_numpy(np.flatnonzero(alive)).to(model.device))
-            rows, nodes, budget, prefix, prompt_ids, token = (
-                x[alive] for x in (rows, nodes, budget, prefix, prompt_ids, token)
-            )
-            alive = np.ones(len(rows), dtype=bool)
-        input_ids = token[:, None]
+@dataclass(frozen=True, eq=False)
+class PrefixPairs:
+    """P pairs of different beginnings that lead to the same state of the world.
+
+    Attributes:
+        first: prompts whose prefixes reach an intersection.
+        second: prompts with other sources and the same destinations that reach the same one.
+        intersection: (P,) that intersection, never the destination.
+    """
+
+    first: Prompts
+    second: Prompts
+    intersection: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.intersection)
+
+    @property
+    def destination(self) -> np.ndarray:
+        """(P,) node indices."""
+        return self.first.destination
+
+    def room(self, max_moves: int) -> np.ndarray:
+        """(P,) moves that both prompts still have."""
+        return max_moves - np.maximum(self.first.lengths, self.second.lengths)
+
+
+def prefix_pairs(
+    network: StreetNetwork, count: int, *, max_moves: int, seed: int = 0
+) -> PrefixPairs:
+    """Draw pairs of prefixes that lead to the same state by different ways.
+
+    Intersection and destination are uniform among the pairs with a route of at least one move. From
+    the intersection two random walks go backwards, a uniformly random incoming street at each step,
+    of independent lengths uniform in 1..max_moves/2; where they end are the two sources. A draw is
+    made again when the sources are equal, when one is the destination (no ride leads from a node to
+    itself), when a walk meets an intersection without incoming street, or when the destination is
+    further than the longer prefix leaves moves for. Walks may pass through the destination, as
+    training walks may.
+
+    Args:
+        network: the city.
+        count: P.
+        max_moves: moves of a ride in all, the longest training walk.
+        seed: the same seed gives the same pairs.
+
+    Raises:
+        NextLatError: a network without enough such pairs.
+    """
+    rng = np.random.default_rng([seed, 0x9F1])
+    longest = max(1, max_moves // 2)
+    incoming = network.edges[np.argsort(network.edges[:, 2], kind="stable")]
+    first_in = np.searchsorted(incoming[:, 2], np.arange(len(network) + 1))
+
+    def walk_back(end: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sources (C,), NOWHERE where a walk got stuck; moves (C, longest) in the order of driving,
+        0 beyond the length."""
+        node, moves = end.copy(), np.zeros((len(end), longest), dtype=np.int64)
+        for i in range(longest):
+            u = rng.random(len(end))
+            going = np.flatnonzero((i < lengths) & (node != NOWHERE))
+            low, high = first_in[node[going]], first_in[node[going] + 1]
+            node[going[low == high]] = NOWHERE
+            going, low, high = (x[low < high] for x in (going, low, high))
+            street = low + np.minimum((u[going] * (high - low)).astype(np.int64), high - low - 1)
+            node[going], moves[going, lengths[going] - 1 - i] = incoming[street, :2].T
+        return node, moves
+
+    parts: list[tuple[np.ndarray, ...]] = []
+    for _ in range(ROUNDS):
+        if sum(len(part[0]) for part in parts) >= count:
+            break
+        here, there = rng.integers(len(network), size=(2, 2 * count + 64))
+        lengths = rng.integers(1, longest + 1, size=(2, 2 * count + 64))
+        (source_a, moves_a), (source_b, moves_b) = (walk_back(here, x) for x in lengths)
+        destinations, row = np.unique(there, return_inverse=True)
+        hops = network.hops_to(destinations)[row, here]
+        good = (hops > 0) & (hops <= max_moves - lengths.max(axis=0)) & (source_a != source_b)
+        for source in (source_a, source_b):
+            good &= (source != NOWHERE) & (source != there)
+        parts.append(
+            tuple(x[good] for x in (here, there, source_a, moves_a, source_b, moves_b, *lengths))
+        )
+    columns = [np.concatenate(column)[:count] for column in zip(*parts, strict=True)]
+    here, there, source_a, moves_a, source_b, moves_b, length_a, length_b = columns
+    if len(here) < count:
+        raise NextLatError(
+            f"found {len(here)} of {count} pairs of prefixes to one intersection: take a larger "
+            "city, longer walks or fewer pairs."
+        )
+    return PrefixPairs(
+        Prompts(source_a, there, moves_a, length_a),
+        Prompts(source_b, there, moves_b, length_b),
+        here,
+    )

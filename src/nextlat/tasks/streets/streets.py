@@ -1,45 +1,79 @@
 """Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its
 random-walks variant, for any city."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
+from nextlat.results import Measurement, Metric, Picture, Published, PublishedFigures
 from nextlat.scores import Score
-from nextlat.tasks.latent_rank import latent_rank
-from nextlat.tasks.streets import metrics as score
-from nextlat.tasks.streets.conditioned_walks import conditioned_walks
-from nextlat.tasks.streets.map import reconstruct
-from nextlat.tasks.streets.map_record import map_record
-from nextlat.tasks.streets.network import StreetNetwork
-from nextlat.tasks.streets.prefixes import PrefixPairs, prefix_pairs
+from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
+from nextlat.tasks.rows import Rows
+from nextlat.tasks.streets.map import map_record, reconstruct
+from nextlat.tasks.streets.metrics import (
+    IDENTICAL_CONTINUATIONS,
+    IDENTICAL_VALID_CONTINUATIONS,
+    NEXT_TOKEN_TEST,
+    SEQUENCE_COMPRESSION,
+    VALID_TRAJECTORIES,
+    DetourKind,
+    detour_robustness,
+    detours,
+    identical_continuations,
+    next_token_test,
+    sampled_rides,
+    sequence_compression,
+    valid_trajectories,
+)
+from nextlat.tasks.streets.network import StreetNetwork, held_out_pairs
+from nextlat.tasks.streets.rides import PrefixPairs, Prompts, prefix_pairs
+from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
 from nextlat.tasks.streets.walks import (
-    FIRST_NODE,
-    Pairs,
-    WalkDataset,
-    held_out_pairs,
+    Walks,
+    conditioned_walks,
     pack,
     random_walks,
     tokenizer,
+    walk_stream,
 )
-from nextlat.tasks.task import STREAM, Metric, Task, find_data
+from nextlat.tasks.task import NEXTLAT, Measure, Seed, Task, TaskConfig, find_data
+from nextlat.validation import Share
 
 if TYPE_CHECKING:
     from nextlat.model import ObjectiveModel
 
-MAP, MAP_RIDES = "map.json", 1000
+MAP_RIDES = 1000  # at least so many are driven for the map
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
+DETOURS: tuple[DetourKind, ...] = ("random", "least_likely")
+MAP = Picture(
+    kind="map",
+    file="map.json",
+    title="The city in the model's head",
+    text="Rebuilt from the rides that each model generates between places it has never seen "
+    "paired. A red street does not exist; it bends from the direction the model took to where it "
+    "must lead for the ride to make sense.",
+)
+
+Lines = Annotated[int, Field(ge=4, le=200)]  # of a generated city
+Moves = Annotated[int, Field(ge=1, le=10_000)]
+Degrees = Annotated[float, Field(ge=-180, le=180)]
 
 
-@dataclass(frozen=True)
-class StreetsConfig:
+def _figures(title: str, *values: float, **options: Any) -> PublishedFigures:
+    methods = ("GPT", "MTP", "JTP", "NextLat", "true world model")
+    return PublishedFigures(
+        title=title, by_method=dict(zip(methods, values, strict=False)), **options
+    )
+
+
+class StreetsConfig(TaskConfig):
     """Which city, which walks, and how much is measured.
 
     Attributes:
@@ -49,33 +83,52 @@ class StreetsConfig:
             `nextlat[osm]`).
         box: (south, west, north, east) in degrees: only this part of the network, cut to its
             largest strongly connected part.
-        rows, columns, city_seed, one_way, missing, diagonal, park: of the generated city, when
-            there is neither path nor place.
-        min_moves, max_moves: length of a walk (paper: at most 100 tokens, so 97 moves).
+        rows: streets of the generated city, when there is neither path nor place.
+        columns: its avenues.
+        city_seed: what it follows from.
+        one_way: see `sources.generate_city`.
+        missing: see `sources.generate_city`.
+        diagonal: see `sources.generate_city`.
+        park: see `sources.generate_city`.
+        min_moves: length of the shortest walk.
+        max_moves: length of the longest walk (paper: at most 100 tokens, so 97 moves).
         row_length: tokens in a packed training row.
         held_out: (source, destination) pairs that never occur in training; at most a tenth of all.
-        max_hops: the held-out destinations are at most so many moves away (paper: 50).
+        max_hops: the held-out destinations are at most this many moves away (paper: 50).
         tests: pairs, walks and prefix pairs that the metrics use.
         detour_probability: paper: 0.75.
     """
 
     path: str | None = None
     place: str | None = None
-    box: tuple[float, float, float, float] | None = None
-    rows: int = 8
-    columns: int = 8
-    city_seed: int = 0
-    one_way: float = 0.5
-    missing: float = 0.1
+    box: tuple[Degrees, Degrees, Degrees, Degrees] | None = None
+    rows: Lines = 8
+    columns: Lines = 8
+    city_seed: Seed = 0
+    one_way: Share = 0.5
+    missing: Share = 0.1
     diagonal: bool = True
     park: bool = True
-    min_moves: int = 4
-    max_moves: int = 40
-    row_length: int = 128
-    held_out: int = 1000
-    max_hops: int = 50
-    tests: int = 1000
-    detour_probability: float = 0.75
+    min_moves: Moves = 4
+    max_moves: Moves = 40
+    row_length: Annotated[int, Field(ge=4, le=2**20)] = 128
+    held_out: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    max_hops: Moves = 50
+    tests: Annotated[int, Field(ge=2, le=10**5)] = 1000
+    detour_probability: Share = 0.75
+
+    @model_validator(mode="after")
+    def _walks_fit(self) -> Self:
+        if self.min_moves > self.max_moves:
+            raise ValueError(
+                f"walks of {self.min_moves} to {self.max_moves} moves: give min_moves <= max_moves"
+            )
+        if self.row_length < self.max_moves + 3:
+            raise ValueError(
+                f"row_length = {self.row_length} is too short for a walk of {self.max_moves} "
+                f"moves: give at least {self.max_moves + 3}"
+            )
+        return self
 
     def build(self) -> "Streets":
         return Streets(self)
@@ -87,37 +140,20 @@ class StreetsConfig:
             NextLatError: no such directory, file or place; a faulty file; an empty box.
         """
         if self.path is not None and (directory := find_data(self.path)):
-            network = StreetNetwork.from_csv(directory)
+            network = read_csv(directory)
         elif self.place is not None:
-            network = StreetNetwork.from_place(self.place)
+            network = download_place(self.place)
         elif self.path is not None:
             raise NextLatError(
-                f"there is no directory {self.path} (nor in $NEXTLAT_DATA): set task.path to nodes.csv and edges.csv."
+                f"there is no directory {self.path} (nor in $NEXTLAT_DATA): set task.path to that "
+                "of nodes.csv and edges.csv."
             )
         else:
-            network = StreetNetwork.embedded(
-                self.rows,
-                self.columns,
-                self.city_seed,
-                self.one_way,
-                self.missing,
-                self.diagonal,
-                self.park,
-            )
+            network = generate_city(
+                self.rows, self.columns, self.city_seed,
+                self.one_way, self.missing, self.diagonal, self.park,
+            )  # fmt: skip
         return network.within(*self.box) if self.box is not None else network.strongly_connected()
-
-
-class PackedRows(Dataset[dict[str, Tensor]]):
-    """Rows that `pack` made, one by one."""
-
-    def __init__(self, rows: dict[str, Tensor]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows["input_ids"])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: x[index] for name, x in self.rows.items()}
 
 
 class Streets(Task):
@@ -125,121 +161,117 @@ class Streets(Task):
     every model."""
 
     name = "streets"
-    higher_is_better: Mapping[str, bool] = {
-        "next_token_test": True,
-        "valid_trajectories": True,
-        "sequence_compression": True,
-        "identical_continuations": True,
-        "identical_valid_continuations": True,
-        "effective_latent_rank": False,
-        "detour_robustness": True,
-        "detour_robustness_least_likely": True,
-    }
+    title = "Streets of a city"
+    published: ClassVar[Published] = Published(
+        setting="all of Manhattan, random walks, 91 million sequences, 48 layers of width 384, "
+        "horizon 8",
+        source=f"{NEXTLAT}v4",
+        figures={
+            "next_token_test": _figures("Next-token test", 1.0, 1.0, 1.0, 1.0, 1.0),
+            "valid_trajectories": _figures("Valid trajectories", 0.97, 0.981, 0.971, 0.987, 1.0),
+            "sequence_compression": _figures("Sequence compression", 0.65, 0.64, 0.32, 0.71, 1.0),
+            "detour_robustness": _figures("Random detours", 0.85, 0.95, 0.87, 0.95, 1.0),
+            "effective_latent_rank": _figures(
+                "Effective latent rank", 160.1, 57.7, 215.8, 52.7, unit="number"
+            ),
+        },
+    )
 
     def __init__(self, config: StreetsConfig) -> None:
-        if config.tests < 2:
-            raise NextLatError(f"task.tests is {config.tests}: give at least 2.")
         self.config = config
         self.network = config.network()
         self.tokenizer = tokenizer(self.network)
         self.max_length = config.max_moves + 3
-        self.pairs: Pairs = held_out_pairs(
+        self.pairs = held_out_pairs(
             self.network, config.held_out, max_hops=min(config.max_hops, config.max_moves), seed=1
         )
+        self._tested = self.pairs[: config.tests]
+        self._lengths: dict[str, Any] = {
+            "min_moves": config.min_moves,
+            "max_moves": config.max_moves,
+        }
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        config = self.config
-        return WalkDataset(
-            self.network,
-            rows=STREAM,
-            row_length=config.row_length,
-            min_moves=config.min_moves,
-            max_moves=config.max_moves,
-            seed=seed,
-            exclude=self.pairs,
+        row_length = self.config.row_length
+        return walk_stream(
+            self.network, row_length=row_length, seed=seed, exclude=self.pairs, **self._lengths
         )
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return PackedRows(pack(*self._walks, self.config.row_length))
+        return Rows(pack(self._walks, self.config.row_length))
 
     def fingerprint(self) -> str:
         return self.network.fingerprint()
 
     def prompts(self, count: int) -> list[Tensor]:
-        chosen = self.pairs[:count]
-        return list(torch.from_numpy(np.stack([chosen.source, chosen.destination], 1) + FIRST_NODE))
+        return list(torch.from_numpy(Prompts.of_pairs(self.pairs[:count]).tokens()))
 
     @cached_property
-    def _walks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _walks(self) -> Walks:
         """One random walk for each held-out pair that is measured."""
-        config = self.config
-        pairs, rng = self.pairs[: config.tests], np.random.default_rng(3)
-        return conditioned_walks(
-            self.network, pairs, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng
-        )
+        rng = np.random.default_rng(3)
+        return conditioned_walks(self.network, self._tested, rng=rng, **self._lengths)
 
     @cached_property
     def _prefixes(self) -> PrefixPairs:
-        return prefix_pairs(
-            self.network, self.config.tests, max_moves=self.config.max_moves, seed=4
-        )
+        config = self.config
+        return prefix_pairs(self.network, config.tests, max_moves=config.max_moves, seed=4)
 
-    def metrics(self) -> Mapping[str, Metric]:
-        network, pairs, most = self.network, self.pairs[: self.config.tests], self.config.max_moves
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return [
+            NEXT_TOKEN_TEST,
+            VALID_TRAJECTORIES,
+            SEQUENCE_COMPRESSION,
+            IDENTICAL_CONTINUATIONS,
+            IDENTICAL_VALID_CONTINUATIONS,
+            *(detours(kind, self.config.detour_probability) for kind in DETOURS),
+            EFFECTIVE_LATENT_RANK,
+        ]
 
-        def detours(model: "ObjectiveModel") -> dict[str, Score]:
-            p = self.config.detour_probability
-            return {
-                "detour_robustness": score.detour_robustness(
-                    model, network, pairs, most, probability=p
-                ),
-                "detour_robustness_least_likely": score.detour_robustness(
-                    model, network, pairs, most, probability=p, kind="least_likely"
-                ),
-            }
+    def measures(self) -> Mapping[str, Measure]:
+        city, pairs, max_moves = self.network, self._tested, self.config.max_moves
+        probability = self.config.detour_probability
 
-        def continuations(model: "ObjectiveModel") -> dict[str, Score]:
-            found = score.identical_continuations(model, network, self._prefixes, most)
-            return {
-                "identical_continuations": found.identical,
-                "identical_valid_continuations": found.identical_valid,
-            }
+        def scored(metric: Metric, score: Callable[..., Score], *of: Any) -> Measure:
+            return lambda model: [Measurement(metric, score(model, city, *of))]
+
+        def continuations(model: "ObjectiveModel") -> list[Measurement]:
+            scores = identical_continuations(model, city, self._prefixes, max_moves)
+            metrics = (IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS)
+            return list(map(Measurement, metrics, scores))
+
+        def driven_off(model: "ObjectiveModel") -> Iterable[Measurement]:
+            for kind in DETOURS:
+                score = detour_robustness(
+                    model, city, pairs, max_moves, probability=probability, kind=kind
+                )
+                yield Measurement(detours(kind, probability), score)
 
         return {
-            "next-token test": lambda model: {
-                "next_token_test": score.next_token_test(model, network, *self._walks)
-            },
-            "valid trajectories": lambda model: {
-                "valid_trajectories": score.valid_trajectories(model, network, pairs, most)
-            },
-            "sequence compression": lambda model: {
-                "sequence_compression": score.sequence_compression(
-                    model, network, self._prefixes, most
-                )
-            },
+            "next-token test": scored(NEXT_TOKEN_TEST, next_token_test, self._walks),
+            "valid trajectories": scored(VALID_TRAJECTORIES, valid_trajectories, pairs, max_moves),
+            "sequence compression": scored(
+                SEQUENCE_COMPRESSION, sequence_compression, self._prefixes, max_moves
+            ),
             "identical continuations": continuations,
-            "detours": detours,
-            "effective latent rank": lambda model: {
-                "effective_latent_rank": self.latent_rank(model)
-            },
+            "detours": driven_off,
+            "effective latent rank": self.latent_rank,
         }
 
-    def artifacts(self, model: "ObjectiveModel") -> Mapping[str, Any]:
-        """map.json: the city in the model's head, rebuilt from 1,000 rides or more that it holds
-        possible (`sampled_rides`)."""
+    def artifacts(self, model: "ObjectiveModel") -> list[tuple[Picture, Any]]:
+        """The city in the model's head, rebuilt from 1,000 rides or more that it holds possible
+        (`sampled_rides`)."""
         times = -(-MAP_RIDES // len(self.pairs))
         pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
-        rides = score.sampled_rides(model, self.network, pairs, self.config.max_moves)
-        return {MAP: map_record(self.network, reconstruct(self.network, rides.sequences(pairs)))}
+        rides = sampled_rides(model, self.network, pairs, self.config.max_moves)
+        return [(MAP, map_record(self.network, reconstruct(self.network, rides.sequences(pairs))))]
 
-    def latent_rank(self, model: "ObjectiveModel") -> Score:
+    def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
-        config = self.config
         length = max(LATENT_TOKENS, self.max_length)
-        walks = 2 * LATENT_ROWS * length // (config.min_moves + config.max_moves)
-        rng = np.random.default_rng(5)
-        drawn = random_walks(
-            self.network, walks, min_moves=config.min_moves, max_moves=config.max_moves, rng=rng
-        )
-        rows = pack(*drawn, length, LATENT_ROWS)
-        return latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
+        count = 2 * LATENT_ROWS * length // sum(self._lengths.values())
+        walks = random_walks(self.network, count, rng=np.random.default_rng(5), **self._lengths)
+        rows = pack(walks, length, LATENT_ROWS)
+        score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
+        return [Measurement(EFFECTIVE_LATENT_RANK, score)]

@@ -2,7 +2,9 @@
 files, or a Hugging Face dataset."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +12,55 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.tasks.task import find_data
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+FILES = ".txt, .jsonl or .parquet"
 INSTALL = "pip install 'nextlat[text]'"
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates; whole pairs are one character
 
 
 class Documents:
-    """Documents in order, read anew every time they are iterated; those with nothing but white
-    space in them are dropped.
+    """Documents in order, read anew every time they are iterated.
+
+    Those with nothing but white space in them are dropped. Half a surrogate pair, which JSON can
+    hold and UTF-8 and tokenizers cannot, is read as U+FFFD.
 
     Args:
-        read: gives the documents. where: how to name the source in a sentence.
+        read: gives the documents.
+        where: how to name the source in a sentence.
+        way_out: what to do if it cannot be read, the second half of the sentence.
 
     Attributes:
         dropped: empty documents met in the latest iteration.
+        mended: documents with half a surrogate pair, likewise.
 
     Raises:
-        NextLatError: (when iterated to its end) there is no document, or whatever is wrong with the
-            source.
+        NextLatError: (when iterated) the source cannot be read, or (at its end) there is no
+            document.
     """
 
-    def __init__(self, read: Callable[[], Iterator[str]], where: str) -> None:
-        self.read, self.where, self.dropped = read, where, 0
+    def __init__(self, read: Callable[[], Iterator[str]], where: str, way_out: str = "") -> None:
+        self.read, self.where, self.way_out = read, where, way_out
+        self.dropped = self.mended = 0
 
     def __iter__(self) -> Iterator[str]:
-        self.dropped, found = 0, False
-        for document in self.read():
-            if document.strip():
+        self.dropped, self.mended, found = 0, 0, False
+        try:
+            for document in self.read():
+                if not document.strip():
+                    self.dropped += 1
+                    continue
                 found = True
+                if HALF_PAIR.search(document):
+                    self.mended += 1
+                    document = HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", document)
                 yield document
-            else:
-                self.dropped += 1
+        except NextLatError:
+            raise
+        # pyarrow, datasets, the hub's client and the network raise whatever they like.
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise NextLatError(
+                f"{self.where} cannot be read ({reason}): {self.way_out}."
+            ) from error
         if not found:
             raise NextLatError(
                 f"{self.where} holds no document with any text in it: choose another one."
@@ -50,9 +71,11 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
     """The documents of one local file.
 
     Args:
-        path: relative to the working directory or to $NEXTLAT_DATA. key: the setting that names it.
-        column: of the records of a .jsonl or .parquet file. separator: of a .txt file; white space
-            beside it is no text.
+        path: relative to the working directory or to $NEXTLAT_DATA.
+        key: the setting that names it.
+        column: of the records of a .jsonl or .parquet file.
+        separator: of a .txt file, whose line ends all count as "\\n"; white space beside it is not
+            text.
 
     Raises:
         NextLatError: no such file, or of another kind; when iterated: it cannot be read, is
@@ -61,18 +84,16 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
     file = find_data(path, file=True)
     if file is None:
         raise NextLatError(
-            f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {_either(SUFFIXES)} file."
-        )
-    if file.suffix not in SUFFIXES:
-        raise NextLatError(
-            f"{key} = '{path}' is no {_either(SUFFIXES)} file: convert it, or rename it."
+            f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {FILES} file."
         )
     readers: dict[str, Callable[[], Iterator[str]]] = {
-        ".txt": lambda: _separated(file, separator),
-        ".jsonl": lambda: _records(file, column),
-        ".parquet": lambda: _parquet(file, column),
+        ".txt": partial(_separated, file, separator),
+        ".jsonl": partial(_records, file, column),
+        ".parquet": partial(_parquet, file, column),
     }
-    return Documents(readers[file.suffix], str(file))
+    if file.suffix not in readers:
+        raise NextLatError(f"{key} = '{path}' is not a {FILES} file: convert it, or rename it.")
+    return Documents(readers[file.suffix], str(file), "give a whole file, its text in UTF-8")
 
 
 def from_dataset(
@@ -83,7 +104,9 @@ def from_dataset(
 
     Args:
         name: hub id, or a directory (relative to the working directory or to $NEXTLAT_DATA).
-            subset: its configuration, if any.
+        subset: its configuration, if any.
+        split: of the dataset.
+        column: of the records.
         streaming: read over the network as it comes; otherwise it is downloaded whole first and
             kept in the library's cache.
 
@@ -91,45 +114,37 @@ def from_dataset(
         NextLatError: (when iterated) the library is missing, the dataset cannot be reached, or it
             has no such split or column.
     """
-    where = f"split {split} of dataset {name}" + (f" ({subset})" if subset else "")
-    return Documents(lambda: _dataset(name, subset, split, column, streaming), where)
-
-
-def _either(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+    return Documents(
+        partial(_dataset, name, subset, split, column, streaming),
+        f"split {split} of dataset {name}{f' ({subset})' if subset else ''}",
+        "check its name, subset and split and the network, or set task.train and task.validation "
+        f"to local {FILES} files of it, or task.dataset to a directory of them",
+    )
 
 
 def _separated(file: Path, separator: str) -> Iterator[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise NextLatError(
-            f"cannot read {file} ({getattr(error, 'strerror', None) or error}): give text in UTF-8."
-        ) from error
-    yield from (document.strip() for document in text.split(separator))
+    separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as text is read
+    for document in file.read_text(encoding="utf-8-sig").split(separator):
+        yield document.strip()
 
 
 def _records(file: Path, column: str) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise NextLatError(
-                            f"line {number} of {file} is no JSON ({error.msg} at column {error.colno}): give one record a line."
-                        ) from error
-                    if not isinstance(record, dict):
-                        raise NextLatError(
-                            f"line {number} of {file} is no JSON object: give one record a line."
-                        )
-                    yield _text(record, column, f"line {number} of {file}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NextLatError(
-            f"cannot read {file}: {reason}; it must hold one JSON object a line, in UTF-8."
-        ) from error
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise NextLatError(
+                    f"line {number} of {file} is not JSON ({error.msg} at column {error.colno}): "
+                    "give one record per line."
+                ) from error
+            if not isinstance(record, dict):
+                raise NextLatError(
+                    f"line {number} of {file} is not a JSON object: give one record per line."
+                )
+            yield _text(record, column, f"line {number} of {file}")
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:
@@ -139,18 +154,11 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
         raise NextLatError(
             f"reading {file} needs pyarrow: {INSTALL}, or convert it to .jsonl."
         ) from error
-    try:
-        table: Any = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        _check_column(names, column, str(file))
-        for batch in table.iter_batches(columns=[column]):
-            yield from (
-                _text({column: value}, column, str(file)) for value in batch.column(0).to_pylist()
-            )
-    except (OSError, pyarrow.ArrowException) as error:
-        raise NextLatError(
-            f"cannot read {file} ({first_line(error)}): give a whole .parquet file."
-        ) from error
+    table: Any = pyarrow.parquet.ParquetFile(file)
+    _check_column(table.schema_arrow.names, column, str(file))
+    for batch in table.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _text({column: value}, column, str(file))
 
 
 def _dataset(
@@ -160,23 +168,14 @@ def _dataset(
         import datasets
     except ImportError as error:
         raise NextLatError(
-            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to a local file."
+            f"task.dataset = '{name}' needs the datasets library: {INSTALL}, or set task.train to "
+            "a local file."
         ) from error
-    try:
-        where = str(find_data(name) or name)
-        with hub_or_cache(where):
-            rows: Any = datasets.load_dataset(where, subset, split=split, streaming=streaming)
-        for record in rows:
-            yield _text(record, column, f"dataset {name}")
-    except NextLatError:
-        raise
-    except (
-        Exception
-    ) as error:  # the library, the hub's client and the network raise whatever they like
-        raise NextLatError(
-            f"dataset {name} cannot be read ({first_line(error)}): check its name, subset and split and the network, or "
-            f"set task.train and task.validation to local {_either(SUFFIXES)} files of it, or task.dataset to a directory of them."
-        ) from error
+    where = str(find_data(name) or name)
+    with hub_or_cache(where):
+        rows: Any = datasets.load_dataset(where, subset, split=split, streaming=streaming)
+    for record in rows:
+        yield _text(record, column, f"dataset {name}")
 
 
 def _text(record: dict[str, Any], column: str, where: str) -> str:
@@ -184,7 +183,8 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
     value = record[column]
     if not isinstance(value, str | None):
         raise NextLatError(
-            f"column '{column}' of {where} holds {type(value).__name__} values, not text: choose another task.column."
+            f"column '{column}' of {where} holds {type(value).__name__} values, not text: choose "
+            "another task.column."
         )
     return value or ""
 
@@ -192,5 +192,6 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
 def _check_column(names: list[str], column: str, where: str) -> None:
     if column not in names:
         raise NextLatError(
-            f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set task.column."
+            f"{where} has no column '{column}' but {', '.join(names) or 'none at all'}: set "
+            "task.column."
         )

@@ -1,7 +1,7 @@
 """Linear probes: how much of the tokens to come can be read off a frozen hidden state (TinyStories
 in arXiv 2511.05963).
 
-Shapes: N positions, D width, V vocabulary, K offsets, B positions a minibatch.
+Shapes: N positions, D width, V vocabulary, K offsets, B positions of a minibatch.
 """
 
 import torch
@@ -17,7 +17,7 @@ CHUNK = 2**24  # probe logits held at a time where no gradient is needed
 def future_tokens(batch: Batch, offsets: int) -> Tensor:
     """(N, K) int64: the token 1, 2, ... K steps after each position; -100 where the document ends
     before it."""
-    ids, linked = batch.input_ids.flatten(), batch.linked()
+    ids, linked = batch.input_ids.flatten(), batch.linked
     reached = torch.ones_like(linked)
     columns = []
     for step in range(offsets):
@@ -46,16 +46,21 @@ def probe_cross_entropy(
     """Train one linear probe for each offset on frozen states, and measure it on held-out ones.
 
     The K probes share nothing but their input and are trained in one go, each over its own count of
-    targets, by AdamW with a linear
-    decay to 0, beginning with what is known without the state: the frequency of the tokens. Every
-    feature is first scaled to
-    mean 0 and deviation 1 over the training states: that changes no linear probe, but makes the
-    learning rate fit models whose states are of another size.
+    targets, by AdamW with a linear decay to 0, beginning with what is known without the state: the
+    frequency of the tokens. Every feature is first scaled to mean 0 and deviation 1 over the
+    training states: that changes no linear probe, but makes the learning rate fit models whose
+    states are of another size.
 
     Args:
-        h_ND: states to learn from, targets_NK: the tokens ahead of each, -100 = none. test_...:
-            likewise, to measure on.
-        steps: minibatches of `batch_size` positions, drawn by `seed`.
+        h_ND: states to learn from.
+        targets_NK: the tokens ahead of each, -100 = none.
+        test_h_ND: states to measure on.
+        test_targets_NK: the tokens ahead of those.
+        vocab_size: V.
+        steps: minibatches.
+        batch_size: positions of a minibatch.
+        learning_rate: at the start.
+        seed: of the order of the positions.
 
     Returns:
         Mean cross-entropy over the held-out targets of each offset, in nats; NaN for an offset

@@ -17,22 +17,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tokenizers import __version__ as tokenizers_version
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
-from nextlat.errors import NextLatError, first_line
+from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, write_text
-from nextlat.hub import hub_or_cache
-from nextlat.tasks.task import STREAM, find_data
+from nextlat.hub import load_tokenizer
+from nextlat.tasks.rows import STREAM, epoch_order
+from nextlat.tasks.task import find_data, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256  # a byte-level vocabulary begins with all of them, and knows no unknown word
 MAX_CHARACTERS = 2**27  # of the documents that a vocabulary is learned from
-DOCUMENTS_PER_BATCH = (
-    512  # that the tokenizers library is given at a time, to share among the cores
-)
+DOCUMENTS_PER_BATCH = 512  # that the tokenizers library shares among the cores
 
 
 def trained_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -51,20 +50,17 @@ def trained_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTo
     """
     if vocab_size < BYTES + 1:
         raise NextLatError(
-            f"task.vocab_size is {vocab_size}: a byte-level vocabulary has at least {BYTES + 1} tokens."
+            f"task.vocab_size is {vocab_size}: a byte-level vocabulary has at least {BYTES + 1} "
+            "tokens."
         )
     sample = list(_first_characters(documents))
-    digest = hashlib.sha256(
-        f"byte-level BPE 1, tokenizers {tokenizers_version}, {vocab_size}".encode()
-    )
+    settings = f"byte-level BPE 1, tokenizers {tokenizers_version}, {vocab_size}"
+    digest = hashlib.sha256(settings.encode())
     for document in sample:
         data = document.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
-    cached = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "nextlat/tokenizers"
-        / f"{digest.hexdigest()}.json"
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = cache / "nextlat/tokenizers" / f"{digest.hexdigest()}.json"
     core = _cached(cached)
     if core is None:
         core = Tokenizer(models.BPE())
@@ -103,9 +99,8 @@ def _first_characters(documents: Iterable[str]) -> Iterator[str]:
 def _cached(path: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(path)) if path.is_file() else None
-    except (
-        Exception
-    ):  # the tokenizers library raises nothing more precise; what cannot be read is learned again
+    # The tokenizers library raises nothing more precise; what cannot be read is learned again.
+    except Exception:
         return None
 
 
@@ -129,17 +124,15 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
     end-of-sequence token.
 
     Raises:
-        NextLatError: it cannot be loaded, is none of the tokenizers library, or has no token that
-            ends a document.
+        NextLatError: it cannot be loaded, is not one of the tokenizers library, or has no token
+            that ends a document.
     """
-    where = str(find_data(name) or name)
     try:
-        with hub_or_cache(where):
-            tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as error:  # missing files, no network, foreign classes: each raises its own
+        tokenizer = load_tokenizer(find_data(name) or name)
+    except NextLatError as error:
         raise NextLatError(
-            f"task.tokenizer = '{name}' cannot be loaded ({first_line(error)}): give a directory with tokenizer.json, or leave it out and "
-            "set task.vocab_size."
+            f"task.tokenizer = '{name}' {error}: give a directory with tokenizer.json, or leave it "
+            "out and set task.vocab_size."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise NextLatError(
@@ -148,11 +141,21 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token is None:
         if END_OF_TEXT not in tokenizer.get_vocab():
             raise NextLatError(
-                f"task.tokenizer = '{name}' has no end-of-sequence token: set eos_token in tokenizer_config.json."
+                f"task.tokenizer = '{name}' has no end-of-sequence token: set eos_token in "
+                "tokenizer_config.json."
             )
         tokenizer.eos_token = END_OF_TEXT
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        # The library gives one that the vocabulary lacks the number of its entries, which where
+        # there are gaps is another token's.
+        number = tokenizer.convert_tokens_to_ids(token)
+        if (other := tokenizer.convert_ids_to_tokens(number)) != token:
+            raise NextLatError(
+                f"task.tokenizer = '{name}' has one id, {number}, for '{token}' and '{other}': set "
+                "its special tokens in tokenizer_config.json to some of its vocabulary."
+            )
     return tokenizer
 
 
@@ -191,19 +194,18 @@ def tokenize(
     written out in a document are ordinary text.
 
     Args:
-        max_tokens: no document after the one that reaches so many is taken; None = all are.
+        documents: to tokenise.
+        tokenizer: with a beginning- and an end-of-sequence token.
+        max_tokens: no document is taken after the one that reaches this; None = all are.
     """
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # ours to change
     core.encode_special_tokens = True
     core.no_truncation()
     core.no_padding()
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     first, last = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    ids, sizes, total = (
-        bytearray(),
-        [0],
-        0,
-    )  # a bytearray grows in place: one copy of all tokens in memory, not two
+    # A bytearray grows in place: one copy of all tokens in memory, not two.
+    ids, sizes, total = bytearray(), [0], 0
     iterator = iter(documents)
     while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
         for encoding in core.encode_batch_fast(batch, add_special_tokens=False):
@@ -217,32 +219,30 @@ def tokenize(
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
-    """Rows of T tokens cut from the documents laid end to end; nothing is left out and nothing is
-    filled up but the last row.
+    """Rows of T tokens cut from the documents laid end to end; nothing is left out and only the
+    last row is padded.
 
     A document that reaches the end of its row goes on at the start of the next one as a segment of
     its own: positions restart there as they do at every document, so that nothing ever looks
     across.
 
     Args:
-        tokens: the documents. row_length: T.
+        tokens: the documents.
+        row_length: T.
         seed: a stream without end, in which the documents are shuffled anew for every epoch by
-            (seed, epoch): row i depends on (seed, i) and on nothing else. None: once, in order.
+            (seed, epoch): row i depends on (seed, i) alone. None: once, in order.
         rows: without a seed, how many at most.
 
-    Items: `input_ids`, `labels`, `position_ids`, each (T,) int64; without a seed also
-        `attention_mask`, 0 on the padded end.
+    The items have `input_ids`, `labels`, `position_ids`, each (T,) int64; without a seed also
+    `attention_mask`, 0 on the padded end.
     """
 
     def __init__(
         self, tokens: Tokens, row_length: int, *, seed: int | None, rows: int | None = None
     ) -> None:
         self.tokens, self.row_length, self.seed = tokens, row_length, seed
-        self.rows = (
-            -(-len(tokens.ids) // row_length)
-            if rows is None
-            else min(rows, -(-len(tokens.ids) // row_length))
-        )
+        whole = -(-len(tokens.ids) // row_length)
+        self.rows = whole if rows is None else min(rows, whole)
         self._epoch = -1
         self._order, self._starts = np.arange(len(tokens)), tokens.starts
 
@@ -256,12 +256,13 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         input_ids, position_ids = np.zeros(T, dtype=np.int64), np.zeros(T, dtype=np.int64)
         filled = 0
         while filled < T:
-            epoch, place = divmod(index * T + filled, total)
+            epoch, position = divmod(index * T + filled, total)
             if epoch and self.seed is None:
                 break
             self._shuffle(epoch)
-            c = int(np.searchsorted(self._starts, place, side="right")) - 1
-            piece = self.tokens.document(self._order[c])[place - self._starts[c] :][: T - filled]
+            c = int(np.searchsorted(self._starts, position, side="right")) - 1
+            rest = self.tokens.document(self._order[c])[position - self._starts[c] :]
+            piece = rest[: T - filled]
             input_ids[filled : filled + len(piece)] = piece
             position_ids[filled : filled + len(piece)] = np.arange(len(piece))
             filled += len(piece)
@@ -276,8 +277,6 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         """`order[c]` is the document that comes c-th in this epoch, `starts[c]` where it begins
         among the epoch's tokens."""
         if self.seed is not None and epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng((self.seed, epoch)).permutation(len(self.tokens)),
-            )
+            self._epoch = epoch
+            self._order = epoch_order(len(self.tokens), self.seed, epoch)
             self._starts = np.concatenate([[0], np.cumsum(self.tokens.sizes[self._order])])

@@ -1,0 +1,180 @@
+"""The checkpoints of a run: which are whole, what is read from them, and how old ones go.
+
+A checkpoint gets its name only when it is complete: damage comes from outside, from a copy that
+broke off, or from a failing disk.
+"""
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+from nextlat.errors import NextLatError, first_line
+from nextlat.files import TEMPORARY, remove, write_errors
+from nextlat.validation import Settings
+from nextlat.weights import MODEL_FILES, STATE_FILES, check_sums
+
+NEEDED = ("config.json", "nextlat/objective.json", "nextlat/objective.safetensors")
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class _TrainerState(Settings, extra="allow"):
+    """What a resumed run takes from trainer_state.json."""
+
+    global_step: int
+    num_input_tokens_seen: int
+    epoch: float | None
+    total_flos: float
+    max_steps: int
+    stateful_callbacks: dict[str, Any] = {}
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run by their step, whole or not."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Optimiser steps done at a checkpoint, from its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def last_complete_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and one sentence about each newer one that is not."""
+    faults: list[str] = []
+    for checkpoint in reversed(checkpoints(directory)):
+        fault = model_fault(checkpoint) or _state_fault(checkpoint)
+        if fault is None:
+            return checkpoint, faults
+        faults.append(f"{checkpoint.name} is damaged ({fault})")
+    return None, faults
+
+
+def model_fault(directory: Path) -> str | None:
+    """What is wrong with the files of a saved model, or None."""
+    index = directory / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    for path in [*(directory / name for name in NEEDED), *sorted(directory.rglob("*.json"))]:
+        fault = None if path.is_file() else "is missing"
+        if path.suffix == ".json" and fault is None:
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                weights = {*content["weight_map"].values()} if path == index else weights
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                fault = f"is corrupt ({first_line(e)})"
+        if fault:
+            return f"{path.relative_to(directory)} {fault}"
+    for name in [*sorted(weights), "nextlat/objective.safetensors"]:
+        if fault := _safetensors_fault(directory / name):
+            return f"{name} {fault}"
+    return _sums_fault(directory, MODEL_FILES)
+
+
+def _sums_fault(directory: Path, patterns: Sequence[str]) -> str | None:
+    try:
+        check_sums(directory, patterns)
+    except NextLatError as error:
+        return str(error).partition(":")[0].removeprefix(f"{directory}/")
+    return None
+
+
+def _safetensors_fault(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt"):  # which compares the length of the file with its header
+            return None
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, SafetensorError) as error:
+        return f"is truncated or corrupt ({first_line(error)})"
+
+
+def load_state(path: Path, *, mmap: bool = False) -> Any:
+    """A file that `torch.save` wrote, read as tensors and plain containers: no code in it is run.
+
+    Args:
+        path: of the file.
+        mmap: leave the tensors on the disk.
+
+    Raises:
+        NextLatError: it is corrupt, or holds something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # whose checksums torch does not compare
+            if archive.testzip() is not None:
+                raise NextLatError("is corrupt")
+        with safe_globals():  # numpy's, of the random state
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError as error:
+        raise NextLatError("is missing") from error
+    except UnpicklingError as error:
+        raise NextLatError("holds something else than tensors and numbers") from error
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise NextLatError(f"is corrupt ({first_line(error)})") from error
+
+
+def load_trainer_state(checkpoint: Path) -> TrainerState:
+    """trainer_state.json.
+
+    Raises:
+        NextLatError: it is missing or corrupt.
+    """
+    path = checkpoint / "trainer_state.json"
+    try:
+        _TrainerState.from_json(json.loads(path.read_text(encoding="utf-8")), path.name)
+        return TrainerState.load_from_json(str(path))
+    except FileNotFoundError as error:
+        raise NextLatError(f"{path.name} is missing") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise NextLatError(f"{path.name} is corrupt ({first_line(error)})") from error
+
+
+def _state_fault(checkpoint: Path) -> str | None:
+    """What is wrong with the optimiser's and the Trainer's part of a checkpoint, or None."""
+    random_states = [path.name for path in sorted(checkpoint.glob("rng_state*.pth"))]
+    for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
+        try:
+            load_state(checkpoint / name, mmap=True)
+        except NextLatError as error:
+            return f"{name} {error}"
+    try:
+        state = load_trainer_state(checkpoint)
+    except NextLatError as error:
+        return str(error).rstrip(".")
+    if state.global_step != checkpoint_step(checkpoint):
+        return "trainer_state.json is of another step"
+    return _sums_fault(checkpoint, STATE_FILES)
+
+
+def rotate_checkpoints(directory: Path, newest: int, keep: int, spared: Path | None = None) -> None:
+    """Delete all but the last checkpoints up to a step, and any beyond it: a run went on from
+    before those.
+
+    Args:
+        directory: of the run.
+        newest: the step.
+        keep: how many stay.
+        spared: one that stays in any case.
+    """
+    found = checkpoints(directory)
+    known = [path for path in found if checkpoint_step(path) <= newest]
+    kept = {*known[max(len(known) - keep, 0) :], spared}
+    with write_errors(directory):
+        for path in found:
+            if path not in kept:
+                # Renamed first: a directory that is half deleted must not look like a checkpoint.
+                doomed = path.with_name(f"{TEMPORARY}{path.name}-old")
+                remove(doomed)
+                path.replace(doomed)
+                remove(doomed)
