@@ -221,7 +221,10 @@ def test_calls_that_run_at_the_same_time_do_not_share_what_they_learn(
     monkeypatch: pytest.MonkeyPatch,
 ):
     model, ids, _, expected = batch_case("llama", 1)
-    request, plan = Request([ids[0]], Greedy(), Stopping(NEW), "auto", together=True), AdaptiveLength.plan
+    request, plan = (
+        Request([ids[0]], Greedy(), Stopping(NEW), "auto", together=True),
+        AdaptiveLength.plan,
+    )
     learning: dict[int, set[int]] = {0: set(), 1: set()}
 
     def recorded(self: AdaptiveLength, rows: Any) -> int:

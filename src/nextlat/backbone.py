@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, D width, V vocabulary, E width of the embeddings (= D 
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ class Backbone:
         with evaluation_mode(lm):
             ids = probe_ids(lm)
             logits, h = lm(input_ids=ids, use_cache=False).logits, self.states(ids)
-            other = torch.cat([ids[:, :3], ids.flip(0)[:, 3:]], dim=1)
+            other = torch.cat([ids[:, :3], (ids[:, 3:] + 1) % (ids.max() + 1)], dim=1)
             if not self.close(self.states(other)[:, :3], h[:, :3]):
                 raise NextLatError(
                     f"the states of {name} depend on later tokens: next-latent prediction needs a "
@@ -117,8 +117,12 @@ class Backbone:
                         f"the output head of {name} cannot be frozen, as the KL needs it: this "
                         "architecture is not supported."
                     )
-            self.packs = self._packs(ids)
-            self.pads_left = self._pads_left(ids)
+            positions = torch.tensor([[0, 1, 0, 1, 2]], device=ids.device).expand(2, 5)
+            mask = torch.tensor([[0, 0, 1, 1, 1]], device=ids.device).expand(2, 5)
+            known, first, rest = not self.foreign_layers, slice(0, 2), slice(2, 5)
+            self.pads_left = known and self._reads(ids, [rest], attention_mask=mask)
+            self.packs = known and "position_ids" in self.step_arguments
+            self.packs = self.packs and self._reads(ids, [first, rest], position_ids=positions)
 
     @property
     def transformer(self) -> Any:
@@ -161,25 +165,12 @@ class Backbone:
             )
         return plain_agrees
 
-    def _packs(self, ids: Tensor) -> bool:
-        if "position_ids" not in self.step_arguments or self.foreign_layers:
-            return False
+    def _reads(self, ids: Tensor, pieces: Sequence[slice], **arguments: Any) -> bool:
+        """Whether pieces of the rows have, with these arguments, the states that they have alone."""
         try:
-            positions = torch.tensor([[0, 1, 0, 1, 2]], device=ids.device).expand(2, 5)
-            packed = self.states(ids, position_ids=positions)
-            separate = torch.cat([self.states(ids[:, :2]), self.states(ids[:, 2:])], dim=1)
-            return self.close(packed, separate)
-        except Exception:  # a model that cannot even take the arguments does not pack
-            return False
-
-    def _pads_left(self, ids: Tensor) -> bool:
-        if self.foreign_layers:
-            return False
-        try:
-            mask = (torch.arange(5, device=ids.device) >= 2).long().expand(2, 5)
-            padded = self.states(ids, attention_mask=mask)[:, 2:]
-            return self.close(padded, self.states(ids[:, 2:]))
-        except Exception:
+            h = self.states(ids, **arguments)
+            return all(self.close(h[:, piece], self.states(ids[:, piece])) for piece in pieces)
+        except Exception:  # it cannot even take the arguments
             return False
 
     @staticmethod
@@ -257,7 +248,7 @@ class Backbone:
         Raises:
             NextLatError: the model keeps no such cache (a purely recurrent one).
         """
-        if "position_ids" in self.step_arguments and "position_ids" not in arguments:
+        if "position_ids" not in arguments and "position_ids" in self.step_arguments:
             # Some models count every call from 0 unless they are told.
             start, steps = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
             positions = torch.arange(start, start + steps, device=input_ids.device)

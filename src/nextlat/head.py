@@ -99,7 +99,7 @@ class _Frozen:
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         module: Any = self._module
         if type(module) is nn.Linear:
-            return F.linear(*arguments, self.weight, self.bias)
+            return F.linear(arguments[0], self.weight, self.bias)
         detached = {name: parameter.detach() for name, parameter in module.named_parameters()}
         return functional_call(module, detached, arguments, keywords)
 

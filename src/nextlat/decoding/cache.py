@@ -10,7 +10,7 @@ it is there (the slot is written again before a query can see it), shapes are st
 no padding inside.
 
 `GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows
-then advance together, padded on the left as `transformers` does it. Measured on 5.17 and 5.23:
+then advance together, padded on the left, and read as `transformers` reads them. Measured on 5.17 and 5.23:
 `crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding window or a
 convolution throw their past away unless they were told beforehand to record it; those have to be
 cropped after every forward pass, by zero tokens too, because only `crop` brings them back to size.
@@ -20,20 +20,20 @@ Shapes: B rows, T prompt tokens, K tokens read at a time, S slots, D width, H he
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from nextlat.backbone import Backbone, evaluation_mode
 
-SPAN = 64  # attention runs over the slots in use, rounded up to a multiple of this
+T = TypeVar("T")
 
+SPAN = 64  # attention runs over the slots in use, rounded up to a multiple of this
 
 GROWING = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 """Arguments of `generate` that transformers lengthens with the text."""
@@ -49,13 +49,22 @@ class GrowingCache:
         arguments: what `generate` has prepared for the model besides the tokens.
         cache: in which tokens can be taken back, of one row; None = the one in `arguments`, or
             whatever the model makes.
+        direct: whether positions and a mask are known to be all that the model needs after the
+            prompts, which saves the library's preparations; not with `cache`.
     """
 
     def __init__(
-        self, backbone: Backbone, arguments: Mapping[str, Any], cache: DynamicCache | None = None
+        self,
+        backbone: Backbone,
+        arguments: Mapping[str, Any],
+        cache: DynamicCache | None = None,
+        *,
+        direct: bool = False,
     ) -> None:
         self._backbone, self._arguments, self._cache = backbone, dict(arguments), cache
+        self._direct = direct and self._arguments.get("position_ids") is not None
         self._arguments.pop("logits_to_keep", None)  # some transformers leave out states by it
+        self._lm: Any = backbone.lm
         self._output: Any = None  # of the last step
         self._ids_BT: Tensor
         self._last = 0
@@ -68,23 +77,37 @@ class GrowingCache:
         and where each ends, (B,)."""
         self._ids_BT = torch.stack(list(prompts))
         h_BTD = self._step(self._ids_BT.shape[1], is_first_iteration=True)
+        mask = self._arguments.get("attention_mask")
+        if self._direct and mask is not None and bool(mask.all()):
+            self._arguments["attention_mask"] = None
         return self._ids_BT, h_BTD, torch.full_like(self._ids_BT[:, 0], h_BTD.shape[1] - 1)
 
     def read(self, tokens_BK: Tensor) -> Tensor:
         """(B, K, D): one forward pass over the next tokens of every row."""
-        K, lm = tokens_BK.shape[1], self._backbone.lm
+        if self._direct:
+            return self._read_directly(tokens_BK)
+        K = tokens_BK.shape[1]
         self._ids_BT = torch.cat([self._ids_BT, tokens_BK], dim=1)
-        self._arguments = lm._update_model_kwargs_for_generation(
+        self._arguments = self._lm._update_model_kwargs_for_generation(
             self._output, self._arguments, num_new_tokens=K
         )
         return self._step(K, next_sequence_length=K if self._arguments.get("use_cache") else None)
 
     def _step(self, tokens: int, **how: Any) -> Tensor:
-        inputs = self._backbone.lm.prepare_inputs_for_generation(
-            self._ids_BT, **how, **self._arguments
-        )
+        inputs = self._lm.prepare_inputs_for_generation(self._ids_BT, **how, **self._arguments)
         self._output, self._last = self._backbone.read(inputs), tokens
         return self._output[0][:, -tokens:]
+
+    def _read_directly(self, tokens_BK: Tensor) -> Tensor:
+        K, mask = tokens_BK.shape[1], self._arguments.get("attention_mask")
+        mask = None if mask is None else F.pad(mask, (0, K), value=1)
+        steps = torch.arange(1, K + 1, device=tokens_BK.device)
+        positions = self._arguments["position_ids"][:, -1:] + steps
+        self._arguments |= {"attention_mask": mask, "position_ids": positions}
+        h_BKD, _ = self._backbone.step(
+            tokens_BK, self._output.past_key_values, attention_mask=mask, position_ids=positions
+        )
+        return h_BKD
 
     def keep(self, counts: Sequence[int]) -> None:
         """Forget all but the first so many of the tokens read last; to be called once after every
@@ -233,53 +256,52 @@ class _RaggedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 5.17
 
 
-PLAIN = {
-    "doge": "attends to a selection of its keys, which depends on how many are read at a time",
-    "moshi": "forgets keys that its attention would still look at",
+SHORT_ONLY = {
+    "doge": "it attends to a selection of its keys that depends on how many are read at a time",
+    "moshi": "it looks at more keys than it keeps where several tokens are read at a time",
 }
-"""Models that draft rightly as long as the text is short, by the type of their configuration."""
+"""Type of configuration -> what goes wrong with drafts on texts longer than those tried here."""
 
 
 def drafting_obstacle(backbone: Backbone, extra_layers: int) -> str:
-    """Why the model cannot take back what it has read of a draft; "" if it can, tried out on one
-    padded row against transformers' way, one token at a time."""
+    """Why a row cannot take back what was read of a draft, as a clause; "" if it can, tried out on
+    one with padding against transformers' way of one token at a time."""
     lm = backbone.lm
-    if reason := PLAIN.get(lm.config.model_type):
-        return f"it {reason}"
-    ids = torch.arange(1, 9, device=lm.device) % backbone.vocab_size
-    with _probing(lm) as tried:
-        if foreign := backbone.foreign_layers:
-            return f"it keeps its past in a way of its own ({', '.join(foreign)})"
+    if reason := SHORT_ONLY.get(lm.config.model_type):
+        return reason
+    if foreign := backbone.foreign_layers:
+        return f"it keeps its past in a way of its own ({', '.join(foreign)})"
+    ids, mask = _ids(backbone)[None], torch.tensor([[0, 1, 1, 1]], device=lm.device)
+
+    def tried() -> str:
         cache = backbone.new_cache(extra_layers)
-        mask = torch.tensor([[0, 1, 1, 1]], device=lm.device)
-        arguments = {"attention_mask": mask, "use_cache": True}
-        if "position_ids" in inspect.signature(lm.forward).parameters:
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        drafting = GrowingCache(backbone, arguments, cache)
-        drafting.prefill([ids[:4]])
-        if not cache.is_croppable:
+        drafting = GrowingCache(backbone, _arguments(backbone, mask), cache)
+        drafting.prefill([*ids[:, :4]])
+        if not cache.is_croppable:  # a layer knows what it keeps after the first pass
             return "it has recurrent layers, whose state cannot forget a rejected draft"
         drafting.keep([4])
-        drafting.read(ids[None, [4, 7, 0]])
+        drafting.read(ids[:, [4, 7, 0]])
         drafting.keep([1])
-        h_1KD = drafting.read(ids[None, [5, 6]])
-        tried.same = backbone.close(
-            h_1KD, _plainly(backbone, ids[None, :4], mask, ids[None, 4:7])[:, -2:]
-        )
-    return "" if tried.same else "its cache does not take back what was read"
+        want = _one_by_one(backbone, ids[:, :4], mask, ids[:, 4:7])[:, -2:]
+        same = backbone.close(drafting.read(ids[:, 5:7]), want)
+        return "" if same else NOT_TAKEN_BACK
+
+    return _try(lm, tried, NOT_TAKEN_BACK)
+
+
+NOT_TAKEN_BACK = "its cache cannot take back what was read"
 
 
 def supports_ragged(backbone: Backbone) -> bool:
-    """Whether a `RaggedCache` gives the states that transformers gives, batch padded on the left:
-    full attention in every layer, tried out on two rows."""
+    """Whether a `RaggedCache` gives the states that transformers gives to a batch padded on the
+    left: full attention in every layer, tried out on two rows."""
     lm = backbone.lm
     kernel = lm.config.get_text_config(decoder=True)._attn_implementation
-    if lm.config.model_type in PLAIN:
+    if lm.config.model_type in SHORT_ONLY or kernel not in ("sdpa", "eager"):
         return False
-    if kernel not in ("sdpa", "eager") or "position_ids" not in backbone.step_arguments:
-        return False
-    ids = torch.arange(1, 9, device=lm.device) % backbone.vocab_size
-    with _probing(lm) as tried:
+    ids = _ids(backbone)
+
+    def tried() -> bool:
         if not all(type(layer) is DynamicLayer for layer in backbone.new_cache().layers):
             return False
         ragged = RaggedCache(backbone, 8)
@@ -290,37 +312,42 @@ def supports_ragged(backbone: Backbone) -> bool:
         h_BKD = ragged.read(torch.stack([ids[[5, 6]], ids[[7, 0]]]))
         prompts = torch.stack([ids[:4], ids[[0, 0, 3, 4]]])
         mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=lm.device)
-        rest = torch.stack([ids[[4, 5, 6, 6]], ids[[5, 2, 7, 0]]])
-        want = _plainly(backbone, prompts, mask, rest)
-        tried.same = backbone.close(h_BKD, torch.stack([want[0, 1:3], want[1, 2:4]]))
-    return tried.same
+        rest = torch.stack([ids[[4, 5, 6, 0]], ids[[5, 2, 7, 0]]])
+        want_BKD = _one_by_one(backbone, prompts, mask, rest)
+        return backbone.close(h_BKD, torch.stack([want_BKD[0, 1:3], want_BKD[1, 2:4]]))
+
+    return "position_ids" in backbone.step_arguments and _try(lm, tried, False)
 
 
-def _plainly(backbone: Backbone, prompts: Tensor, mask: Tensor, rest: Tensor) -> Tensor:
-    """(B, K, D) states of the tokens after the prompts, read one by one in transformers' way."""
-    arguments = {"attention_mask": mask, "use_cache": True}
+def _ids(backbone: Backbone) -> Tensor:
+    return torch.arange(1, 9, device=backbone.lm.device) % backbone.vocab_size
+
+
+def _arguments(backbone: Backbone, mask: Tensor) -> dict[str, Any]:
+    """What `generate` prepares for prompts with this padding."""
+    arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
     if "position_ids" in inspect.signature(backbone.lm.forward).parameters:
-        arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = GrowingCache(backbone, arguments)
-    cache.prefill(list(prompts))
-    return torch.cat([cache.read(token) for token in rest.split(1, dim=1)], dim=1)
+        arguments["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    return arguments
 
 
-@dataclass
-class _Tried:
-    same: bool = False
+def _one_by_one(backbone: Backbone, prompts: Tensor, mask: Tensor, rest_BK: Tensor) -> Tensor:
+    """(B, K, D): the states of tokens after the prompts as transformers reads them."""
+    cache = GrowingCache(backbone, _arguments(backbone, mask))
+    cache.prefill([*prompts])
+    return torch.cat([cache.read(token_B1) for token_B1 in rest_BK.split(1, dim=1)], dim=1)
 
 
-@contextmanager
-def _probing(lm: nn.Module) -> Iterator[_Tried]:
-    """Whatever a foreign model raises on a cache it does not know is an answer too."""
-    tried = _Tried()
+def _try(lm: PreTrainedModel, tried: Callable[[], T], otherwise: T) -> T:
+    """What it gives; whatever a foreign model raises on a cache that it does not know is an answer
+    too."""
     try:
         with evaluation_mode(lm), torch.autocast(lm.device.type, enabled=False):
-            yield tried
+            return tried()
     except Exception as error:
         if out_of_memory(error):  # says nothing about the model
             raise
+        return otherwise
 
 
 def out_of_memory(error: Exception) -> bool:

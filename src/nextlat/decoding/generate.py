@@ -32,7 +32,7 @@ from nextlat.decoding.options import (
     refuse,
     unpadded,
 )
-from nextlat.decoding.prepared import obstacle, shares_passes, warn_once
+from nextlat.decoding.prepared import obstacle, prepared, shares_passes, warn_once
 from nextlat.decoding.sampling import Greedy, Sampling, Scores
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
 from nextlat.errors import NextLatError
@@ -97,8 +97,9 @@ def speculative(
         reaches = longest + (LONGEST if draft_length == AUTO else int(draft_length))
         change = objective.backbone.rotary_change
         stays = change is None or reaches <= change
-        ragged = (draft_length != 0 or compile) and stays and not others
-        together = ragged and shares_passes(objective)
+        usual = stays and not others
+        together = usual and (draft_length != 0 or compile) and shares_passes(objective)
+        direct = usual and bool(prepared(objective).shares_passes)  # if that has been tried
         if draft_length != 0 and not together:
             why = "" if stays else f"its rotary factors change at a length of {change} tokens"
             if B > 1 and others:
@@ -128,6 +129,7 @@ def speculative(
                 [input_ids[b] for b in group],
                 together,
                 of_rows(model_arguments, group, B),
+                direct,
                 compile,
                 bool(listed),
             )

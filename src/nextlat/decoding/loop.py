@@ -81,6 +81,7 @@ class Request:
         together: whether rows of unequal length share passes, see `RaggedCache`; otherwise there is
             one row, or no draft.
         arguments: what `generate` has prepared for the model besides the tokens.
+        direct: whether it is known to need no more than mask and positions, see `GrowingCache`.
         compile: one graph per cycle.
         keep_scores: leave scores and logits of every new token in the cycles.
     """
@@ -92,6 +93,7 @@ class Request:
     texts: Sequence[Tensor] | None = None
     together: bool = False
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": True})
+    direct: bool = False
     compile: bool = False
     keep_scores: bool = False
 
@@ -230,7 +232,7 @@ def _cache(objective: Objective, request: Request) -> Iterator[RaggedCache | Gro
     backbone, extra = objective.backbone, objective.cached_layers
     if not request.together:
         own = backbone.new_cache(extra) if request.drafts else None
-        yield GrowingCache(backbone, request.arguments, own)
+        yield GrowingCache(backbone, request.arguments, own, direct=request.direct and own is None)
         return
     if not request.compile:
         yield RaggedCache(backbone, request.longest, extra)
