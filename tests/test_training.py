@@ -760,7 +760,10 @@ def test_a_held_out_loss_that_is_not_finite_ends_a_run_unfinished(
     ("absurd", "told"),
     [
         (["backbone.layers=1000000", "backbone.width=1000000"], "the transformer would take .* GB"),
-        (["objectives.nextlat.hidden_size=1000000000000"], "does not fit into this machine's memory"),
+        (
+            ["objectives.nextlat.hidden_size=1000000000000"],
+            "does not fit into this machine's memory",
+        ),
         (["batch_size=1000000000000"], "less than or equal to"),
         (["task.row_length=1000000000000"], "less than or equal to"),
         (["run.workers=100000"], "less than or equal to"),

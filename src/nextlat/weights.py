@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
+import transformers
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as library_logging
 from transformers.utils.hub import cached_file
 
@@ -112,10 +119,10 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     verbosity = library_logging.get_verbosity()
     library_logging.set_verbosity_error()  # what it reports is a table; ours is a sentence
     try:
-        opened(directory, lambda: _check_config(directory, arguments))
+        config = opened(directory, lambda: _checked_config(directory, arguments))
         loaded: Any = opened(
             directory,
-            lambda: AutoModelForCausalLM.from_pretrained(
+            lambda: _architecture(config).from_pretrained(
                 directory, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
             ),
         )
@@ -141,8 +148,19 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     return lm
 
 
-def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
-    """What would do harm while a model is made of it: code of the hub, and absurd sizes.
+def _architecture(config: PreTrainedConfig) -> Any:
+    """`AutoModelForCausalLM`, or the class that a configuration names which that does not know: the
+    text halves of some multimodal models."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    return AutoModelForCausalLM
+
+
+def _checked_config(directory: str | Path, arguments: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration, without what would do harm while a model is made of it: code of the hub,
+    and absurd sizes.
 
     Raises:
         NextLatError: config.json asks for such.
@@ -161,7 +179,7 @@ def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
         content = read_json(generation, again)
         _GenerationConfig.from_json(content, f"{generation} is damaged, {again}")
     if getattr(config, "quantization_config", None) is not None:
-        return
+        return config
     saved = read_lm(directory)
     parts = max([len(saved), *(size for x in saved.values() for size in x.shape)], default=0)
     for name, number in vars(config.get_text_config(decoder=True)).items():
@@ -169,13 +187,18 @@ def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
         if counted and isinstance(number, int) and number > parts:
             raise NextLatError(f"{directory} has no weights for {name} = {number}: restore it.")
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        kind = _architecture(config)
+        auto = kind is AutoModelForCausalLM
+        lm = (
+            kind.from_config(config, trust_remote_code=False) if auto else kind._from_config(config)
+        )
     expected, found = (sum(x.numel() for x in xs) for xs in (lm.parameters(), saved.values()))
     if expected > 2 * found:
         raise NextLatError(
             f"config.json of {directory} describes {expected:,} weights, and its files hold "
             f"{found:,}: restore it or use an earlier checkpoint."
         )
+    return config
 
 
 def check(

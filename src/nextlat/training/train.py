@@ -256,7 +256,7 @@ def _train(
         write_json(out / RECORD, record)
     if recipe.run.compile:
         # The layers: fixed shapes and one graph, which the losses' masked positions have not.
-        model.lm.base_model.compile()
+        model.backbone.transformer.compile()
     log = RunLog(out, step, stop, progress, first=first)
     trainer = NextLatTrainer(
         model,
