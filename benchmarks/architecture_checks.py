@@ -165,7 +165,9 @@ def save_and_load(model: Any, report: Report, *, name: str) -> None:
             report.wrong(f"{name}: other parameters after save and load")
         elif other := [n for n, x in old.items() if not torch.equal(x, new[n])]:
             report.wrong(f"{name}: another {', '.join(other[:3])} after save and load")
-        elif not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(before, after)):
+        elif not all(
+            torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(before, after, strict=True)
+        ):
             # Not to the bit: the order of sums depends on where the weights lie in memory.
             report.wrong(f"{name}: other logits or another loss after save and load")
 
@@ -294,7 +296,10 @@ def _difference(lm: Any, ids: Tensor, mask: Tensor, got: Tensor, want: Tensor) -
     gap = float((best.values[0] - best.values[1]) / best.values[0].abs().clamp(min=1e-6))
     whose = {int(want[row, at]): "the library's", int(got[row, at]): "ours"}
     says = whose.get(int(best.indices[0]), "neither")
-    return f"row {row} differs at new token {at - ids.shape[1]} (without a cache: {says}, by {gap:.1e})"
+    return (
+        f"row {row} differs at new token {at - ids.shape[1]} "
+        f"(without a cache: {says}, by {gap:.1e})"
+    )
 
 
 def check(lm: Any, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""Every causal LM of `transformers`, tiny and random, through everything that this package does with
+"""Every causal LM of `transformers`, tiny and random, through all that this package does with
 one: `python benchmarks/architectures.py [NAME ...] [--again]`.
 
 Each type runs in a process of its own: attach; loss and gradient of whole, padded and packed rows;
@@ -164,8 +164,8 @@ def table(entries: dict[str, Any], of: dict[str, str]) -> str:
         *(f"| {s} | {words} | {counts[s]} | {variants[s]} |" for s, words in STATES.items()),
         f"| | | **{counts.total()}** | **{variants.total()}** |",
         "",
-        "*Batches*: rows of a batch share a forward pass while they draft, or are decoded one after "
-        "another. *Packs*: several documents in one training row. *MTP*: what multi-token "
+        "*Batches*: rows of a batch share a forward pass while they draft, or are decoded one by "
+        "one. *Packs*: several documents in one training row. *MTP*: what multi-token "
         "prediction, which repeats the last layer, does with it.",
     ]
     for s in STATES:

@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz.py [--mutations 500] [--seed 0] [--out docs/fuzz.json] [--only N]
 
-Tiny runs are trained first (in --folder): a city by NextLat, the checkpoint of one that was stopped,
-a hidden Markov process whose weights lie in several files, and a text by JTP. Every mutation follows
-from (seed, number) alone. After it, each command that reads the file is run in a fork of its own.
-It must refuse the file in one sentence with exit code 2, or give the result of the whole file.
+Tiny runs are trained first (in --folder): a city by NextLat, the checkpoint of one that was
+stopped, a hidden Markov process whose weights lie in several files, a text by JTP. Every mutation
+follows from (seed, number) alone. After it, each command that reads the file is run in a fork of
+its own. It must refuse the file in one sentence with exit code 2, or give the result of the whole
+file.
 
 Half of the mutations leave the checksums of a saved model as they were: an accident. The other half
 write them anew: a directory of somebody else's making. There, and in files without checksums, a
@@ -48,17 +49,36 @@ from nextlat.training.train import Interrupted, train
 from nextlat.weights import SUMS, read_sums, write_sums
 
 TINY = [
-    "steps=6", "batch_size=2", "schedule.name=constant", "schedule.warmup_steps=0",
-    "schedule.decay_steps=0", "run.save_every=2", "run.eval_every=3", "run.log_every=1",
-    "run.keep_checkpoints=3", "backbone.layers=1", "backbone.width=16", "backbone.heads=2",
-]  # fmt: skip
+    "steps=6",
+    "batch_size=2",
+    "schedule.name=constant",
+    "schedule.warmup_steps=0",
+    "schedule.decay_steps=0",
+    "run.save_every=2",
+    "run.eval_every=3",
+    "run.log_every=1",
+    "run.keep_checkpoints=3",
+    "backbone.layers=1",
+    "backbone.width=16",
+    "backbone.heads=2",
+]
 CITY = ["city-tiny", *TINY, "task.tests=4", "task.held_out=20"]
 HMM = ["hmm-small", *TINY, "task.tests=20", "task.length=16"]
 TEXT = [
-    "text-small", "objective=jtp", "objectives.jtp.horizon=2", *TINY, "task.train=stories.txt",
-    "task.validation=", "task.held_out=10", "task.vocab_size=300", "task.row_length=32",
-    "task.prompt_length=8", "task.tests=4", "task.probes=2", "task.probe_steps=3",
-]  # fmt: skip
+    "text-small",
+    "objective=jtp",
+    "objectives.jtp.horizon=2",
+    *TINY,
+    "task.train=stories.txt",
+    "task.validation=",
+    "task.held_out=10",
+    "task.vocab_size=300",
+    "task.row_length=32",
+    "task.prompt_length=8",
+    "task.tests=4",
+    "task.probes=2",
+    "task.probe_steps=3",
+]
 SETTINGS = {"city": CITY, "stopped": CITY, "hmm": HMM, "text": TEXT}
 PROMPTS = {"city": "0 5", "text": "The cat"}  # of the runs that `generate` can continue
 STORIES = [f"The cat number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(60)]

@@ -221,8 +221,9 @@ _ASSISTANT = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        [
+    **{
+        key: {"is_decoder": True}
+        for key in [
             "bert",
             "bert-generation",
             "big_bird",
@@ -239,9 +240,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "xlm-roberta",
             "xlm-roberta-xl",
             "xmod",
-        ],
-        {"is_decoder": True},
-    ),
+        ]
+    },
     "axk2": {"index_n_heads": 64},
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "blt": {"encoder_hash_byte_group_vocab": 100},

@@ -162,13 +162,28 @@ def test_a_run_of_the_text_task_is_measured_by_them(
     recipe = load_recipe(
         "text-small",
         [
-            f"task.train={stories}", "task.validation=", "task.vocab_size=300", "task.row_length=64", "task.held_out=10",
-            "task.tests=4", "task.prompt_length=8", "task.probes=0", "steps=2", "batch_size=2", "backbone.layers=1",
-            "backbone.width=16", "backbone.heads=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "run.threads=1",
-            "task.lm_eval=small_choices, small_pages", f"task.lm_eval_files={files}", "task.lm_eval_limit=8",
+            f"task.train={stories}",
+            "task.validation=",
+            "task.vocab_size=300",
+            "task.row_length=64",
+            "task.held_out=10",
+            "task.tests=4",
+            "task.prompt_length=8",
+            "task.probes=0",
+            "steps=2",
+            "batch_size=2",
+            "backbone.layers=1",
+            "backbone.width=16",
+            "backbone.heads=2",
+            "schedule.warmup_steps=0",
+            "schedule.decay_steps=1",
+            "run.threads=1",
+            "task.lm_eval=small_choices, small_pages",
+            f"task.lm_eval_files={files}",
+            "task.lm_eval_limit=8",
         ],
         objective="next-token",
-    )  # fmt: skip
+    )
     train(recipe, tmp_path / "run", progress=False)
     # The directory that the record of the run names may be a stranger's: it is not even looked at.
     (files / "absent.yaml").write_text("task: !function hostile.task\n")

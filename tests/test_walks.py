@@ -46,7 +46,7 @@ def line(targets: list[list[int]]) -> StreetNetwork:
 
 
 def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
-    """The documents of a packed row, cut where positions restart; checks what must hold of any row."""
+    """The documents of a packed row, cut where positions restart; what holds of any is checked."""
     tokens, positions, valid = (
         row[name].tolist() for name in ("input_ids", "position_ids", "attention_mask")
     )

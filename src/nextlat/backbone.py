@@ -166,7 +166,7 @@ class Backbone:
         return plain_agrees
 
     def _reads(self, ids: Tensor, pieces: Sequence[slice], **arguments: Any) -> bool:
-        """Whether pieces of the rows have, with these arguments, the states that they have alone."""
+        """Whether pieces of the rows have the states with these arguments that they have alone."""
         try:
             h = self.states(ids, **arguments)
             return all(self.close(h[:, piece], self.states(ids[:, piece])) for piece in pieces)
@@ -259,7 +259,7 @@ class Backbone:
         kept = getattr(out, "past_key_values", None)
         if kept is None:
             raise NextLatError(
-                f"{type(self.lm).__name__} keeps no key-value cache: it cannot be read step by step."
+                f"{type(self.lm).__name__} keeps no key-value cache, and cannot read step by step."
             )
         return out[0], kept
 

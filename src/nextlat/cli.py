@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 from typer import Argument, Option
 
 from nextlat import terminal
 from nextlat.errors import NextLatError, first_line
-from nextlat.signals import StopSignal
 
 if TYPE_CHECKING:
     from nextlat.training.sweep import Job
@@ -24,31 +22,8 @@ if TYPE_CHECKING:
 PLUGINS = "NEXTLAT_PLUGINS"
 
 
-class _Commands(typer.core.TyperGroup):
-    """What the user can mend is one sentence and exit code 2; an interrupt is 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with StopSignal():
-                return super().invoke(ctx)
-        except NextLatError as error:
-            terminal.say(f"error: {str(error).rstrip('.')}.")
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as error:
-            terminal.say(str(error) or "stopped.")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            # Of click's errors of usage, whose classes typer has moved.
-            tell = getattr(error, "format_message", None)
-            if tell is None:
-                raise
-            path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
-            terminal.say(f"error: {tell().rstrip('.')} (see '{path} --help').")
-            raise typer.Exit(2) from None
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=terminal.Commands,
     help="Next-latent prediction for any Hugging Face causal LM: train it, measure it, see it, "
     "decode with it.",
     no_args_is_help=True,

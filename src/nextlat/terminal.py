@@ -7,6 +7,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+import typer.core
+
+from nextlat.errors import NextLatError
 from nextlat.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -27,6 +31,29 @@ def no_library_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+class Commands(typer.core.TyperGroup):
+    """What the user can mend is one sentence and exit code 2; an interrupt is 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with StopSignal():
+                return super().invoke(ctx)
+        except NextLatError as error:
+            say(f"error: {str(error).rstrip('.')}.")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            say(str(error) or "stopped.")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            # Of click's errors of usage, whose classes typer has moved.
+            tell = getattr(error, "format_message", None)
+            if tell is None:
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
+            say(f"error: {tell().rstrip('.')} (see '{path} --help').")
+            raise typer.Exit(2) from None
 
 
 @contextmanager
@@ -144,7 +171,8 @@ class Stream:
         stream = self._stream
         if not self._begun:  # not before: whatever is wrong with a request has been said by now
             if self._drafts:
-                say(stream.legend(colours=self._colours, styled=self._coloured_legend))
+                legend = stream.legend(colours=self._colours, styled=self._coloured_legend)
+                print(legend, file=sys.stderr)
             self._write(self._text.add(self._ids))
         if self._stop.received:
             raise KeyboardInterrupt

@@ -168,7 +168,6 @@ def sentence(
         kind, message = "too_short", "too few values"
     key = ".".join(path)
     where = source(key) if callable(source) else source
-    named = f"'{key}'" if key else "it"
     if kind == "extra_forbidden":
         parent = ".".join(path[:-1])
         holder = f"[{parent}]" if parent else model.model_config.get("title") or "it"

@@ -10,10 +10,11 @@ it is there (the slot is written again before a query can see it), shapes are st
 no padding inside.
 
 `GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows
-then advance together, padded on the left, and read as `transformers` reads them. Measured on 5.17 and 5.23:
-`crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding window or a
-convolution throw their past away unless they were told beforehand to record it; those have to be
-cropped after every forward pass, by zero tokens too, because only `crop` brings them back to size.
+then advance together, padded on the left, and read as `transformers` reads them. Measured on 5.17
+and 5.23: `crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding
+window or a convolution throw their past away unless they were told beforehand to record it; those
+have to be cropped after every forward pass, by zero tokens too, because only `crop` brings them
+back to size.
 
 Shapes: B rows, T prompt tokens, K tokens read at a time, S slots, D width, H heads, E width of a
     head.

@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
-from nextlat.backbone import evaluation_mode
-from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
 from nextlat.results import (
@@ -52,7 +50,7 @@ from nextlat.tasks.text.lm_eval import (
     check_benchmarks,
     language_benchmark,
 )
-from nextlat.tasks.text.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
+from nextlat.tasks.text.probes import PROBE_BATCH, probe_cross_entropy, states_and_futures
 from nextlat.tasks.text.tokens import (
     END_OF_TEXT,
     PackedDocuments,
@@ -378,8 +376,8 @@ class Text(Task):
         rows = range(-(-positions // self.config.row_length))
         training = Subset(PackedDocuments(self.train, self.config.row_length, seed=6), rows)
         losses = probe_cross_entropy(
-            *self._states(model, training),
-            *self._states(model, self.eval_dataset()),
+            *states_and_futures(model, training, self.config.probes),
+            *states_and_futures(model, self.eval_dataset(), self.config.probes),
             vocab_size=vocabulary_size(self.tokenizer),
             steps=self.config.probe_steps,
         )
@@ -398,17 +396,3 @@ class Text(Task):
             linear_within=0.1,
         )
         return [chart]
-
-    def _states(
-        self, model: ObjectiveModel, rows: Dataset[dict[str, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Rows -> h_ND and the tokens ahead, targets_NK, of the positions that have any."""
-        states, targets = [], []
-        with evaluation_mode(model):
-            for part in DataLoader(rows, batch_size=ROWS_PER_BATCH):
-                batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in part.items()})
-                ahead_NK = future_tokens(batch, self.config.probes)
-                some_N = (ahead_NK >= 0).any(1)
-                states.append(model.backbone.hidden(batch).flatten(0, 1)[some_N].float())
-                targets.append(ahead_NK[some_N])
-        return torch.cat(states), torch.cat(targets)
