@@ -437,7 +437,6 @@ def test_a_forbidden_token_is_not_an_error():
         ({"do_sample": True, "min_p": 2.0}, r"min_p.* in the \[0, 1\] interval"),
         ({"num_beams": 4}, "num_beams=4 is not supported"),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported"),
-        ({"guidance_scale": 1.5}, "guidance_scale=1.5 is not supported"),
         ({"output_attentions": True}, "output_attentions=True is not supported"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
         ({"assistant_model": object()}, "assistant_model is not supported"),

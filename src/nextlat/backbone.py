@@ -11,23 +11,19 @@ Shapes: B rows, T tokens, D width, V vocabulary, E width of the embeddings (= D 
 
 import copy
 import inspect
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.head import Around, Head, Read
+from nextlat.head import Around, Head, Read, size
 
 LIBRARY = DynamicCache.__module__  # defines the kinds of layers that many models share
 
@@ -44,15 +40,24 @@ def evaluation_mode(*models: object) -> Iterator[None]:
         models: modules. Anything else, such as an exact model of a world, has nothing to switch.
     """
     modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
+    with _evaluating_lock:  # other threads may be inside with the same modules
+        held = [m for m in modules if m.training or _evaluating[m]]
+        _evaluating.update(held)
+        for module in held:
+            module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluating_lock:
+            _evaluating.subtract(held)
+            for module in held:
+                if not _evaluating[module]:
+                    del _evaluating[module]
+                    module.training = True
+
+
+_evaluating_lock, _evaluating = threading.Lock(), Counter[nn.Module]()
 
 
 class Backbone:
@@ -64,7 +69,7 @@ class Backbone:
         lm: the causal LM, never modified.
         head: h -> logits.
         frozen_head: the same with its parameters detached (never copied).
-        width, embedding_width, vocab_size: D, E, V as measured.
+        width, embedding_width: D, E as measured.
         packs: whether documents packed into one row by `position_ids` give the states of separate
             documents.
         pads_left: whether padding on the left of a row leaves its states as they are.
@@ -96,7 +101,7 @@ class Backbone:
                 f"{name} sorts all positions of a text into buckets, so that its states depend on "
                 "later tokens: next-latent prediction needs a causal LM."
             )
-        with evaluation_mode(lm):
+        with evaluation_mode(lm), torch.autocast(lm.device.type, enabled=False):
             ids = probe_ids(lm)
             logits, h = lm(input_ids=ids, use_cache=False).logits, self.states(ids)
             other = torch.cat([ids[:, :3], (ids[:, 3:] + 1) % (ids.max() + 1)], dim=1)
@@ -106,7 +111,8 @@ class Backbone:
                     "causal LM (one of the BERT family needs is_decoder=True in its "
                     "configuration)."
                 )
-            self.width, self.vocab_size = h.shape[-1], logits.shape[-1]
+            self.width = h.shape[-1]
+            self._beyond_table = logits.shape[-1] - size(lm.get_output_embeddings())
             self.embedding_width = self.embed(ids).shape[-1]
             linear = self._head_is_linear(h, logits)
             self.head = Head(lm, self.transformer, linear=linear, frozen=False)
@@ -288,6 +294,11 @@ class Backbone:
         return self.lm.get_input_embeddings()(input_ids)
 
     @property
+    def vocab_size(self) -> int:
+        """V as it is now: tokens can be added at any time."""
+        return size(self.lm.get_output_embeddings()) + self._beyond_table
+
+    @property
     def attention_heads(self) -> int:
         """Attention heads of a layer."""
         return self.lm.config.get_text_config(decoder=True).num_attention_heads
@@ -317,23 +328,11 @@ class Backbone:
             return []
         return sorted({type(x).__name__ for x in layers if type(x).__module__ != LIBRARY})
 
-    @property
-    def rotary_change(self) -> int | None:
-        """Length of text from which on the rotary factors are others, so that what was cached
-        before does not go with what comes after; None = they never change."""
-        config: Any = self.lm.config.get_text_config(decoder=True)
-        parameters = getattr(config, "rope_parameters", None) or {}
-        kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-        changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
-        name = "original_max_position_embeddings"
-        lengths = [kind.get(name) or config.max_position_embeddings for kind in changing]
-        return min(lengths, default=None)
-
 
 def probe_ids(lm: PreTrainedModel) -> Tensor:
     """(2, 5) token ids that every vocabulary has."""
-    weight: Any = lm.get_input_embeddings().weight
-    return torch.arange(1, 11, device=weight.device).view(2, 5) % len(weight)
+    ids = torch.arange(1, 11, device=lm.device).view(2, 5)
+    return ids % size(lm.get_input_embeddings())
 
 
 def llama(

@@ -14,12 +14,21 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
+def size(table: Any) -> int:
+    """Tokens in an embedding table or linear map to logits, whatever is put around it."""
+    for name in ("num_embeddings", "out_features"):
+        if isinstance(number := getattr(table, name, None), int):
+            return number
+    return len(table.weight)
+
+
 class Head:
     """The output head as a function of the hidden state: (..., D) -> (..., V), trainable or frozen.
 
-    A plain linear head has `weight` (V, D) and `bias`. Any other (soft-capping, scaling by a
-    constant, layers of its own) has None there, and is reproduced by running the model's own
-    `forward` with its transformer replaced by the given states.
+    A plain linear head has `weight` (V, D) and `bias`. A head that is linear, but not plain (with
+    an adapter, a hook, or quantised) has None there and is called. Any other (soft-capping, scaling
+    by a constant, layers of its own) too, and is reproduced by running the model's own `forward`
+    with its transformer replaced by the given states.
     """
 
     def __init__(
@@ -30,30 +39,36 @@ class Head:
 
     @property
     def weight(self) -> Tensor | None:
-        return self._table().weight if self._linear else None
+        return self._table().weight if self._linear and _is_plain(self._module) else None
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self._table(), "bias", None) if self._linear else None
+        plain = self._linear and _is_plain(self._module)
+        return getattr(self._table(), "bias", None) if plain else None
+
+    @property
+    def _module(self) -> Any:
+        """The output embeddings, looked up anew: they can be resized, tied, wrapped or replaced at
+        any time."""
+        return self._lm.get_output_embeddings()
 
     def _table(self) -> Any:
-        """The output embeddings, looked up anew: they can be resized, tied or replaced at any
-        time."""
-        table: Any = self._lm.get_output_embeddings()
-        return _Frozen(table) if self._frozen else table
+        return _Frozen(self._module) if self._frozen else self._module
 
     def parameters(self) -> list[nn.Parameter]:
         """All that belong to the head: its own, and those that it shares with the embeddings."""
-        table: Any = self._lm.get_output_embeddings()
         inside = {id(p) for p in self._transformer.parameters()}
         own = [p for p in self._lm.parameters() if id(p) not in inside]
-        return list({id(p): p for p in [*own, *table.parameters()]}.values())
+        return list({id(p): p for p in [*own, *self._module.parameters()]}.values())
 
     def __call__(self, h: Tensor) -> Tensor:
         if self._linear:
             weight, bias = self.weight, self.bias
-            assert weight is not None
-            return F.linear(h.to(weight.dtype), weight, bias)
+            if weight is not None:
+                return F.linear(h.to(weight.dtype), weight, bias)
+            dtypes = [p.dtype for p in self._module.parameters() if p.is_floating_point()]
+            logits: Tensor = self._table()(h.to(next(iter(dtypes), self._lm.dtype)))
+            return logits
         states = h.reshape(1, -1, h.shape[-1]).to(next(self._lm.parameters()).dtype)
         given: Any = Around(
             self._lm, self._transformer, lambda *_, **__: _States(states), frozen=self._frozen
@@ -61,6 +76,12 @@ class Head:
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=h.device)
         logits = type(self._lm).forward(given, input_ids=ids, use_cache=False).logits
         return logits.reshape(*h.shape[:-1], logits.shape[-1])
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its parameters say all that it does."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in (nn.Linear, nn.Embedding) and not hooked
 
 
 class Around:
@@ -98,7 +119,7 @@ class _Frozen:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         module: Any = self._module
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and _is_plain(module):
             return F.linear(arguments[0], self.weight, self.bias)
         detached = {name: parameter.detach() for name, parameter in module.named_parameters()}
         return functional_call(module, detached, arguments, keywords)

@@ -59,12 +59,14 @@ class Plan:
 
     Attributes:
         length: limit for all rows.
-        limits: of each row; whatever is drafted beyond it does not count.
+        limits: of each row; whatever is drafted beyond it does not count. -1 = it has ended.
+        texts: what logits processors are to see of each row, up to the token at its start.
         more: see `AdaptiveLength.more`.
     """
 
     length: int
     limits: Sequence[int]
+    texts: Sequence[Tensor] = ()
     more: Callable[[int, Sequence[float]], bool] | None = None
 
 
@@ -134,7 +136,6 @@ def draw_draft(
     plan: Plan,
     limits_B: Tensor,
     noise: Noise | None,
-    texts: Sequence[Tensor],
 ) -> Draft:
     """The tokens of a plan, each drawn in the state that the objective predicts after reading the
     one before.
@@ -147,7 +148,8 @@ def draw_draft(
     finite_B = torch.ones_like(start.token_B, dtype=torch.bool)
     for j in range(plan.length):
         state_BS, logits_BV = objective.draft(state_BS, read[-1])
-        scores_BV = sampler.scores(logits_BV[:, None], Prefixes(texts, read))[:, 0]
+        prefixes = Prefixes(plan.texts, read, plan.limits)
+        scores_BV = sampler.scores(logits_BV[:, None], prefixes)[:, 0]
         draws.append(sampler.draw(scores_BV, noise, j))
         finite_B = finite_B & (logits_BV.amax(dim=-1).isfinite() | (j >= limits_B))
         read.append(draws[-1].tokens)
@@ -165,15 +167,15 @@ def accept(
     h_BKD: Tensor,
     states_BKS: Tensor,
     draft: Draft,
+    plan: Plan,
     limits_B: Tensor,
     noise: Noise | None,
-    texts: Sequence[Tensor],
 ) -> Outcome:
     """What the transformer makes of a draft, given its states at the tokens read and those that the
     next draft could start from."""
     read_BK = torch.stack(draft.read, dim=1)
     logits_BKV = objective.next_token_logits(objective.output_states(h_BKD, read_BK))
-    scores_BKV = sampler.scores(logits_BKV, Prefixes(texts, draft.read))
+    scores_BKV = sampler.scores(logits_BKV, Prefixes(plan.texts, draft.read, plan.limits))
     accepted_B, bonus_B = sampler.verify(scores_BKV, draft.draws, noise, limits_B)
     finite_BK, state_BS = logits_BKV.amax(dim=-1).isfinite(), states_BKS[:, 0]
     if draft.draws:
@@ -219,29 +221,22 @@ class Eager:
         # Asked for before anything is forgotten, and only by those who draft: it may take work.
         states_BTS = objective.drafting_states(h_BTD, tokens_BT) if self.drafts else h_BTD
         self.cache.keep([len(prompt) for prompt in prompts])
-        token_B, h_B1D, state_B1S = (at(x, last_B) for x in (tokens_BT, h_BTD, states_BTS))
+        token_B, h_BD, state_BS = (at(x, last_B) for x in (tokens_BT, h_BTD, states_BTS))
         draft = Draft([token_B], [], torch.ones_like(token_B, dtype=torch.bool))
         noise, none_B = sampler.noise(len(prompts), 0, h_BTD.device), torch.zeros_like(token_B)
-        return accept(
-            objective, sampler, h_B1D[:, None], state_B1S[:, None], draft, none_B, noise, texts
-        )
+        h_B1D, state_B1S, plan = h_BD[:, None], state_BS[:, None], Plan(0, [0] * len(texts), texts)
+        return accept(objective, sampler, h_B1D, state_B1S, draft, plan, none_B, noise)
 
-    def run(self, start: Start, plan: Plan, texts: Sequence[Tensor] = ()) -> Outcome:
-        """One cycle.
-
-        Args:
-            start: where it starts.
-            plan: what it drafts.
-            texts: what logits processors are to see of each row, up to the token at its start.
-        """
+    def run(self, start: Start, plan: Plan) -> Outcome:
+        """One cycle: where it starts, and what it drafts."""
         objective, sampler, device = self.objective, self.sampler, start.token_B.device
         noise = sampler.noise(len(start.token_B), plan.length, device)
         limits_B = torch.tensor(plan.limits, device=device)
-        draft = draw_draft(objective, sampler, start, plan, limits_B, noise, texts)
+        draft = draw_draft(objective, sampler, start, plan, limits_B, noise)
         drafted_at, read_BK = self.clock.mark(), torch.stack(draft.read, dim=1)
         h_BKD = self.cache.read(read_BK)
         states_BKS = objective.drafting_states(h_BKD, read_BK) if self.drafts else h_BKD
-        out = accept(objective, sampler, h_BKD, states_BKS, draft, limits_B, noise, texts)
+        out = accept(objective, sampler, h_BKD, states_BKS, draft, plan, limits_B, noise)
         return replace(out, drafted_at=drafted_at)
 
     def adaptive_length(self, start: Start, longest: int) -> AdaptiveLength:
@@ -290,11 +285,12 @@ def _whole_cycle(
     noise = None
     if uniform_BK is not None and times_BKV is not None:
         noise = Noise(uniform_BK, lambda i, _: times_BKV[:, i])
-    draft = draw_draft(objective, sampler, start, Plan(length, ()), limits_B, noise, ())
+    plan = Plan(length, ())
+    draft = draw_draft(objective, sampler, start, plan, limits_B, noise)
     read_BK = torch.stack(draft.read, dim=1)
     h_BKD = cache.forward(read_BK, lengths_B, cache.slots)
     states_BKS = objective.drafting_states(h_BKD, read_BK) if drafts else h_BKD
-    return accept(objective, sampler, h_BKD, states_BKS, draft, limits_B, noise, ())
+    return accept(objective, sampler, h_BKD, states_BKS, draft, plan, limits_B, noise)
 
 
 class Compiled(Eager):
@@ -313,7 +309,7 @@ class Compiled(Eager):
         ignored, row by row."""
         return LONGEST
 
-    def run(self, start: Start, plan: Plan, texts: Sequence[Tensor] = ()) -> Outcome:
+    def run(self, start: Start, plan: Plan) -> Outcome:
         device, (B,), k = start.token_B.device, start.token_B.shape, plan.length
         uniform_BK = times_BKV = None
         if isinstance(self.sampler, Sampling):

@@ -13,23 +13,25 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextlat.backbone import evaluation_mode
 from nextlat.decoding.cache import out_of_memory
 from nextlat.decoding.draft_length import LONGEST
-from nextlat.decoding.loop import Request, Stopping, decode
+from nextlat.decoding.loop import STATE, Request, Stopping, decode
 from nextlat.decoding.options import (
     AUTO,
+    REFUSED,
     REFUSED_ARGUMENTS,
+    arguments_of_generate,
     check_draft_length,
     check_prompts,
     check_request,
     of_rows,
     other_arguments,
     refuse,
+    rotary_change,
     unpadded,
 )
 from nextlat.decoding.prepared import obstacle, prepared, shares_passes, warn_once
@@ -80,13 +82,16 @@ def speculative(
                 "nextlat.speculative(model) decodes model.lm only: call model.lm.generate with it"
             )
         config, objective, input_ids = generation_config, model.objective, input_ids.to(lm.device)
-        refuse(config, model_arguments)
+        given = arguments_of_generate()
+        refuse(vars(config), REFUSED)
+        refuse(given, REFUSED_ARGUMENTS)
+        streamers = [x for x in (streamer, given.get("streamer")) if x is not None]
         B, T = input_ids.shape
         stopping = Stopping.from_criteria(stopping_criteria, T)
         prompts = unpadded(input_ids, model_arguments.get("attention_mask"))
         check_draft_length(objective, draft_length)
         check_request(objective, input_ids, prompts, stopping.limit, generator)
-        if streamer is not None and B > 1:
+        if streamers and B > 1:
             raise NextLatError(
                 f"a streamer shows one sequence, not {B}: give one prompt, or leave streamer out"
             )
@@ -95,20 +100,26 @@ def speculative(
         others = other_arguments(model_arguments)
         longest = max(map(len, prompts)) + stopping.limit
         reaches = longest + (LONGEST if draft_length == AUTO else int(draft_length))
-        change = objective.backbone.rotary_change
+        change = rotary_change(lm)
         stays = change is None or reaches <= change
         usual = stays and not others
         together = usual and (draft_length != 0 or compile) and shares_passes(objective)
         direct = usual and bool(prepared(objective).shares_passes)  # if that has been tried
-        if draft_length != 0 and not together:
-            why = "" if stays else f"its rotary factors change at a length of {change} tokens"
-            if B > 1 and others:
-                why = f"{', '.join(sorted(others))} cannot be divided into rows"
-            if not why and (why := obstacle(objective)) and draft_length != AUTO:
-                raise NextLatError(f"{type(lm).__name__} cannot draft, {why}: use draft_length=0")
-            if why:
-                warn_once(objective, f"{type(lm).__name__} is decoded without drafts: {why}")
-                draft_length = 0
+        scores = Scores(logits_processor)
+        why = STATE.format(names) if (names := scores.keeping_state) else ""
+        why = why or (stopping.needs_all_rows if B > 1 else "")
+        if not stays:
+            why = f"its rotary factors change at a length of {change} tokens"
+        if B > 1 and others:
+            why = f"{', '.join(sorted(others))} cannot be divided into rows"
+        reason = "" if why or together or draft_length == 0 else obstacle(objective)
+        if reason and draft_length != AUTO:
+            raise NextLatError(f"{type(lm).__name__} cannot draft, {reason}: use draft_length=0")
+        why = why or reason
+        if draft_length != 0 and why:
+            warn_once(objective, f"{type(lm).__name__} is decoded without drafts: {why}")
+            draft_length = 0
+            together = together and compile
         if B > 1 and draft_length != 0 and not together:
             warn_once(
                 objective,
@@ -116,11 +127,12 @@ def speculative(
                 "cache whose rows cannot have lengths of their own (sliding windows, or another "
                 "kind): rows are decoded one after another, with the same output",
             )
-        compile = compile and _can_compile(objective, Scores(logits_processor), together)
+        compile = compile and _can_compile(objective, scores, together)
+        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         listed = config.return_dict_in_generate and (config.output_scores or config.output_logits)
 
         def request(group: range) -> Request:
-            scores = Scores(logits_processor, B, group[0])
+            scores = Scores(logits_processor, B, group[0], stopping.ends)
             return Request(
                 [prompts[b] for b in group],
                 Sampling(scores, generator) if config.do_sample else Greedy(scores),
@@ -132,17 +144,19 @@ def speculative(
                 direct,
                 compile,
                 bool(listed),
+                bool(listed and config.output_scores),
+                pad,
             )
 
         def tell(done: Pass, group: range) -> None:
-            if streamer is not None and done.cycles[0] is not None:
-                for token in done.cycles[0].tokens:
-                    streamer.put(torch.tensor([token]))
+            for listener in streamers:
+                for token in done.cycles[0].tokens if done.cycles[0] is not None else ():
+                    listener.put(torch.tensor([token]))
             if on_pass is not None:
                 before, after = [None] * group[0], [None] * (B - len(group) - group[0])
                 on_pass(replace(done, cycles=(*before, *done.cycles, *after)))
 
-        if streamer is not None:
+        if streamer is not None:  # `generate` itself tells its own
             streamer.put(input_ids.cpu())
         stats, rows = GenerationStats(), list[list[Cycle]]()
         begun = time.perf_counter()
@@ -151,9 +165,9 @@ def speculative(
             for group in [range(B)] if whole else [range(b, b + 1) for b in range(B)]:
                 rows += _gather(decode(objective, request(group)), group, stats, tell)
         stats.seconds = time.perf_counter() - begun
-        if streamer is not None:
-            streamer.end()
-        out = _output(input_ids, rows, config)
+        for listener in streamers:
+            listener.end()
+        out = _output(input_ids, rows, config, pad)
         return (out, stats) if return_stats else out
 
     return decode_speculatively
@@ -214,22 +228,20 @@ def generate(
     """
     check_prompts(input_ids, attention_mask)
     lm, config = model.lm, generation.get("generation_config")
-    strings = generation.pop("stop_strings", None) or getattr(config, "stop_strings", None)
-    if strings:
+    stored = [x for x in (config, lm.generation_config) if x is not None]
+
+    def setting(name: str) -> Any:
+        values = (value for x in stored if (value := getattr(x, name, None)) is not None)
+        return generation[name] if name in generation else next(values, None)
+
+    # What `transformers` does with a tokenizer that it does not hand on.
+    refuse({"token_healing": setting("token_healing")}, REFUSED)
+    if strings := setting("stop_strings"):
         if tokenizer is None:
             raise NextLatError("stop_strings needs the tokenizer: pass tokenizer=...")
-        criteria = generation.get("stopping_criteria") or ()
-        criteria = [*criteria, StopStringCriteria(tokenizer, strings)]
-        generation["stopping_criteria"] = StoppingCriteriaList(criteria)
-        if config is not None:
-            without = {**config.to_dict(), "stop_strings": None}
-            generation["generation_config"] = GenerationConfig.from_dict(without)
-    for name in REFUSED_ARGUMENTS:
-        if generation.get(name) is not None:
-            raise NextLatError(
-                f"{name} is not supported by self-speculative decoding: leave it out, or use "
-                "model.lm.generate"
-            )
+        criteria = StopStringCriteria(tokenizer, strings)
+        generation["stopping_criteria"] = [criteria, *(generation.get("stopping_criteria") or ())]
+        generation["stop_strings"] = None
     try:
         return lm.generate(
             input_ids.to(lm.device),
@@ -262,9 +274,8 @@ def _gather(
     return cycles
 
 
-def _output(input_ids: Tensor, rows: Sequence[Sequence[Cycle]], config: Any) -> Any:
+def _output(input_ids: Tensor, rows: Sequence[Sequence[Cycle]], config: Any, pad: int) -> Any:
     """In the shape in which `transformers` returns it."""
-    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     tokens = [input_ids.new_tensor([x for cycle in row for x in cycle.tokens]) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad)
     ids = torch.cat([input_ids, padded], dim=1)

@@ -18,7 +18,7 @@ Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens, S width of th
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ from nextlat.decoding.cache import GrowingCache, RaggedCache
 from nextlat.decoding.cycle import Compiled, Eager, Outcome, Plan, Start, Verdict
 from nextlat.decoding.draft_length import LONGEST, AdaptiveLength, FixedLength
 from nextlat.decoding.prepared import prepared
-from nextlat.decoding.sampling import Sampler, Sampling
+from nextlat.decoding.sampling import OF_ROWS, Sampler, Sampling, keeping_state
 from nextlat.decoding.stats import Cycle, Pass
 from nextlat.errors import NextLatError
 from nextlat.objectives import Objective
@@ -44,16 +44,18 @@ class Stopping:
     Attributes:
         limit: new tokens that a row gets at most.
         ends: end-of-sequence tokens; the one that ends a row is its last.
-        criteria: others, asked about each new token's own prefix, (1, T) as `transformers` would
-            have shown it to them.
+        criteria: others, asked after every new token as `transformers` would have asked them.
+        pads: whether a row that has ended is filled up with padding; otherwise it goes on until all
+            rows have ended.
     """
 
     limit: int
     ends: frozenset[int] = frozenset()
     criteria: Sequence[Any] = ()
+    pads: bool = True
 
     @classmethod
-    def from_criteria(cls, criteria: Iterable[Any], prompt_length: int) -> "Stopping":
+    def from_criteria(cls, criteria: Sequence[Any], prompt_length: int) -> "Stopping":
         """From the list that `generate` has prepared for prompts of so many tokens, padding
         included."""
         lengths, ends, others = [], frozenset[int](), []
@@ -64,7 +66,21 @@ class Stopping:
                 ends |= frozenset(criterion.eos_token_id.tolist())
             else:
                 others.append(criterion)
-        return cls(min(lengths), ends, others)
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        return cls(min(lengths), ends, others, pads)
+
+    @property
+    def needs_all_rows(self) -> str:
+        """Why the rows of a batch have to advance together, as a clause; "" if they need not."""
+        if self.criteria and not self.pads:
+            return "without an end-of-sequence token, rows go on until all have ended"
+        return STATE.format(names) if (names := keeping_state(self.criteria, OF_ROWS)) else ""
+
+
+STATE = (
+    "{} may keep a state between calls (if it depends on the tokens and scores of a row alone, say "
+    "so: give it an attribute stateless = True)"
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,8 @@ class Request:
         direct: whether it is known to need no more than mask and positions, see `GrowingCache`.
         compile: one graph per cycle.
         keep_scores: leave scores and logits of every new token in the cycles.
+        tell_scores: show stopping criteria the scores so far.
+        pad: what rows that have ended are filled up with.
     """
 
     prompts: Sequence[Tensor]
@@ -96,6 +114,8 @@ class Request:
     direct: bool = False
     compile: bool = False
     keep_scores: bool = False
+    tell_scores: bool = False
+    pad: int = 0
 
     @property
     def drafts(self) -> bool:
@@ -114,35 +134,48 @@ class Row:
     Attributes:
         text: what logits processors and stopping criteria see: the prompt, and the new tokens where
             anybody looks at them.
-        stopping: ends it.
-        grows: whether anybody does.
+        limit: new tokens that it gets at most.
+        ends: end-of-sequence tokens.
+        is_end: whether it ends after so many of some new tokens, for another reason.
+        grows: whether anybody looks.
         produced: new tokens so far.
         ended: whether there will be no more.
     """
 
     text: Tensor
-    stopping: Stopping
+    limit: int
+    ends: Collection[int]
+    is_end: Callable[["Row", Sequence[int]], bool] | None
     grows: bool
     produced: int = 0
     ended: bool = False
 
     @property
     def room(self) -> int:
-        """Tokens that may still be drafted; the last one is always the transformer's own."""
-        return 0 if self.ended else self.stopping.limit - self.produced - 1
+        """Tokens that may still be drafted, the last one is always the transformer's own; -1 where
+        there will be none."""
+        return -1 if self.ended else self.limit - self.produced - 1
 
     def add(self, tokens: Sequence[int]) -> Sequence[int]:
         """Take new tokens, up to the end of the row if it is among them; returns those taken."""
-        stopping = self.stopping
         for i, token in enumerate(tokens, start=1):
-            if token in stopping.ends or (stopping.criteria and self._is_end(tokens[:i])):
+            # All are asked about every token, as they may count.
+            others = self.is_end is not None and self.is_end(self, tokens[:i])
+            if token in self.ends or others:
                 tokens, self.ended = tokens[:i], True
                 break
         self.produced += len(tokens)
-        self.ended = self.ended or self.produced >= stopping.limit
-        if self.grows:
-            self.text = self._text_with(tokens)
+        self.ended = self.ended or self.produced >= self.limit
+        self.extend(tokens)
         return tokens
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Lengthen the text."""
+        if self.grows:
+            self.text = self.text_with(tokens)
+
+    def text_with(self, tokens: Sequence[int]) -> Tensor:
+        return torch.cat([self.text, self.text.new_tensor(tokens)])
 
     def settle(self, verdict: Verdict, limit: int, kept: Sequence[Tensor]) -> Cycle:
         """Take what a cycle gave.
@@ -152,17 +185,69 @@ class Row:
             limit: how much of the draft is this row's own.
             kept: (K, V) scores and logits, or none.
         """
-        drafted = tuple(verdict.drafted[:limit])
+        drafted = tuple(verdict.drafted[: max(limit, 0)])
         tokens = tuple(self.add((*drafted[: verdict.accepted], verdict.bonus)))
         accepted = min(verdict.accepted, len(tokens))
         return Cycle(drafted, accepted, tokens, *(x[: len(tokens)].clone() for x in kept))
 
-    def _text_with(self, tokens: Sequence[int]) -> Tensor:
-        return torch.cat([self.text, self.text.new_tensor(tokens)])
 
-    def _is_end(self, tokens: Sequence[int]) -> bool:
-        ids = self._text_with(tokens)[None]
-        return any(bool(criterion(ids, None).all()) for criterion in self.stopping.criteria)
+class Rows:
+    """The rows of a request, and what ends them.
+
+    Args:
+        request: what is decoded.
+        grows: whether anybody looks at the texts.
+    """
+
+    def __init__(self, request: Request, grows: bool) -> None:
+        self._request, self._stopping = request, request.stopping
+        texts, criteria = request.texts or request.prompts, request.stopping.criteria
+        # Rows that advance together are asked about together, as `transformers` does.
+        self._even = not request.drafts and len(texts) > 1
+        is_end = self._is_end if criteria and not self._even else None
+        stopping = (request.stopping.limit, request.stopping.ends, is_end, grows)
+        self.rows = [Row(text, *stopping) for text in texts]
+        self._over = [False] * len(texts)
+        self._scores: list[Tensor] = []
+
+    def settle(
+        self, out: Outcome, verdicts: Sequence[Verdict], limits: Sequence[int]
+    ) -> tuple[Cycle | None, ...]:
+        """Take what a pass gave: the cycle of each row that takes part."""
+        _check_finite(verdicts, self.rows)
+        request, cycles = self._request, list[Cycle | None]()
+        for b, (row, verdict, limit) in enumerate(zip(self.rows, verdicts, limits, strict=True)):
+            self._new = out.scores_BKV[b]
+            if row.ended:
+                cycles.append(None)
+                row.extend([request.pad] if self._even else [])
+                continue
+            kept = (out.scores_BKV[b], out.logits_BKV[b]) if request.keep_scores else ()
+            cycles.append(row.settle(verdict, limit, kept))
+        if self._even and self._stopping.criteria:
+            self._end_together(out.scores_BKV[:, 0])
+        return tuple(cycles)
+
+    def _end_together(self, scores_BV: Tensor) -> None:
+        self._scores.append(scores_BV)
+        ids_BT = torch.stack([row.text for row in self.rows])
+        over_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+        for criterion in self._stopping.criteria:
+            over_B = over_B | criterion(ids_BT, self._told())
+        self._over = [a or b for a, b in zip(self._over, over_B.tolist(), strict=True)]
+        for row, over in zip(self.rows, self._over, strict=True):
+            row.ended = row.ended or (over and (self._stopping.pads or all(self._over)))
+
+    def _is_end(self, row: Row, tokens: Sequence[int]) -> bool:
+        if self._request.tell_scores:
+            self._scores.append(self._new[len(tokens) - 1][None])
+        ids, over = row.text_with(tokens)[None], torch.zeros(1, dtype=torch.bool)
+        for criterion in self._stopping.criteria:
+            over = over.to(ids.device) | criterion(ids, self._told())
+        return bool(over.all())
+
+    def _told(self) -> tuple[Tensor, ...] | None:
+        return tuple(self._scores) if self._request.tell_scores else None
 
 
 def decode(objective: Objective, request: Request) -> Iterator[Pass]:
@@ -171,32 +256,18 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
 
     The request has been checked, and the caller is in `evaluation_mode`.
     """
-    sampler, stopping = request.sampler, request.stopping
-    grows = sampler.scores.need_prefixes or bool(stopping.criteria)
-    texts = request.texts or request.prompts
-    rows = [Row(text, stopping, grows) for text in texts]
-    kind = Compiled if request.compile else Eager
-
-    def settle(
-        out: Outcome, verdicts: Sequence[Verdict], limits: Sequence[int]
-    ) -> tuple[Cycle | None, ...]:
-        _check_finite(verdicts, rows)
-        cycles: list[Cycle | None] = [None] * len(rows)
-        for b, (row, verdict, limit) in enumerate(zip(rows, verdicts, limits, strict=True)):
-            if not row.ended:
-                kept = (out.scores_BKV[b], out.logits_BKV[b]) if request.keep_scores else ()
-                cycles[b] = row.settle(verdict, limit, kept)
-        return tuple(cycles)
-
+    sampler = request.sampler
+    batch = Rows(request, sampler.scores.need_prefixes or bool(request.stopping.criteria))
+    rows, kind = batch.rows, Compiled if request.compile else Eager
     with _cache(objective, request) as cache:
         cycle = kind(objective, sampler, cache, drafts=request.drafts)
         clock = cycle.clock
         begun = clock.mark()
-        prompts = request.prompts if request.together else texts
-        out = cycle.prefill(prompts, [row.text for row in rows])
+        texts = [row.text for row in rows]
+        out = cycle.prefill(request.prompts if request.together else texts, texts)
         verdicts = Verdict.of_rows(out.packed)
         prefill = clock.seconds(begun, clock.mark())
-        yield Pass(settle(out, verdicts, [0] * len(rows)), prefill=prefill)
+        yield Pass(batch.settle(out, verdicts, [0] * len(rows)), prefill=prefill)
         if all(row.ended for row in rows):
             return
 
@@ -208,11 +279,11 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
                 planned = min(length.plan(active), longest)
                 limits = [min(planned, row.room) for row in rows]
                 begun = clock.mark()
-                plan = Plan(planned, limits, length.more)
-                out = cycle.run(out.start, plan, [row.text for row in rows])
+                plan = Plan(planned, limits, [row.text for row in rows], length.more)
+                out = cycle.run(out.start, plan)
                 verdicts = Verdict.of_rows(out.packed)  # the one read-back of the cycle
                 end = clock.mark()
-                cycles = settle(out, verdicts, limits)
+                cycles = batch.settle(out, verdicts, limits)
                 accepted = {b: verdicts[b].accepted for b in active}
                 drafted = [min(limits[b], len(verdicts[b].drafted)) for b in active]
                 length.observe(drafted, [*accepted.values()])

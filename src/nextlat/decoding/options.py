@@ -1,17 +1,22 @@
 """What a request for decoding may be: everything that our loop cannot do as `transformers` does is
 refused by name, in one sentence."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
 
 from nextlat.errors import NextLatError
+from nextlat.head import size
 from nextlat.objectives import Objective
 
 AUTO = "auto"
-# What our loop does not do, and the values at which that makes no difference.
+GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+# Fields of `GenerationConfig` that our loop does not do, and the values at which that makes no
+# difference.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
@@ -19,19 +24,25 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "dola_layers": (None,),
     "constraints": (None,),
     "force_words_ids": (None,),
+    "use_mtp": (None, False),
+    "is_assistant": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "watermarking_config": (None,),
+    "token_healing": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "cache_implementation": (None, "dynamic"),
     "low_memory": (None, False),
 }
-# Arguments of `generate` beside its configuration, which are refused before it looks at them.
-REFUSED_ARGUMENTS = (
-    "assistant_model", "negative_prompt_ids", "inputs_embeds", "past_key_values", "synced_gpus",
-)  # fmt: skip
+# The same of the arguments of `generate` beside it, and of the model's.
+REFUSED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "assistant_model": (None,),
+    "assistant_tokenizer": (None,),
+    "inputs_embeds": (None,),
+    "past_key_values": (None,),
+    "cache_params": (None,),
+    "synced_gpus": (None, False),
+}
 # What `generate` prepares for every model. Others are handed on with the library's own cache.
 MODEL_ARGUMENTS = {
     "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache",
@@ -39,28 +50,33 @@ MODEL_ARGUMENTS = {
 }  # fmt: skip
 
 
-def refuse(config: Any, arguments: Mapping[str, Any]) -> None:
-    for name, harmless in REFUSED.items():
-        value = getattr(config, name, None)
-        if value not in harmless:
+def refuse(given: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse by name what is not supported."""
+    for name, harmless in refused.items():
+        value = given.get(name)
+        if not any(
+            value is x or (isinstance(value, int | float | str) and value == x) for x in harmless
+        ):
+            shown = f"={value!r}" if isinstance(value, int | float | str) else ""
             raise NextLatError(
-                f"{name}={value!r} is not supported by self-speculative decoding: leave it out, or "
+                f"{name}{shown} is not supported by self-speculative decoding: leave it out, or "
                 "use model.lm.generate"
             )
-    if _holds_tokens(arguments.get("past_key_values")):
-        raise NextLatError(
-            "past_key_values that hold tokens are not supported by self-speculative decoding: "
-            "leave them out, or use model.lm.generate"
-        )
 
 
-def _holds_tokens(cache: Any) -> bool:
-    if cache is None:
-        return False
-    try:
-        return bool(cache.get_seq_length() > 0)
-    except ValueError:  # recurrent layers alone, which do not count
-        return any(any(layer.has_previous_state.values()) for layer in cache.layers)
+def arguments_of_generate() -> dict[str, Any]:
+    """What the call of `transformers`' `generate` that we are in was given: it does not hand all of
+    that on to a `custom_generate`, a streamer or another model's help for example (up to 5.23 at
+    least)."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not GENERATE:
+        frame = frame.f_back
+    if frame is None:
+        return {}
+    given = frame.f_locals
+    return {
+        name: given.get(name) for name in inspect.signature(GenerationMixin.generate).parameters
+    } | given["kwargs"]
 
 
 def other_arguments(arguments: Mapping[str, Any]) -> set[str]:
@@ -74,6 +90,19 @@ def other_arguments(arguments: Mapping[str, Any]) -> set[str]:
         if positions.shape != usual.shape or bool(((positions != usual) & (mask != 0)).any()):
             others.add("position_ids")
     return others
+
+
+def rotary_change(lm: PreTrainedModel) -> int | None:
+    """Length of text from which on the rotary factors are others, so that what was cached before
+    does not go with what comes after; None = they never change."""
+    config: Any = lm.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    name = "original_max_position_embeddings"
+    return min(
+        (kind.get(name) or config.max_position_embeddings for kind in changing), default=None
+    )
 
 
 def of_rows(arguments: Mapping[str, Any], group: range, rows: int) -> dict[str, Any]:
@@ -153,8 +182,7 @@ def check_request(
     if max_new_tokens < 1:
         raise NextLatError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     lm, device = objective.backbone.lm, input_ids.device.type
-    table: Any = lm.get_input_embeddings()
-    vocabulary, (low, high) = len(table.weight), input_ids.aminmax()
+    vocabulary, (low, high) = size(lm.get_input_embeddings()), input_ids.aminmax()
     if low < 0 or high >= vocabulary:
         raise NextLatError(
             f"token {int(low if low < 0 else high)} is outside the model's {vocabulary} tokens: "
@@ -162,7 +190,7 @@ def check_request(
         )
     longest, text_config = max(map(len, prompts)), lm.config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None)
-    if objective.backbone.rotary_change == positions:
+    if rotary_change(lm) == positions:
         positions = None  # rotary factors that grow with the text are made to go beyond
     if positions is not None and longest + max_new_tokens > positions:
         raise NextLatError(

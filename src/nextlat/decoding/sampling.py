@@ -10,7 +10,7 @@ Shapes: B rows, K drafted tokens, V vocabulary. p is the target's distribution, 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,12 +19,36 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-# Processors that look at the scores alone; every other kind is shown each position's own prefix.
-STATELESS = re.compile(
+# What the library's own processors look at. Others may keep a state between calls.
+OF_SCORES = re.compile(
     r"transformers\.generation\.logits_process\."
     r"((Temperature|TopK|TopP|MinP|TopH|Typical|Epsilon|Eta)LogitsWarper"
     r"|SuppressTokensLogitsProcessor|InfNanRemoveLogitsProcessor|LogitNormalization)"
 )
+OF_TOKENS = re.compile(
+    r"transformers\.generation\.logits_process\."
+    r"((MinLength|MinNewTokensLength|(Encoder)?RepetitionPenalty|(Encoder)?NoRepeatNGram|NoBadWords"
+    r"|SequenceBias|PrefixConstrained|Forced[BE]OSToken|SuppressTokensAtBegin|Watermark)"
+    r"LogitsProcessor|ExponentialDecayLengthPenalty)"
+)
+OF_ROWS = re.compile(r"transformers\.generation\.stopping_criteria\.(StopString|MaxTime)Criteria")
+
+
+def full_name(x: object) -> str:
+    """Module and class."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def keeping_state(users: Iterable[object], *known: re.Pattern[str]) -> str:
+    """Names of processors or stopping criteria that may depend on more than the tokens and scores
+    that a row's call gives them: that are not of a known kind, nor have `stateless = True`."""
+    unknown = [
+        user
+        for user in users
+        if not getattr(user, "stateless", False)
+        and not any(kind.fullmatch(full_name(user)) for kind in known)
+    ]
+    return ", ".join(getattr(x, "__name__", type(x).__name__) for x in unknown)
 
 
 @dataclass(frozen=True)
@@ -34,18 +58,27 @@ class Prefixes:
     Attributes:
         texts: (T_b,) of each row, up to its first token in `read`.
         read: (B,) each, the tokens read since; at position k a row has read the first k + 1.
+        limits: how many of those a row may read after its first one, -1 where it has ended; None =
+            any number.
     """
 
     texts: Sequence[Tensor]
     read: Sequence[Tensor]
+    limits: Sequence[int] | None = None
 
     @cached_property
-    def _read_BK(self) -> Tensor:
+    def read_BK(self) -> Tensor:
         return torch.stack(list(self.read), dim=1)
 
     def at(self, row: int, position: int) -> Tensor:
         """(T,) tokens that a row has read at a position."""
-        return torch.cat([self.texts[row], self._read_BK[row, 1 : position + 1]])
+        return torch.cat([self.texts[row], self.read_BK[row, 1 : position + 1]])
+
+    def reach(self, row: int, ends: Collection[int]) -> int:
+        """The last position at which a row may still choose a token."""
+        drafted = self.read_BK[row, 1:].tolist()
+        limit = len(drafted) if self.limits is None else self.limits[row]
+        return next((k for k in range(limit) if k < len(drafted) and drafted[k] in ends), limit)
 
 
 class Scores:
@@ -55,17 +88,25 @@ class Scores:
         processors: prepared by `generate`, warpers for sampling included.
         batch: number of rows that they were prepared for.
         first: which of those the first row here is.
+        ends: end-of-sequence tokens, after which nothing is shown to them.
 
     Attributes:
-        need_prefixes: whether any of them looks at the tokens before; those are run row by row and
-            position by position.
+        need_prefixes: whether any of them looks at the tokens before.
+        keeping_state: names of those that can only be called as `transformers` itself calls them,
+            once a step with all rows; "" if there are none.
     """
 
-    def __init__(self, processors: Sequence[Any] = (), batch: int = 1, first: int = 0) -> None:
+    def __init__(
+        self,
+        processors: Sequence[Any] = (),
+        batch: int = 1,
+        first: int = 0,
+        ends: Collection[int] = (),
+    ) -> None:
         self._processors: Any = LogitsProcessorList(processors)
-        self._batch, self._first = batch, first
-        kinds = {f"{type(each).__module__}.{type(each).__name__}" for each in processors}
-        self.need_prefixes = not all(map(STATELESS.fullmatch, kinds))
+        self._batch, self._first, self._ends = batch, first, ends
+        self.need_prefixes = not all(OF_SCORES.fullmatch(full_name(each)) for each in processors)
+        self.keeping_state = keeping_state(processors, OF_SCORES, OF_TOKENS)
 
     def __call__(self, logits_BKV: Tensor, prefixes: Prefixes) -> Tensor:
         """(B, K, V) fp32, for the last K positions of `prefixes`."""
@@ -76,9 +117,13 @@ class Scores:
         if not self.need_prefixes:
             nothing = torch.empty(B * K, 0, dtype=torch.long, device=scores.device)
             return self._processors(nothing, scores.flatten(0, 1)).view(B, K, V)
-        first, out = len(prefixes.read) - K, torch.empty_like(scores)
+        reach, first = [prefixes.reach(b, self._ends) for b in range(B)], len(prefixes.read) - K
+        even = not first and K == 1 and len({len(text) for text in prefixes.texts}) == 1
+        if even and self._batch == B and (self.keeping_state or min(reach) >= 0):
+            return self._processors(torch.stack(list(prefixes.texts)), scores[:, 0])[:, None]
+        out = scores.clone()
         for b in range(B):
-            for k in range(K):
+            for k in range(min(K, reach[b] - first + 1)):
                 # Whole batches of one prefix, of which one row counts: processors may go by the
                 # number of the row.
                 ids = prefixes.at(b, first + k).expand(self._batch, -1)

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D width.
 """
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,12 +72,23 @@ def _has_graph(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
+class _Here(threading.local):
+    """What one thread keeps."""
+
+    call: LastCall | None = None
+    keep_graph: bool = False
+
+    def __reduce__(self) -> Any:  # copied with a model, but not what it keeps
+        return _Here, ()
+
+
 class LastLayer:
     """The last decoder layer and the norm after it, found by watching one forward pass; and what
     the layer is called with.
 
     It goes on watching: the last layer's call of the newest forward pass is kept until the next
-    one, or until it is taken. It comes without its graph, unless the pass ran inside `with_graph`.
+    one, or until it is taken, in each thread its own. It comes without its graph, unless the pass
+    ran inside `with_graph`.
 
     Attributes:
         layer, norm: the two modules of the LM.
@@ -86,8 +98,7 @@ class LastLayer:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self._call: LastCall | None = None
-        self._keep_graph = False
+        self._here = _Here()
         with evaluation_mode(backbone.lm):
             found = self._find(backbone)
         if found is None:
@@ -123,7 +134,7 @@ class LastLayer:
             for handle in handles:
                 handle.remove()
         norm = readers[0] if len(readers) == 1 else nn.Identity()
-        ends_so = self._call is not None and self._repeats(
+        ends_so = self._here.call is not None and self._repeats(
             backbone, self.take(), layer, norm, h_BTD
         )
         return (layer, norm) if ends_so else None
@@ -145,21 +156,21 @@ class LastLayer:
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
         call = LastCall(arguments, keywords)
-        self._call = call if self._keep_graph else call.detached()
+        self._here.call = call if self._here.keep_graph else call.detached()
 
     @contextmanager
     def with_graph(self) -> Iterator[None]:
         """Forward passes inside keep the graph behind the call, so that gradients can go back
         through it."""
-        self._keep_graph = True
+        self._here.keep_graph = True
         try:
             yield
         finally:
-            self._keep_graph = False
+            self._here.keep_graph = False
 
     def take(self) -> LastCall:
         """The newest call, which is then forgotten."""
-        call, self._call = self._call, None
+        call, self._here.call = self._here.call, None
         assert call is not None, "no forward pass of the transformer came before"
         return call
 
