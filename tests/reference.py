@@ -1,6 +1,7 @@
 """Slow, obviously right implementations that the fast ones are compared with, and the batches and
 models on which they are: one document, one position, one step, head, pair or token at a time."""
 
+import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -8,9 +9,13 @@ from typing import Any
 
 import torch
 from scipy.stats import chisquare
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import nextlat
@@ -291,6 +296,19 @@ def objective_model(
 # ---- decoding ----
 
 VOCABULARY = 50
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One token a letter."""
+    core = Tokenizer(
+        WordLevel(
+            {letter: i for i, letter in enumerate(string.ascii_letters[:VOCABULARY])}, unk_token="a"
+        )
+    )
+    core.pre_tokenizer, core.decoder = Split("", "isolated"), Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="a", clean_up_tokenization_spaces=False
+    )
 
 
 class Oracle(Objective):

@@ -4,22 +4,16 @@ meaning that it has there."""
 import functools
 import itertools
 import logging
-import string
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     TextStreamer,
 )
@@ -31,7 +25,15 @@ from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel
 from nextlat.decoding import AdaptiveLength, Costs, Request, Stopping, decode
 from nextlat.decoding.prepared import prepared, shares_passes
 from nextlat.decoding.sampling import Greedy
-from reference import VOCABULARY, Oracle, decoding_lm, enumerated, five_token_model, p_value
+from reference import (
+    VOCABULARY,
+    Oracle,
+    decoding_lm,
+    enumerated,
+    five_token_model,
+    letters,
+    p_value,
+)
 
 NEW, WIDEST = 22, 11
 RAGGED = (11, 1, 7, 3, 10, 2, 5, 4)
@@ -297,19 +299,6 @@ def test_options_mean_what_they_mean_in_transformers(family: str, name: str):
             **options,
         )
         assert custom.tolist() == plain.tolist()
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """One token a letter."""
-    core = Tokenizer(
-        WordLevel(
-            {letter: i for i, letter in enumerate(string.ascii_letters[:VOCABULARY])}, unk_token="a"
-        )
-    )
-    core.pre_tokenizer, core.decoder = Split("", "isolated"), Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="a", clean_up_tokenization_spaces=False
-    )
 
 
 @pytest.mark.parametrize("draft_length", [0, 8])
