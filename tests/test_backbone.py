@@ -2,6 +2,8 @@
 sentence."""
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,3 +178,135 @@ def test_a_model_without_a_key_value_cache_is_refused_where_it_would_decode() ->
     )
     with pytest.raises(nextlat.NextLatError, match="keeps no key-value cache"):
         backbone.step(torch.randint(50, (1, 4)))
+
+
+# ---- models that change ----
+
+
+class Adapter(nn.Module):
+    """A low-rank addition to a linear map, as adapters are: the map's own weight is not all."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Int8(nn.Module):
+    """Weight-only quantisation: no floating-point parameter, and no `weight` to multiply by."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = base.weight.shape
+        scale = base.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("code", (base.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.code * self.scale).T.to(x.dtype)
+
+
+def put_around(lm: nn.Module, kind: type[nn.Module], *ends: str) -> list[nn.Module]:
+    found = [(n, m) for n, m in lm.named_modules() if type(m) is nn.Linear and n.endswith(ends)]
+    for name, module in found:
+        parent, _, own = name.rpartition(".")
+        setattr(lm.get_submodule(parent), own, kind(module))
+    return [lm.get_submodule(name) for name, _ in found]
+
+
+def assert_as_it_is_now(model: nextlat.ObjectiveModel, tolerance: float = 1e-5) -> None:
+    """Logits, greedy and sampled decoding are those of the model as it is now."""
+    lm, ids = model.lm, torch.randint(50, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, lm(ids).logits, rtol=0, atol=tolerance)
+    expected = lm.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    for draft_length in (0, 2):
+        options = {"max_new_tokens": 8, "draft_length": draft_length}
+        assert model.generate(ids, do_sample=False, **options).tolist() == expected
+        assert model.generate(ids, do_sample=True, **options).shape == (2, 14)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("where", ["lm_head", "up_proj", "q_proj"])
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_adapters_count_wherever_and_whenever_they_come(
+    family: str, where: str, before: bool, tmp_path: Path
+) -> None:
+    lm = tiny_lm(family, tie_word_embeddings=False)
+    model = None if before else nextlat.attach(lm, nextlat.NextLatConfig())
+    adapters = put_around(lm, Adapter, where)
+    model = model or nextlat.attach(lm, nextlat.NextLatConfig())
+    assert_as_it_is_now(model)
+    lm.requires_grad_(False)
+    for adapter in adapters:
+        adapter.up.requires_grad_(True)
+    ids = torch.randint(50, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(bool(adapter.up.weight.grad.any()) for adapter in adapters)
+    with pytest.raises(nextlat.NextLatError, match=f"comes back: .*{where} is not what"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_frozen_head_is_frozen_with_an_adapter_too() -> None:
+    lm = tiny_lm("llama", tie_word_embeddings=False)
+    backbone = Backbone(lm)
+    put_around(lm, Adapter, "lm_head")
+    h = torch.randn(3, 32, requires_grad=True)
+    torch.testing.assert_close(backbone.frozen_head(h), lm.lm_head(h))
+    backbone.frozen_head(h).square().sum().backward()
+    assert bool(h.grad.any()) and all(p.grad is None for p in lm.parameters())
+
+
+def test_quantised_layers_are_called_not_read() -> None:
+    lm = tiny_lm("llama", tie_word_embeddings=False)
+    model = nextlat.attach(lm, nextlat.NextLatConfig())
+    put_around(lm, Int8, "_proj", "lm_head")
+    assert_as_it_is_now(model)
+    ids = torch.randint(50, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.objective.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "config", [nextlat.NextLatConfig(), nextlat.MTPConfig()], ids=["nextlat", "mtp"]
+)
+def test_tokens_added_after_attach_are_tokens(config: Any, tied: bool, tmp_path: Path) -> None:
+    lm = tiny_lm("llama", tie_word_embeddings=tied)
+    model = nextlat.attach(lm, config)
+    lm.resize_token_embeddings(57)
+    with torch.no_grad():
+        lm.lm_head.weight[50:] *= 30  # so that they are said
+    assert model.backbone.vocab_size == 57
+    draft_length = {"draft_length": 1 if model.objective.max_draft_length else 2}
+    ids = torch.randint(57, (2, 6))
+    expected = lm.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    assert model.generate(ids, max_new_tokens=8, **draft_length).tolist() == expected
+    model.generate(ids, max_new_tokens=8, do_sample=True, **draft_length)
+    model.save_pretrained(tmp_path)
+    again = nextlat.load(tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert again.generate(ids, max_new_tokens=8, **draft_length).tolist() == expected
+
+
+def test_another_dtype_and_several_of_them(tmp_path: Path) -> None:
+    lm = tiny_lm("llama", tie_word_embeddings=False)
+    model = nextlat.attach(lm, nextlat.NextLatConfig())
+    model.to(torch.bfloat16)
+    assert_as_it_is_now(model, 1e-2)
+    lm.model.norm.float()
+    lm.lm_head.float()
+    assert_as_it_is_now(model, 1e-2)
+    model.save_pretrained(tmp_path)
+    again = nextlat.load(tmp_path)
+    for (name, a), (_, b) in zip(lm.named_parameters(), again.lm.named_parameters(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name

@@ -109,7 +109,7 @@ class Backbone:
                 raise NextLatError(
                     f"the states of {name} depend on later tokens: next-latent prediction needs a "
                     "causal LM (one of the BERT family needs is_decoder=True in its "
-                    "configuration)."
+                    "configuration; layers quantised over all tokens at once do so too)."
                 )
             self.width = h.shape[-1]
             self._beyond_table = logits.shape[-1] - size(lm.get_output_embeddings())

@@ -27,7 +27,19 @@ from nextlat.losses import Counts, cross_entropy
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.serving.draft_config import write_draft_config
 from nextlat.validation import Settings, check_format, nearest, read_json
-from nextlat.weights import check, check_sums, copy_into, find, load_lm, opened, read_lm, write_sums
+from nextlat.weights import (
+    add_aliases,
+    check,
+    check_restorable,
+    check_sums,
+    copy_into,
+    drop_aliases,
+    find,
+    load_lm,
+    opened,
+    read_lm,
+    write_sums,
+)
 
 SIDECAR, DESCRIPTION, WEIGHTS = "nextlat", "objective.json", "objective.safetensors"
 FORMAT: Literal[1] = 1
@@ -90,8 +102,8 @@ class ObjectiveModel(nn.Module):
         self.lm = lm
         self.objective = objective
         # Every weight once: files and the Trainer take no tied ones.
-        self.register_state_dict_post_hook(_drop_aliases)
-        self.register_load_state_dict_pre_hook(_add_aliases)
+        self.register_state_dict_post_hook(drop_aliases)
+        self.register_load_state_dict_pre_hook(add_aliases)
 
     @property
     def backbone(self) -> Backbone:
@@ -215,7 +227,12 @@ class ObjectiveModel(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by
-        itself: see `training`."""
+        itself: see `training`.
+
+        Raises:
+            NextLatError: the LM has modules that would not come back, such as adapters.
+        """
+        check_restorable(self.lm)
         sidecar, objective = Path(directory) / SIDECAR, self.objective
         sidecar.mkdir(parents=True, exist_ok=True)
         with _cache_enabled(self.lm):
@@ -260,24 +277,6 @@ class ObjectiveModel(nn.Module):
         check(weights, objective, path.with_name(WEIGHTS))
         copy_into(self.lm, saved)
         copy_into(objective, weights)
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Name of a tied weight -> the name it is saved under."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: kept for name, p in named if (kept := first.setdefault(id(p), name)) != name}
-
-
-def _drop_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    for alias in _aliases(model):
-        state.pop(prefix + alias, None)
-
-
-def _add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    for alias, kept in _aliases(model).items():
-        if prefix + kept in state:
-            state.setdefault(prefix + alias, state[prefix + kept])
 
 
 @contextmanager

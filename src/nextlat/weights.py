@@ -5,6 +5,7 @@ What no comparison of names and shapes can find, a flipped bit or the weights of
 found by the checksums that every save leaves beside the sidecar.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -140,6 +141,11 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
         # Some architectures are stored under other names than they have in memory.
         both = {name: x for name, x in state.items() if name in saved}
         converts = arguments.get("dtype", "auto") != "auto"
+        if not converts and read_sums(directory):  # then several dtypes are no damage
+            for name, p in lm.named_parameters():
+                if name in saved and p.is_floating_point() and saved[name].is_floating_point():
+                    p.data = p.data if p.dtype == saved[name].dtype else saved[name].to(p.device)
+            both = {name: x for name, x in lm.state_dict().items() if name in saved}
         _refuse(
             directory,
             misread=_other_dtypes(saved, both, converts),
@@ -201,6 +207,31 @@ def _checked_config(directory: str | Path, arguments: dict[str, Any]) -> PreTrai
     return config
 
 
+def check_restorable(lm: PreTrainedModel) -> None:
+    """Refuse to save what would not come back: modules or weights that a model of the same class
+    and configuration does not have, such as adapters.
+
+    Raises:
+        NextLatError: there are such.
+    """
+    if getattr(lm, "is_quantized", False):  # its configuration says how
+        return
+    with torch.device("meta"):
+        plain = type(lm)(copy.deepcopy(lm.config))
+    ours, theirs = (
+        {name: type(module).forward for name, module in model.named_modules()}
+        | {name: x.shape for name, x in model.state_dict().items()}
+        for model in (lm, plain)
+    )
+    other = [n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)]
+    if other:
+        raise NextLatError(
+            f"{type(lm).__name__} cannot be saved so that it comes back: {min(other)} is not what "
+            "its configuration says; merge adapters into it, and take off what is around its "
+            "modules."
+        )
+
+
 def check(
     saved: Mapping[str, Tensor], module: nn.Module, where: object, *, converts: bool = False
 ) -> None:
@@ -226,6 +257,26 @@ def check(
         misread=_other_dtypes(saved, both, converts),
         not_finite=not_finite((n, saved[n]) for n, _ in module.named_parameters() if n in saved),
     )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Name of a tied weight -> the name it is saved under."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: kept for name, p in named if (kept := first.setdefault(id(p), name)) != name}
+
+
+def drop_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """As a hook after `state_dict`: every weight once."""
+    for alias in _aliases(model):
+        state.pop(prefix + alias, None)
+
+
+def add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """As a hook before `load_state_dict`: under every name again."""
+    for alias, kept in _aliases(model).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + alias, state[prefix + kept])
 
 
 def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
