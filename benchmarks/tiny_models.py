@@ -355,7 +355,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2, sliding window": (
         "qwen2",
-        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
+        {
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
     ),
     "qwen3, dynamic rotary factors": ("qwen3", _DYNAMIC),
     "qwen3_moe, eager experts": ("qwen3_moe", {"experts_implementation": "eager"}),

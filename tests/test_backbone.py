@@ -310,3 +310,43 @@ def test_another_dtype_and_several_of_them(tmp_path: Path) -> None:
     again = nextlat.load(tmp_path)
     for (name, a), (_, b) in zip(lm.named_parameters(), again.lm.named_parameters(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "config", [nextlat.NextLatConfig(), nextlat.MTPConfig()], ids=["nextlat", "mtp"]
+)
+def test_what_is_found_out_does_not_depend_on_where_attach_is_called(config: Any) -> None:
+    lm, ids = tiny_lm("llama", tie_word_embeddings=False), torch.randint(50, (3, 6))
+    plain = nextlat.attach(lm, config)
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with context:
+            model = nextlat.attach(lm, config)
+            model.generate(ids, max_new_tokens=4, draft_length=1)
+        assert model.objective.max_draft_length == plain.objective.max_draft_length
+        assert (model.backbone.packs, model.backbone.pads_left) == (True, True)
+        _, stats = model.generate(ids, max_new_tokens=9, draft_length=1, return_stats=True)
+        assert stats.passes < stats.cycles  # rows share them
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in model.objective.parameters())
+
+
+@pytest.mark.parametrize("place", ["Backbone.states", "Head.__call__"])
+def test_a_failing_allocation_says_nothing_about_the_model(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, kind = tiny_lm("llama"), getattr(nextlat.backbone, place.split(".")[0])
+    name, calls = place.split(".")[1], [0]
+    original = getattr(kind, name)
+    for failing in range(1, 5):
+        calls[0] = 0
+
+        def allocate(self: Any, *args: Any, n: int = failing, **options: Any) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] == n:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, allocate)
+            with pytest.raises(torch.OutOfMemoryError):
+                nextlat.attach(lm, nextlat.NextLatConfig())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nextlat.batch import Batch
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, raise_if_out_of_memory
 from nextlat.head import Around, Head, Read, size
 
 LIBRARY = DynamicCache.__module__  # defines the kinds of layers that many models share
@@ -101,7 +101,7 @@ class Backbone:
                 f"{name} sorts all positions of a text into buckets, so that its states depend on "
                 "later tokens: next-latent prediction needs a causal LM."
             )
-        with evaluation_mode(lm), torch.autocast(lm.device.type, enabled=False):
+        with evaluation_mode(lm):
             ids = probe_ids(lm)
             logits, h = lm(input_ids=ids, use_cache=False).logits, self.states(ids)
             other = torch.cat([ids[:, :3], (ids[:, 3:] + 1) % (ids.max() + 1)], dim=1)
@@ -155,14 +155,16 @@ class Backbone:
         try:
             own = Head(self.lm, self.transformer, linear=False, frozen=False)
             own_agrees = self.close(own(h), logits)
-        except Exception:  # whatever a foreign forward raises, the linear head is still open
+        except Exception as error:  # whatever a foreign forward raises, the linear head is open
+            raise_if_out_of_memory(error)
             own_agrees = False
         try:
             plain = Head(self.lm, self.transformer, linear=True, frozen=False)
             plain_agrees = self.close(plain(h), logits)
             for scale in (30.0, 1000.0) if own_agrees else ():
                 plain_agrees = plain_agrees and self.close(plain(h * scale), own(h * scale))
-        except (AssertionError, RuntimeError, AttributeError):
+        except Exception as error:
+            raise_if_out_of_memory(error)
             plain_agrees = False
         if not (own_agrees or plain_agrees):
             raise NextLatError(
@@ -176,7 +178,8 @@ class Backbone:
         try:
             h = self.states(ids, **arguments)
             return all(self.close(h[:, piece], self.states(ids[:, piece])) for piece in pieces)
-        except Exception:  # it cannot even take the arguments
+        except Exception as error:  # it cannot even take the arguments
+            raise_if_out_of_memory(error)
             return False
 
     @staticmethod
@@ -306,10 +309,9 @@ class Backbone:
     def twin(self) -> nn.Module:
         """A second transformer of the same architecture, without a head, with weights of its own
         drawn as those of a new LM."""
-        lm, config = self.lm, copy.deepcopy(self.lm.config)
-        kernel = lm.config._attn_implementation
-        new = AutoModel.from_config(config, attn_implementation=kernel, dtype=lm.dtype)
-        return new.to(lm.device)
+        lm = self.lm
+        how: Any = {"attn_implementation": lm.config._attn_implementation, "dtype": lm.dtype}
+        return AutoModel.from_config(copy.deepcopy(lm.config), **how).to(lm.device)
 
     def new_cache(self, extra_layers: int = 0) -> DynamicCache:
         """The cache that transformers makes for this model, with room for `extra_layers` more

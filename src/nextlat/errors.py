@@ -16,3 +16,14 @@ def first_line(error: BaseException) -> str:
     own, or its name."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.split(r"\. (?=[A-Z])", line)[0].rstrip(".:")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in main memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """For an error that is taken as an answer about a model: one of memory is not."""
+    if out_of_memory(error):
+        raise error

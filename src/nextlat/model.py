@@ -307,8 +307,10 @@ def attach(lm: PreTrainedModel, config: Settings | None = None) -> ObjectiveMode
     config = NextTokenConfig() if config is None else config
     for config_type, objective_type in OBJECTIVES.values():
         if type(config) is config_type:
-            objective = objective_type(config, Backbone(lm)).to(device=lm.device, dtype=lm.dtype)
-            return ObjectiveModel(lm, objective)
+            # What is found out is kept, and what is made is trained, wherever this is called.
+            with torch.inference_mode(False), torch.autocast(lm.device.type, enabled=False):
+                objective = objective_type(config, Backbone(lm))
+                return ObjectiveModel(lm, objective.to(device=lm.device, dtype=lm.dtype))
     names = ", ".join(config_type.__name__ for config_type, _ in OBJECTIVES.values())
     raise NextLatError(
         f"{type(config).__name__} is not an objective's configuration: use one of {names}."

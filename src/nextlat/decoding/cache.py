@@ -31,6 +31,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from nextlat.backbone import Backbone, evaluation_mode
+from nextlat.errors import raise_if_out_of_memory
 
 T = TypeVar("T")
 
@@ -346,11 +347,5 @@ def _try(lm: PreTrainedModel, tried: Callable[[], T], otherwise: T) -> T:
         with evaluation_mode(lm), torch.autocast(lm.device.type, enabled=False):
             return tried()
     except Exception as error:
-        if out_of_memory(error):  # says nothing about the model
-            raise
+        raise_if_out_of_memory(error)
         return otherwise
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or in main memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -17,7 +17,6 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextlat.backbone import evaluation_mode
-from nextlat.decoding.cache import out_of_memory
 from nextlat.decoding.draft_length import LONGEST
 from nextlat.decoding.loop import STATE, Request, Stopping, decode
 from nextlat.decoding.options import (
@@ -37,7 +36,7 @@ from nextlat.decoding.options import (
 from nextlat.decoding.prepared import obstacle, prepared, shares_passes, warn_once
 from nextlat.decoding.sampling import Greedy, Sampling, Scores
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, out_of_memory
 from nextlat.objectives import Objective
 
 

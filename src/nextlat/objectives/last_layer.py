@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 
 from nextlat.backbone import Backbone, evaluation_mode, probe_ids
-from nextlat.errors import NextLatError
+from nextlat.errors import NextLatError, raise_if_out_of_memory
 
 
 class LastCall:
@@ -145,7 +145,8 @@ class LastLayer:
     ) -> bool:
         try:
             return backbone.close(call.run(layer, norm), h_BTD)
-        except Exception:  # whatever a foreign layer raises when it is run once more
+        except Exception as error:  # whatever a foreign layer raises when it is run once more
+            raise_if_out_of_memory(error)
             return False
 
     def _watch(self, layer: nn.Module) -> Any:
@@ -229,7 +230,8 @@ class LastLayer:
                     backbone.step(piece, cache)
                     pieces.append(states())
                 return backbone.close(torch.cat(pieces, dim=1), whole)
-            except Exception:  # whatever a foreign layer or cache raises: it trains only
+            except Exception as error:  # whatever a foreign layer or cache raises: it trains only
+                raise_if_out_of_memory(error)
                 return False
 
 

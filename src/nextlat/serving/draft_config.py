@@ -131,6 +131,8 @@ def _head_form(backbone: Backbone) -> HeadForm:
     if head.weight is not None:
         return HeadForm(scale=1.0, soft_cap=None)
     table: Any = backbone.lm.get_output_embeddings()
+    if getattr(table.weight, "shape", ())[1:] != (backbone.width,):  # there are layers before it
+        return HeadForm(scale=None, soft_cap=None)
 
     def plain(h: Tensor) -> Tensor:
         return F.linear(h.to(table.weight.dtype), table.weight, getattr(table, "bias", None))
