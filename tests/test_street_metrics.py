@@ -427,6 +427,7 @@ def test_detours_equal_a_slow_reference(city, pairs, kind, legal_only):
 # --- batches, draws, pairs ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_or_on_the_other_pairs(
     city, pairs, prefixes, monkeypatch
 ):
