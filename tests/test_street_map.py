@@ -192,7 +192,7 @@ def test_a_record_gives_back_network_and_map():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("network",), None, "'network' = null"),
+        (("network",), None, "'network'"),
         (("network", "targets"), [[0]] * 12, "targets has shape"),
         (("network", "targets", 0, 0), 12, "targets must lie"),
         (("network", "latitude", 0), "north", "latitude.*valid number"),

@@ -30,10 +30,11 @@ from nextlat.tasks.streets.metrics import (
     valid_trajectories,
 )
 from nextlat.tasks.streets.network import Pairs, StreetNetwork
+from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, prefix_pairs, ride
 from nextlat.tasks.streets.sources import generate_city
 from nextlat.tasks.streets.streets import StreetsConfig
-from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, Walks
+from nextlat.tasks.streets.walks import Walks
 from nextlat.tasks.task import PAD
 
 MAX_MOVES = 24
@@ -159,7 +160,7 @@ def random_walks(network: StreetNetwork, count: int, seed: int) -> Walks:
         for t in range(lengths[i]):
             moves[i, t] = rng.choice(np.flatnonzero(network.targets[nodes[i, t]] >= 0))
             nodes[i, t + 1] = network.targets[nodes[i, t], moves[i, t]]
-    return Walks(lengths, nodes, moves)
+    return Walks(lengths, nodes, moves, nodes[np.arange(count), lengths])
 
 
 # --- the exact world model scores full marks ----------------------------------------------------------------------------------
@@ -210,19 +211,24 @@ def test_next_token_test_takes_a_move_or_end_at_a_destination_passed_on_the_way(
     e = int(city.targets[d, out])
     back = int(np.flatnonzero(city.targets[e] == d)[0])
     source, into = next((s, k) for s, k, t in city.edges.tolist() if t == d and s != e)
-    walk = Walks(np.array([3]), np.array([[source, d, e, d]]), np.array([[into, out, back]]))
+    nodes, moves = np.array([[source, d, e, d]]), np.array([[into, out, back]])
+    walk = Walks(np.array([3]), nodes, moves, np.array([d]))
 
-    def share(token: int) -> float:
+    def share(token: int, **options) -> float:
         def change(logits_V, source, destination, here, made):
             logits_V[token] = 50
 
-        return next_token_test(Oracle(city, change), city, walk).value
+        return next_token_test(Oracle(city, change), city, walk, **options).value
 
     assert share(END) == 2 / 4
     assert share(FIRST_DIRECTION + out) == np.mean(
         [city.targets[x, out] >= 0 for x in (source, d, e, d)]
     )
     assert share(FIRST_NODE + d) == share(PAD) == 0
+    # Where rides stop on arrival, `end` alone is legal there.
+    legal = np.mean([city.targets[x, out] >= 0 and x != d for x in (source, d, e, d)])
+    assert share(FIRST_DIRECTION + out, stop=True) == legal
+    assert share(END, stop=True) == 2 / 4
 
 
 def test_valid_trajectories_lose_a_missed_end_an_early_end_and_an_illegal_move(city, pairs):
@@ -483,6 +489,16 @@ def test_prefix_pairs_are_what_they_claim(city):
     assert to_go.min() == 1
     assert to_go.max() > 6
     assert (to_go <= p.room(max_moves)).all()
+    stopping = prefix_pairs(city, count, max_moves=max_moves, seed=4, stop=True)
+    for pairs, passes in ((p, True), (stopping, False)):
+        through = []
+        for prompts in (pairs.first, pairs.second):
+            node = prompts.source.copy()
+            for i in range(prompts.moves.shape[1]):
+                going = i < prompts.lengths
+                node[going] = city.targets[node[going], prompts.moves[going, i]]
+                through.append((node == prompts.destination).any())
+        assert any(through) == passes
     again, other = (prefix_pairs(city, count, max_moves=max_moves, seed=seed) for seed in (4, 5))
     np.testing.assert_array_equal(p.first.moves, again.first.moves)
     assert not np.array_equal(p.intersection, other.intersection)

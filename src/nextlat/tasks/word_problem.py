@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class WordProblem(Task):
 
     name = "word-problem"
     title = "Word problem"
-    published: ClassVar[Published] = Published(
+    published = Published(
         setting="A5, one million sequences of 12 elements, 2 layers of width 512, horizon 1",
         source=f"{NEXTLAT}v4",
         sayings=[

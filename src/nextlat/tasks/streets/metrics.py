@@ -22,8 +22,9 @@ from torch import Tensor
 from nextlat.results import Metric
 from nextlat.scores import Score, mean_score, ratio_score
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
+from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, Step, greedy, ride
-from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, Walks
+from nextlat.tasks.streets.walks import Walks
 from nextlat.tasks.task import NEXTLAT, OURS, SequenceModel, inference
 
 VAFA = "Vafa et al., arXiv 2406.03689"
@@ -44,12 +45,20 @@ NEXT_TOKEN_TEST = Metric(
 )
 
 
-def next_token_test(model: SequenceModel, network: StreetNetwork, walks: Walks) -> Score:
+def next_token_test(
+    model: SequenceModel, network: StreetNetwork, walks: Walks, *, stop: bool = False
+) -> Score:
     """NEXT_TOKEN_TEST; its error is clustered by walk.
 
-    A walk of n moves has n + 1 positions: before each move and before `end`. Legal are the
-    directions that the true intersection has, and `end` exactly at the destination; at the
-    destination both are, for a random walk may pass through it and return.
+    A walk of n moves has n + 1 positions: before each move and after the last. Legal are the
+    directions that the true intersection has, and `end` exactly at the destination.
+
+    Args:
+        model: what is measured.
+        network: the true city.
+        walks: P held-out walks.
+        stop: whether `end` alone is legal at the destination; otherwise moves are too, for a random
+            walk may pass through it and return.
     """
     prompts = Prompts(walks.source, walks.destination, walks.moves, walks.lengths)
     hits = np.zeros(len(prompts))
@@ -57,10 +66,11 @@ def next_token_test(model: SequenceModel, network: StreetNetwork, walks: Walks) 
         for rows, made, logits_MV in _forced_logits(model, prompts, prompts.lengths):
             token = logits_MV.argmax(-1).cpu().numpy()
             here = walks.nodes[rows, made]
-            legal = (token == END) & (here == prompts.destination[rows])
+            home = here == prompts.destination[rows]
+            legal = (token == END) & home
             is_move = (token >= FIRST_DIRECTION) & (token < FIRST_NODE)
             target = network.targets[here[is_move], token[is_move] - FIRST_DIRECTION]
-            legal[is_move] = target != NOWHERE
+            legal[is_move] = (target != NOWHERE) & ~(stop & home[is_move])
             np.add.at(hits, rows, legal)
     return ratio_score(hits, walks.lengths + 1)
 

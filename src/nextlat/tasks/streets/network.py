@@ -103,6 +103,12 @@ class StreetNetwork:
         return np.where(np.take_along_axis(legal, order, axis=1), order, -1)
 
     @cached_property
+    def successors(self) -> np.ndarray:
+        """(N, D) int64, the intersections that `legal_moves` lead to, then -1."""
+        reached = np.take_along_axis(self.targets, self.legal_moves, axis=1)
+        return np.where(self.legal_moves >= 0, reached, -1)
+
+    @cached_property
     def edges(self) -> np.ndarray:
         """(E, 3) int64, rows (source, direction, target), sorted."""
         source, direction = np.nonzero(self.targets != NOWHERE)
@@ -132,6 +138,11 @@ class StreetNetwork:
         """
         hops = dijkstra(self.adjacency.T, indices=destinations, unweighted=True)
         return np.where(np.isinf(hops), -1, hops).astype(np.int16)
+
+    @cached_property
+    def hops(self) -> np.ndarray:
+        """(N, N) int16, fewest moves to each intersection (first index) from each."""
+        return self.hops_to(np.arange(len(self)))
 
     def miles(self, a: np.ndarray | int, b: np.ndarray | int) -> np.ndarray:
         """Great-circle (haversine) distance in miles between node indices a and b, of shapes that
@@ -237,8 +248,7 @@ def held_out_pairs(
     n = len(network)
     rng = np.random.default_rng(seed)
     if n * n <= MAX_LISTED_PAIRS:
-        hops = network.hops_to(np.arange(n))  # (destination, source)
-        keys = np.flatnonzero((hops > 0) & (hops <= max_hops))
+        keys = np.flatnonzero((network.hops > 0) & (network.hops <= max_hops))
         limit = int(max_share * len(keys))
         destination, source = np.divmod(rng.permutation(keys)[: min(count, limit)], n)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextlat.errors import NextLatError
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
-from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE
+from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.task import PAD, SequenceModel, inference
 
 BATCH = 256  # rides in lockstep
@@ -229,7 +229,7 @@ class PrefixPairs:
 
 
 def prefix_pairs(
-    network: StreetNetwork, count: int, *, max_moves: int, seed: int = 0
+    network: StreetNetwork, count: int, *, max_moves: int, stop: bool = False, seed: int = 0
 ) -> PrefixPairs:
     """Draw pairs of prefixes that lead to the same state by different ways.
 
@@ -238,13 +238,13 @@ def prefix_pairs(
     of independent lengths uniform in 1..max_moves/2; where they end are the two sources. A draw is
     made again when the sources are equal, when one is the destination (no ride leads from a node to
     itself), when a walk meets an intersection without incoming street, or when the destination is
-    further than the longer prefix leaves moves for. Walks may pass through the destination, as
-    training walks may.
+    further than the longer prefix leaves moves for.
 
     Args:
         network: the city.
         count: P.
         max_moves: moves of a ride in all, the longest training walk.
+        stop: no prefix passes through the destination: for rides that stop there.
         seed: the same seed gives the same pairs.
 
     Raises:
@@ -255,9 +255,11 @@ def prefix_pairs(
     incoming = network.edges[np.argsort(network.edges[:, 2], kind="stable")]
     first_in = np.searchsorted(incoming[:, 2], np.arange(len(network) + 1))
 
-    def walk_back(end: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sources (C,), NOWHERE where a walk got stuck; moves (C, longest) in the order of driving,
-        0 beyond the length."""
+    def walk_back(
+        end: np.ndarray, lengths: np.ndarray, destination: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sources (C,), NOWHERE where a walk got stuck or must not go on; moves (C, longest) in the
+        order of driving, 0 beyond the length."""
         node, moves = end.copy(), np.zeros((len(end), longest), dtype=np.int64)
         for i in range(longest):
             u = rng.random(len(end))
@@ -267,6 +269,8 @@ def prefix_pairs(
             going, low, high = (x[low < high] for x in (going, low, high))
             street = low + np.minimum((u[going] * (high - low)).astype(np.int64), high - low - 1)
             node[going], moves[going, lengths[going] - 1 - i] = incoming[street, :2].T
+            if stop:
+                node[node == destination] = NOWHERE
         return node, moves
 
     parts: list[tuple[np.ndarray, ...]] = []
@@ -275,7 +279,7 @@ def prefix_pairs(
             break
         here, there = rng.integers(len(network), size=(2, 2 * count + 64))
         lengths = rng.integers(1, longest + 1, size=(2, 2 * count + 64))
-        (source_a, moves_a), (source_b, moves_b) = (walk_back(here, x) for x in lengths)
+        (source_a, moves_a), (source_b, moves_b) = (walk_back(here, x, there) for x in lengths)
         destinations, row = np.unique(there, return_inverse=True)
         hops = network.hops_to(destinations)[row, here]
         good = (hops > 0) & (hops <= max_moves - lengths.max(axis=0)) & (source_a != source_b)

@@ -1,9 +1,9 @@
-"""Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its
-random-walks variant, for any city."""
+"""Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689), for any city and
+four kinds of rides."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -33,16 +33,10 @@ from nextlat.tasks.streets.metrics import (
     valid_trajectories,
 )
 from nextlat.tasks.streets.network import StreetNetwork, held_out_pairs
+from nextlat.tasks.streets.packing import pack, ride_stream, tokenizer
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, prefix_pairs
 from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
-from nextlat.tasks.streets.walks import (
-    Walks,
-    conditioned_walks,
-    pack,
-    random_walks,
-    tokenizer,
-    walk_stream,
-)
+from nextlat.tasks.streets.walks import Walks, conditioned_walks, random_walks, stopping_rides
 from nextlat.tasks.task import NEXTLAT, Measure, Seed, Task, TaskConfig, find_data
 from nextlat.validation import Share
 
@@ -61,6 +55,9 @@ MAP = Picture(
     "must lead for the ride to make sense.",
 )
 
+MAX_TABLE = 20_000  # intersections up to which the distances between all of them are kept
+
+RideKind = Literal["random-walks", "shortest-paths", "noisy-shortest-paths", "stop-on-arrival"]
 Lines = Annotated[int, Field(ge=4, le=200)]  # of a generated city
 Moves = Annotated[int, Field(ge=1, le=10_000)]
 Degrees = Annotated[float, Field(ge=-180, le=180)]
@@ -74,7 +71,7 @@ def _figures(title: str, *values: float, **options: Any) -> PublishedFigures:
 
 
 class StreetsConfig(TaskConfig):
-    """Which city, which walks, and how much is measured.
+    """Which city, which rides, and how much is measured.
 
     Attributes:
         path: directory with nodes.csv and edges.csv, relative to the working directory or to
@@ -90,10 +87,15 @@ class StreetsConfig(TaskConfig):
         missing: see `sources.generate_city`.
         diagonal: see `sources.generate_city`.
         park: see `sources.generate_city`.
-        min_moves: length of the shortest walk.
-        max_moves: length of the longest walk (paper: at most 100 tokens, so 97 moves).
+        rides: random-walks (the paper's), of a length drawn uniformly, their destination where they
+            end; or, to a destination drawn uniformly, shortest-paths, noisy-shortest-paths (see
+            `noise`), or stop-on-arrival, random moves until it is reached, cut at max_moves.
+        noise: of noisy-shortest-paths, the share of the moves that are random.
+        min_moves: length of the shortest random walk; 1 for other rides.
+        max_moves: length of the longest ride (paper: at most 100 tokens, so 97 moves).
         row_length: tokens in a packed training row.
-        held_out: (source, destination) pairs that never occur in training; at most a tenth of all.
+        held_out: (source, destination) pairs that never occur in training.
+        held_out_share: limit of `held_out` as a share of all pairs.
         max_hops: the held-out destinations are at most this many moves away (paper: 50).
         tests: pairs, walks and prefix pairs that the metrics use.
         detour_probability: paper: 0.75.
@@ -109,16 +111,28 @@ class StreetsConfig(TaskConfig):
     missing: Share = 0.1
     diagonal: bool = True
     park: bool = True
+    rides: RideKind = "random-walks"
+    noise: Share = 0.2
     min_moves: Moves = 4
     max_moves: Moves = 40
     row_length: Annotated[int, Field(ge=4, le=2**20)] = 128
     held_out: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     max_hops: Moves = 50
     tests: Annotated[int, Field(ge=2, le=10**5)] = 1000
     detour_probability: Share = 0.75
 
     @model_validator(mode="after")
-    def _walks_fit(self) -> Self:
+    def _rides_fit(self) -> Self:
+        if self.rides != "random-walks" and self.min_moves != 1:
+            raise ValueError(
+                f"rides of the kind {self.rides} are as long as their way: set min_moves = 1"
+            )
+        if self.rides != "noisy-shortest-paths" and "noise" in self.model_fields_set:
+            raise ValueError(
+                f"rides of the kind {self.rides} have no noise: leave it out, or set rides = "
+                "noisy-shortest-paths"
+            )
         if self.min_moves > self.max_moves:
             raise ValueError(
                 f"walks of {self.min_moves} to {self.max_moves} moves: give min_moves <= max_moves"
@@ -162,7 +176,7 @@ class Streets(Task):
 
     name = "streets"
     title = "Streets of a city"
-    published: ClassVar[Published] = Published(
+    published: Published | None = Published(
         setting="all of Manhattan, random walks, 91 million sequences, 48 layers of width 384, "
         "horizon 8",
         source=f"{NEXTLAT}v4",
@@ -183,18 +197,49 @@ class Streets(Task):
         self.tokenizer = tokenizer(self.network)
         self.max_length = config.max_moves + 3
         self.pairs = held_out_pairs(
-            self.network, config.held_out, max_hops=min(config.max_hops, config.max_moves), seed=1
+            self.network,
+            config.held_out,
+            max_hops=min(config.max_hops, config.max_moves),
+            seed=1,
+            max_share=config.held_out_share,
         )
         self._tested = self.pairs[: config.tests]
-        self._lengths: dict[str, Any] = {
-            "min_moves": config.min_moves,
-            "max_moves": config.max_moves,
-        }
+        self._stop = config.rides != "random-walks"
+        if self._stop:
+            self.published = None  # is about random walks
+            if len(self.network) > MAX_TABLE:
+                raise NextLatError(
+                    f"rides of the kind {config.rides} need the distances between all "
+                    f"{len(self.network):,} intersections, too many to be kept: take a part of the "
+                    f"network of at most {MAX_TABLE:,} (task.box)."
+                )
+
+    def _laws(self) -> tuple[Callable[..., Walks], Callable[..., Walks]]:
+        """What draws rides as those of training, called with their number and `rng`; and such rides
+        between given pairs, called with those."""
+        config = self.config
+        if not self._stop:
+            lengths: dict[str, Any] = {"min_moves": config.min_moves, "max_moves": config.max_moves}
+            return (
+                partial(random_walks, self.network, **lengths),
+                partial(conditioned_walks, self.network, **lengths),
+            )
+        draw = partial(
+            stopping_rides,
+            self.network,
+            max_moves=config.max_moves,
+            noise={"shortest-paths": 0.0, "stop-on-arrival": 1.0}.get(config.rides, config.noise),
+            arrive=config.rides != "stop-on-arrival",
+        )
+        return draw, lambda pairs, rng: draw(len(pairs), rng=rng, pairs=pairs)
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        row_length = self.config.row_length
-        return walk_stream(
-            self.network, row_length=row_length, seed=seed, exclude=self.pairs, **self._lengths
+        config = self.config
+        return ride_stream(
+            partial(self._laws()[0], exclude=self.pairs),
+            row_length=config.row_length,
+            seed=seed,
+            mean_moves=None if self._stop else (config.min_moves + config.max_moves) / 2,
         )
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
@@ -208,14 +253,15 @@ class Streets(Task):
 
     @cached_property
     def _walks(self) -> Walks:
-        """One random walk for each held-out pair that is measured."""
-        rng = np.random.default_rng(3)
-        return conditioned_walks(self.network, self._tested, rng=rng, **self._lengths)
+        """One ride for each held-out pair that is measured."""
+        return self._laws()[1](self._tested, rng=np.random.default_rng(3))
 
     @cached_property
     def _prefixes(self) -> PrefixPairs:
         config = self.config
-        return prefix_pairs(self.network, config.tests, max_moves=config.max_moves, seed=4)
+        return prefix_pairs(
+            self.network, config.tests, max_moves=config.max_moves, stop=self._stop, seed=4
+        )
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -270,8 +316,10 @@ class Streets(Task):
     def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
         length = max(LATENT_TOKENS, self.max_length)
-        count = 2 * LATENT_ROWS * length // sum(self._lengths.values())
-        walks = random_walks(self.network, count, rng=np.random.default_rng(5), **self._lengths)
-        rows = pack(walks, length, LATENT_ROWS)
+        # Enough to fill the rows: 2 E(moves), and of rides that may be short, 4 tokens.
+        size = 4 if self._stop else (self.config.min_moves + self.config.max_moves) / 2
+        draw = self._laws()[0]
+        rides = draw(int(LATENT_ROWS * length // size), rng=np.random.default_rng(5))
+        rows = pack(rides, length, LATENT_ROWS)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
