@@ -55,6 +55,7 @@ MAP = Picture(
     "must lead for the ride to make sense.",
 )
 
+NOISE = 0.2  # of noisy shortest paths
 MAX_TABLE = 20_000  # intersections up to which the distances between all of them are kept
 
 RideKind = Literal["random-walks", "shortest-paths", "noisy-shortest-paths", "stop-on-arrival"]
@@ -112,7 +113,7 @@ class StreetsConfig(TaskConfig):
     diagonal: bool = True
     park: bool = True
     rides: RideKind = "random-walks"
-    noise: Share = 0.2
+    noise: Share = NOISE
     min_moves: Moves = 4
     max_moves: Moves = 40
     row_length: Annotated[int, Field(ge=4, le=2**20)] = 128
@@ -128,7 +129,7 @@ class StreetsConfig(TaskConfig):
             raise ValueError(
                 f"rides of the kind {self.rides} are as long as their way: set min_moves = 1"
             )
-        if self.rides != "noisy-shortest-paths" and "noise" in self.model_fields_set:
+        if self.rides != "noisy-shortest-paths" and self.noise != NOISE:
             raise ValueError(
                 f"rides of the kind {self.rides} have no noise: leave it out, or set rides = "
                 "noisy-shortest-paths"
