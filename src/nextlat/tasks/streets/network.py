@@ -20,6 +20,7 @@ from nextlat.errors import NextLatError
 DIRECTIONS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
 NOWHERE = -1  # the target of a street that does not exist
 MAX_LISTED_PAIRS = 2**22  # 2,048 intersections: up to here all pairs are listed to hold some out
+MAX_TABLE = 20_000  # intersections up to which the distances between all of them are kept
 EARTH_RADIUS_MILES = 3958.7613  # mean radius of the WGS 84 ellipsoid, 6,371.0088 km
 
 
@@ -141,7 +142,16 @@ class StreetNetwork:
 
     @cached_property
     def hops(self) -> np.ndarray:
-        """(N, N) int16, fewest moves to each intersection (first index) from each."""
+        """(N, N) int16, fewest moves to each intersection (first index) from each.
+
+        Raises:
+            NextLatError: they are too many to be kept.
+        """
+        if len(self) > MAX_TABLE:
+            raise NextLatError(
+                f"the distances between all {len(self):,} intersections are too many to be kept: "
+                f"take a part of the network (task.box) of at most {MAX_TABLE:,}."
+            )
         return self.hops_to(np.arange(len(self)))
 
     def miles(self, a: np.ndarray | int, b: np.ndarray | int) -> np.ndarray:

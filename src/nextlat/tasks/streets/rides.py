@@ -9,16 +9,22 @@ Shapes: P rides, B rides of the running batch, D width, V vocabulary, L the long
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextlat.errors import NextLatError
+from nextlat.tasks.streets.map import Ride
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.task import PAD, SequenceModel, inference
 
+if TYPE_CHECKING:
+    from nextlat.model import ObjectiveModel
+
+Driver = Literal["transformer", "dynamics"]
 BATCH = 256  # rides in lockstep
 COMPACT_BELOW = 0.85  # share of rides under way below which finished ones leave batch and cache
 ROUNDS = 200  # of drawing before a network counts as too small for pairs of prefixes
@@ -105,23 +111,37 @@ class Rides:
         tokens: (P, L) token ids after the prompt, PAD beyond the end.
         lengths: (P,) tokens of each ride, a last `end` or illegal token included.
         arrived: (P,) every move legal, and `end` given exactly at the destination.
+        legal: (P,) every move within the limit legal, and `end` given nowhere else.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     arrived: np.ndarray
+    legal: np.ndarray
 
-    def moves(self, row: int) -> list[int] | None:
-        """Direction indices of one ride; None if it does not close with `end` (out of moves, or not
-        a move)."""
-        *moves, last = self.tokens[row, : self.lengths[row]].tolist()
-        return [move - FIRST_DIRECTION for move in moves] if last == END else None
+    def sequences(self, pairs: Pairs, *, cut: bool = False) -> list[Ride]:
+        """The rides of these pairs, as `map.reconstruct` reads them.
 
-    def sequences(self, pairs: Pairs) -> list[tuple[int, int, list[int] | None]]:
-        """(source, destination, moves) of the rides of these pairs, as `map.reconstruct` reads
-        them."""
-        ends = zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True)
-        return [(*end, self.moves(row)) for row, end in enumerate(ends)]
+        Args:
+            pairs: of the rides.
+            cut: whether rides that ran out of moves are followed, wherever they have come;
+                otherwise, as rides with a token that is no move, they count as not closed.
+        """
+        found: list[Ride] = []
+        for row, (source, destination) in enumerate(
+            zip(pairs.source, pairs.destination, strict=True)
+        ):
+            *moves, last = (self.tokens[row, : self.lengths[row]] - FIRST_DIRECTION).tolist()
+            ended = last == END - FIRST_DIRECTION
+            out_of_moves = cut and len(moves) == self.tokens.shape[1] - 1
+            found.append(
+                (
+                    int(source),
+                    int(destination) if ended or not out_of_moves else None,
+                    moves if ended or out_of_moves else None,
+                )
+            )
+        return found
 
 
 def greedy(step: Step) -> np.ndarray:
@@ -156,9 +176,8 @@ def ride(
     count = len(prompts)
     budget = np.broadcast_to(max_moves, count)
     longest = int((budget - prompts.lengths).max(initial=0)) + 1
-    rides = Rides(
-        np.full((count, longest), PAD), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-    )
+    tokens, lengths = np.full((count, longest), PAD), np.zeros(count, dtype=np.int64)
+    rides = Rides(tokens, lengths, np.zeros(count, dtype=bool), np.ones(count, dtype=bool))
     start = prompts.intersections(network)
     with inference(model):
         for rows in prompts.batches():
@@ -180,14 +199,16 @@ def ride(
                     token[drives] = chosen = choose(Step(now, here, made, logits_BV))
                     rides.tokens[now, made - prefix[drives]] = chosen
                     rides.lengths[now] += 1
-                    rides.arrived[now] = (chosen == END) & (here == prompts.destination[now])
+                    home = (chosen == END) & (here == prompts.destination[now])
+                    rides.arrived[now] = home
                     is_move = (chosen >= FIRST_DIRECTION) & (chosen < FIRST_NODE)
                     legal = is_move & (here != NOWHERE)
                     there = np.full(len(now), NOWHERE)
                     there[legal] = network.targets[here[legal], chosen[legal] - FIRST_DIRECTION]
                     nodes[drives] = there
-                    on = is_move & (leave_map | (there != NOWHERE))
-                    alive[drives] = on & (made < limit[drives])
+                    on_map, in_time = there != NOWHERE, made < limit[drives]
+                    rides.legal[now] &= on_map | home | ~in_time
+                    alive[drives] = is_move & (leave_map | on_map) & in_time
                 made += 1
                 if alive.any() and alive.mean() < COMPACT_BELOW:
                     past.batch_select_indices(
@@ -199,6 +220,58 @@ def ride(
                     alive = np.ones(len(rows), dtype=bool)
                 input_ids = token[:, None]
     return rides
+
+
+def driver(model: "ObjectiveModel", who: Driver) -> SequenceModel | None:
+    """Who drives: the transformer, or the latent dynamics alone; None if the model has none."""
+    if who == "transformer":
+        return model
+    return DynamicsAlone(model) if model.objective.max_draft_length is None else None
+
+
+@dataclass
+class LatentState:
+    """What the latent dynamics remember: one state (B, D)."""
+
+    h_BD: Tensor
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rides, as `transformers.Cache` does."""
+        self.h_BD = self.h_BD[indices]
+
+
+class DynamicsAlone(nn.Module):
+    """The latent dynamics model as a driver: the transformer reads source and destination, and from
+    its state there the dynamics alone go on, h' = p_psi(h, x) (arXiv 2511.05963, as in the word
+    problem)."""
+
+    def __init__(self, model: "ObjectiveModel") -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    @property
+    def device(self) -> torch.device:
+        """That of the model."""
+        return self.model.device
+
+    def step(
+        self, input_ids: Tensor, past: LatentState | None = None
+    ) -> tuple[Tensor, LatentState]:
+        """See `SequenceModel`; the first tokens read are source and destination."""
+        states: list[Tensor] = []
+        if past is None:
+            h_BTD, _ = self.model.step(input_ids[:, :2])
+            states, input_ids = list(h_BTD.unbind(1)), input_ids[:, 2:]
+        h_BD = states[-1] if past is None else past.h_BD
+        for token in input_ids.unbind(1):
+            h_BD, _ = self.model.objective.draft(h_BD, token)
+            states.append(h_BD)
+        return torch.stack(states, dim=1), LatentState(h_BD)
+
+    def next_token_logits(self, h: Tensor) -> Tensor:
+        """See `SequenceModel`."""
+        return self.model.next_token_logits(h)
 
 
 @dataclass(frozen=True, eq=False)

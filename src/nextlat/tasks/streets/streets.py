@@ -1,8 +1,9 @@
 """Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689), for any city and
 four kinds of rides."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
@@ -12,32 +13,48 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
-from nextlat.results import Measurement, Metric, Picture, Published, PublishedFigures
-from nextlat.scores import Score
+from nextlat.results import (
+    Chart,
+    Line,
+    Mark,
+    Measurement,
+    Metric,
+    Picture,
+    Published,
+)
+from nextlat.scores import Score, mean_score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
 from nextlat.tasks.streets.map import map_record, reconstruct
-from nextlat.tasks.streets.metrics import (
-    IDENTICAL_CONTINUATIONS,
-    IDENTICAL_VALID_CONTINUATIONS,
-    NEXT_TOKEN_TEST,
-    SEQUENCE_COMPRESSION,
-    VALID_TRAJECTORIES,
-    DetourKind,
+from nextlat.tasks.streets.measuring import (
     detour_robustness,
-    detours,
     identical_continuations,
+    legal_positions,
     next_token_test,
     sampled_rides,
     sequence_compression,
     valid_trajectories,
 )
-from nextlat.tasks.streets.network import StreetNetwork, held_out_pairs
+from nextlat.tasks.streets.metrics import (
+    DYNAMICS,
+    IDENTICAL_CONTINUATIONS,
+    IDENTICAL_VALID_CONTINUATIONS,
+    LEGAL_RIDES,
+    NEXT_TOKEN_TEST,
+    PUBLISHED,
+    SEQUENCE_COMPRESSION,
+    VALID_TRAJECTORIES,
+    DetourKind,
+    detours,
+    variant,
+    words,
+)
+from nextlat.tasks.streets.network import Pairs, StreetNetwork, held_out_pairs
 from nextlat.tasks.streets.packing import pack, ride_stream, tokenizer
-from nextlat.tasks.streets.rides import PrefixPairs, Prompts, prefix_pairs
+from nextlat.tasks.streets.rides import Driver, Prompts, Rides, driver, prefix_pairs
 from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
 from nextlat.tasks.streets.walks import Walks, conditioned_walks, random_walks, stopping_rides
-from nextlat.tasks.task import NEXTLAT, Measure, Seed, Task, TaskConfig, find_data
+from nextlat.tasks.task import Measure, Seed, SequenceModel, Task, TaskConfig, find_data
 from nextlat.validation import Share
 
 if TYPE_CHECKING:
@@ -56,19 +73,14 @@ MAP = Picture(
 )
 
 NOISE = 0.2  # of noisy shortest paths
-MAX_TABLE = 20_000  # intersections up to which the distances between all of them are kept
+MAX_MOVES = 10_000
 
+Scores = Callable[[SequenceModel], Iterable[Score]]
 RideKind = Literal["random-walks", "shortest-paths", "noisy-shortest-paths", "stop-on-arrival"]
 Lines = Annotated[int, Field(ge=4, le=200)]  # of a generated city
-Moves = Annotated[int, Field(ge=1, le=10_000)]
+Moves = Annotated[int, Field(ge=1, le=MAX_MOVES)]
+Multiple = Annotated[int, Field(ge=1, le=100)]
 Degrees = Annotated[float, Field(ge=-180, le=180)]
-
-
-def _figures(title: str, *values: float, **options: Any) -> PublishedFigures:
-    methods = ("GPT", "MTP", "JTP", "NextLat", "true world model")
-    return PublishedFigures(
-        title=title, by_method=dict(zip(methods, values, strict=False)), **options
-    )
 
 
 class StreetsConfig(TaskConfig):
@@ -99,6 +111,9 @@ class StreetsConfig(TaskConfig):
         held_out_share: limit of `held_out` as a share of all pairs.
         max_hops: the held-out destinations are at most this many moves away (paper: 50).
         tests: pairs, walks and prefix pairs that the metrics use.
+        multiples: of max_moves, up to which rides are measured, besides 1.
+        dynamics_alone: also measure the rides of the latent dynamics model alone, begun after
+            source and destination.
         detour_probability: paper: 0.75.
     """
 
@@ -121,6 +136,8 @@ class StreetsConfig(TaskConfig):
     held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     max_hops: Moves = 50
     tests: Annotated[int, Field(ge=2, le=10**5)] = 1000
+    multiples: Annotated[tuple[Multiple, ...], Field(max_length=8)] = (1,)
+    dynamics_alone: bool = False
     detour_probability: Share = 0.75
 
     @model_validator(mode="after")
@@ -142,6 +159,11 @@ class StreetsConfig(TaskConfig):
             raise ValueError(
                 f"row_length = {self.row_length} is too short for a walk of {self.max_moves} "
                 f"moves: give at least {self.max_moves + 3}"
+            )
+        if (longest := max(1, *self.multiples) * self.max_moves) > MAX_MOVES:
+            raise ValueError(
+                f"rides of {longest:,} moves are too long to be measured: give multiples of "
+                f"max_moves up to {MAX_MOVES:,}"
             )
         return self
 
@@ -177,26 +199,16 @@ class Streets(Task):
 
     name = "streets"
     title = "Streets of a city"
-    published: Published | None = Published(
-        setting="all of Manhattan, random walks, 91 million sequences, 48 layers of width 384, "
-        "horizon 8",
-        source=f"{NEXTLAT}v4",
-        figures={
-            "next_token_test": _figures("Next-token test", 1.0, 1.0, 1.0, 1.0, 1.0),
-            "valid_trajectories": _figures("Valid trajectories", 0.97, 0.981, 0.971, 0.987, 1.0),
-            "sequence_compression": _figures("Sequence compression", 0.65, 0.64, 0.32, 0.71, 1.0),
-            "detour_robustness": _figures("Random detours", 0.85, 0.95, 0.87, 0.95, 1.0),
-            "effective_latent_rank": _figures(
-                "Effective latent rank", 160.1, 57.7, 215.8, 52.7, unit="number"
-            ),
-        },
-    )
+    published: Published | None = PUBLISHED
 
     def __init__(self, config: StreetsConfig) -> None:
         self.config = config
         self.network = config.network()
         self.tokenizer = tokenizer(self.network)
-        self.max_length = config.max_moves + 3
+        self._multiples = sorted({1, *config.multiples})
+        drivers: tuple[Driver, ...] = ("transformer", "dynamics")
+        self._variants = [*product(drivers[: 1 + config.dynamics_alone], self._multiples)]
+        self.max_length = self._multiples[-1] * config.max_moves + 3
         self.pairs = held_out_pairs(
             self.network,
             config.held_out,
@@ -208,19 +220,21 @@ class Streets(Task):
         self._stop = config.rides != "random-walks"
         if self._stop:
             self.published = None  # is about random walks
-            if len(self.network) > MAX_TABLE:
-                raise NextLatError(
-                    f"rides of the kind {config.rides} need the distances between all "
-                    f"{len(self.network):,} intersections, too many to be kept: take a part of the "
-                    f"network of at most {MAX_TABLE:,} (task.box)."
-                )
+            _ = self.network.hops  # of a network that is too large for it nothing else is made
+        self._drawn: dict[int, Walks] = {}
 
-    def _laws(self) -> tuple[Callable[..., Walks], Callable[..., Walks]]:
+    def _laws(self, multiple: int = 1) -> tuple[Callable[..., Walks], Callable[..., Walks]]:
         """What draws rides as those of training, called with their number and `rng`; and such rides
-        between given pairs, called with those."""
+        between given pairs, called with those.
+
+        Args:
+            multiple: of max_moves, the limit. All random walks are longer than at one less.
+        """
         config = self.config
+        max_moves = multiple * config.max_moves
         if not self._stop:
-            lengths: dict[str, Any] = {"min_moves": config.min_moves, "max_moves": config.max_moves}
+            shortest = config.min_moves if multiple == 1 else max_moves - config.max_moves + 1
+            lengths: dict[str, Any] = {"min_moves": shortest, "max_moves": max_moves}
             return (
                 partial(random_walks, self.network, **lengths),
                 partial(conditioned_walks, self.network, **lengths),
@@ -228,7 +242,7 @@ class Streets(Task):
         draw = partial(
             stopping_rides,
             self.network,
-            max_moves=config.max_moves,
+            max_moves=max_moves,
             noise={"shortest-paths": 0.0, "stop-on-arrival": 1.0}.get(config.rides, config.noise),
             arrive=config.rides != "stop-on-arrival",
         )
@@ -244,7 +258,7 @@ class Streets(Task):
         )
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return Rows(pack(self._walks, self.config.row_length))
+        return Rows(pack(self._walks(), self.config.row_length))
 
     def fingerprint(self) -> str:
         return self.network.fingerprint()
@@ -252,67 +266,119 @@ class Streets(Task):
     def prompts(self, count: int) -> list[Tensor]:
         return list(torch.from_numpy(Prompts.of_pairs(self.pairs[:count]).tokens()))
 
-    @cached_property
-    def _walks(self) -> Walks:
+    def _walks(self, multiple: int = 1) -> Walks:
         """One ride for each held-out pair that is measured."""
-        return self._laws()[1](self._tested, rng=np.random.default_rng(3))
-
-    @cached_property
-    def _prefixes(self) -> PrefixPairs:
-        config = self.config
-        return prefix_pairs(
-            self.network, config.tests, max_moves=config.max_moves, stop=self._stop, seed=4
-        )
+        if multiple not in self._drawn:
+            rng = np.random.default_rng(3)
+            self._drawn[multiple] = self._laws(multiple)[1](self._tested, rng=rng)
+        return self._drawn[multiple]
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        return [
-            NEXT_TOKEN_TEST,
-            VALID_TRAJECTORIES,
-            SEQUENCE_COMPRESSION,
-            IDENTICAL_CONTINUATIONS,
-            IDENTICAL_VALID_CONTINUATIONS,
-            *(detours(kind, self.config.detour_probability) for kind in DETOURS),
-            EFFECTIVE_LATENT_RANK,
-        ]
+        stages = [metrics for variant in self._variants for _, metrics, _ in self._stages(*variant)]
+        return [*(metric for metrics in stages for metric in metrics), EFFECTIVE_LATENT_RANK]
 
     def measures(self) -> Mapping[str, Measure]:
-        city, pairs, max_moves = self.network, self._tested, self.config.max_moves
-        probability = self.config.detour_probability
-
-        def scored(metric: Metric, score: Callable[..., Score], *of: Any) -> Measure:
-            return lambda model: [Measurement(metric, score(model, city, *of))]
-
-        def continuations(model: "ObjectiveModel") -> list[Measurement]:
-            scores = identical_continuations(model, city, self._prefixes, max_moves)
-            metrics = (IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS)
-            return list(map(Measurement, metrics, scores))
-
-        def driven_off(model: "ObjectiveModel") -> Iterable[Measurement]:
-            for kind in DETOURS:
-                score = detour_robustness(
-                    model, city, pairs, max_moves, probability=probability, kind=kind
-                )
-                yield Measurement(detours(kind, probability), score)
-
-        return {
-            "next-token test": scored(NEXT_TOKEN_TEST, next_token_test, self._walks),
-            "valid trajectories": scored(VALID_TRAJECTORIES, valid_trajectories, pairs, max_moves),
-            "sequence compression": scored(
-                SEQUENCE_COMPRESSION, sequence_compression, self._prefixes, max_moves
-            ),
-            "identical continuations": continuations,
-            "detours": driven_off,
-            "effective latent rank": self.latent_rank,
+        found: dict[str, Measure] = {
+            name: partial(_measure, who, metrics, scores)
+            for who, multiple in self._variants
+            for name, metrics, scores in self._stages(who, multiple)
         }
+        if self._multiples[-1] > 1:
+            found["legal tokens by position"] = self.legal_tokens
+        return found | {"effective latent rank": self.latent_rank}
 
-    def artifacts(self, model: "ObjectiveModel") -> list[tuple[Picture, Any]]:
-        """The city in the model's head, rebuilt from 1,000 rides or more that it holds possible
-        (`sampled_rides`)."""
+    def _stages(self, who: Driver, multiple: int) -> Iterator[tuple[str, Sequence[Metric], Scores]]:
+        """What is shown while measuring, the metrics, and what gives their scores."""
+        config, city, pairs, stop = self.config, self.network, self._tested, self._stop
+        max_moves, probability = multiple * config.max_moves, config.detour_probability
+        prefixes = cache(
+            lambda: prefix_pairs(city, config.tests, max_moves=max_moves, stop=stop, seed=4)
+        )
+        stages: dict[str, tuple[list[Metric], Scores]] = {
+            "next-token test": (
+                [NEXT_TOKEN_TEST],
+                lambda model: [next_token_test(model, city, self._walks(multiple), stop=stop)],
+            ),
+            "valid trajectories": (
+                [VALID_TRAJECTORIES],
+                lambda model: [valid_trajectories(model, city, pairs, max_moves)],
+            ),
+            "sequence compression": (
+                [SEQUENCE_COMPRESSION],
+                lambda model: [sequence_compression(model, city, prefixes(), max_moves)],
+            ),
+            "identical continuations": (
+                [IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS],
+                lambda model: identical_continuations(model, city, prefixes(), max_moves),
+            ),
+            "detours": (
+                [detours(kind, probability) for kind in DETOURS],
+                lambda model: [
+                    detour_robustness(
+                        model, city, pairs, max_moves, probability=probability, kind=kind
+                    )
+                    for kind in DETOURS
+                ],
+            ),
+            "legal rides": ([LEGAL_RIDES], lambda model: [self._legal_rides(model, max_moves)]),
+        }
+        length, longest = self._length(multiple), multiple == self._multiples[-1]
+        for name, (metrics, scores) in stages.items():
+            if who == "dynamics" or length:
+                metrics = [variant(metric, who, length, headline=longest) for metric in metrics]
+            yield name + words(who, length), metrics, scores
+
+    def _length(self, multiple: int) -> int | None:
+        """In moves, if it is not that of training."""
+        return multiple * self.config.max_moves if multiple > 1 else None
+
+    def _sampled_rides(self, model: SequenceModel, max_moves: int) -> tuple[Pairs, Rides]:
+        """1,000 rides or more that the model holds possible, all pairs in turn."""
         times = -(-MAP_RIDES // len(self.pairs))
         pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
-        rides = sampled_rides(model, self.network, pairs, self.config.max_moves)
-        return [(MAP, map_record(self.network, reconstruct(self.network, rides.sequences(pairs))))]
+        return pairs, sampled_rides(model, self.network, pairs, max_moves)
+
+    def _legal_rides(self, model: SequenceModel, max_moves: int) -> Score:
+        """The error is clustered by pair."""
+        _, rides = self._sampled_rides(model, max_moves)
+        return mean_score(rides.legal.reshape(-1, len(self.pairs)).mean(axis=0))
+
+    def legal_tokens(self, model: "ObjectiveModel") -> Iterable[Chart]:
+        """The next-token test by position, on the longest rides."""
+        multiple = self._multiples[-1]
+        walks, lines = self._walks(multiple), []
+        for who in dict.fromkeys(who for who, _ in self._variants):
+            if at_the_wheel := driver(model, who):
+                legal = legal_positions(at_the_wheel, self.network, walks, stop=self._stop)
+                means = np.nanmean(legal[:, : walks.lengths.max() + 1], axis=0)
+                series = DYNAMICS if who == "dynamics" else who
+                lines.append(Line(values=means.tolist(), series=series, first=0))
+        yield Chart(
+            name="legal-tokens",
+            title="Legal next tokens by position",
+            x="moves made",
+            lines=lines,
+            alt="Share of legal next tokens of {models} by the number of moves made.",
+            marks=[Mark(text="trained up to here", x=self.config.max_moves)],
+        )
+
+    def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
+        """The city in the model's head, rebuilt from rides that it holds possible."""
+        for who, multiple in self._variants:
+            if at_the_wheel := driver(model, who):
+                max_moves = multiple * self.config.max_moves
+                pairs, rides = self._sampled_rides(at_the_wheel, max_moves)
+                # Where training rides are cut, those without an end belong to the language.
+                sequences = rides.sequences(pairs, cut=self.config.rides == "stop-on-arrival")
+                base = (who, multiple) == ("transformer", 1)
+                picture = MAP.model_copy(
+                    update={
+                        "title": MAP.title + words(who, self._length(multiple)),
+                        "file": MAP.file if base else f"map-{who}-{max_moves}.json",
+                    }
+                )
+                yield picture, map_record(self.network, reconstruct(self.network, sequences))
 
     def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
@@ -324,3 +390,11 @@ class Streets(Task):
         rows = pack(rides, length, LATENT_ROWS)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
+
+
+def _measure(
+    who: Driver, metrics: Sequence[Metric], scores: Scores, model: "ObjectiveModel"
+) -> Iterable[Measurement]:
+    """Nothing where the model has no such driver."""
+    at_the_wheel = driver(model, who)
+    return map(Measurement, metrics, scores(at_the_wheel)) if at_the_wheel else []
