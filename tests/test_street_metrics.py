@@ -432,6 +432,20 @@ def test_detours_equal_a_slow_reference(city, pairs, kind, legal_only):
     assert 0 < score.value < 1
 
 
+def test_several_draws_of_detours_are_averaged_by_pair(city, pairs):
+    """The first draw is that of a single one, and every other is an accident of its own."""
+    model = Oracle(city, chaotic(city, legal_only=True))
+    one, three = (
+        detour_robustness(model, city, pairs, MAX_MOVES, probability=0.4, draws=draws)
+        for draws in (1, 3)
+    )
+    assert three.per_item.shape == one.per_item.shape
+    assert set(np.round(3 * three.per_item, 9)) == {0, 1, 2, 3}
+    others = 3 * three.per_item - one.per_item
+    assert set(np.round(others, 9)) <= {0, 1, 2}
+    assert three.stderr < one.stderr
+
+
 # --- batches, draws, pairs ----------------------------------------------------------------------
 
 
@@ -856,6 +870,27 @@ def test_maps_follow_rides_without_an_end_where_those_of_training_are_cut(kind):
     assert (counts["explained"], counts["unclosed"]) == (
         (rides, 0) if kind == "stop-on-arrival" else (0, rides)
     )
+
+
+def test_detours_of_several_probabilities_and_kinds():
+    config = StreetsConfig(
+        rows=4, columns=4, max_moves=8, row_length=32, held_out=20, tests=10,
+        detour_probability=(0.01, 0.75), detour_kinds=("random", "second_most_likely"),
+        detour_draws=3,
+    )  # fmt: skip
+    task = config.build()
+    metrics = [metric for metric in task.metrics if metric.name == "detour_robustness"]
+    assert [metric.title for metric in metrics] == [
+        "Random detours, probability 0.01",
+        "Second most likely detours, probability 0.01",
+        "Random detours",
+        "Second most likely detours",
+    ]
+    assert [metric.published for metric in metrics] == [None, None, "detour_robustness", None]
+    assert "Mean over 3 draws for each pair" in metrics[0].definition
+    found = list(task.measures()["detours"](Oracle(task.network)))
+    assert [m.metric for m in found] == metrics
+    assert [m.score.value for m in found] == [1, 1, 1, 1]
 
 
 def test_the_task_declares_what_the_paper_reports():

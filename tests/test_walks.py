@@ -450,7 +450,7 @@ def test_rows_of_rides_that_stop(kind):
         assert moves <= 15
     assert bool(cut) == (kind == "stop-on-arrival")
     assert all(len(document) == 2 + 15 for document in cut)
-    tested = packed_documents(pack(task._walks, 64))
+    tested = packed_documents(pack(task._walks(), 64))
     ends = {follow(task.network, document)[:2] for document in tested}
     assert ends == set(
         list(zip(task.pairs.source.tolist(), task.pairs.destination.tolist(), strict=True))[:40]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nextlat.scores import Score, mean_score, ratio_score
-from nextlat.tasks.streets.metrics import DetourKind
+from nextlat.tasks.streets.metrics import PAPER_PROBABILITY, DetourKind
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, Step, greedy, ride
@@ -140,21 +140,24 @@ def detour_robustness(
     pairs: Pairs,
     max_moves: int,
     *,
-    probability: float = 0.75,
+    probability: float = PAPER_PROBABILITY,
     kind: DetourKind = "random",
+    draws: int = 1,
     seed: int = 0,
 ) -> Score:
-    """The metric that `detours` declares.
+    """The metric that `detours` declares; the error is clustered by pair.
 
     Where there is no other legal move from which the destination can be reached within the moves
     left, the model's own token stands. An illegal token, or `end` elsewhere than at the
     destination, fails at a step without a detour, and is overridden by one. `end` at the
     destination ends the ride with success always: a passenger who has arrived is not driven on.
 
-    The two draws of every step (whether, and which) are made in advance for every pair, from the
-    seed and the pair alone.
+    The two numbers of every step (whether, and which) are drawn in advance for every pair, from the
+    seed and the pair alone; those of fewer draws are the first of more.
     """
-    draws = pair_draws(seed, (max_moves + 1, 2), pairs.source, pairs.destination)
+    shape = (draws, max_moves + 1, 2)
+    numbers = pair_draws(seed, shape, pairs.source, pairs.destination).reshape(-1, *shape[1:])
+    pairs = pairs[np.repeat(np.arange(len(pairs)), draws)]
     destinations, row = np.unique(pairs.destination, return_inverse=True)
     hops = network.hops_to(destinations)
 
@@ -164,7 +167,7 @@ def detour_robustness(
         to_go = hops[row[step.rows][:, None], there]
         open_B8 = (there != NOWHERE) & (to_go >= 0) & (to_go < max_moves - step.made)
         open_B8 &= np.arange(8) != (token - FIRST_DIRECTION)[:, None]
-        whether, which = draws[step.rows, step.made].T
+        whether, which = numbers[step.rows, step.made].T
         home = (token == END) & (step.nodes == pairs.destination[step.rows])
         detour = (whether < probability) & open_B8.any(axis=1) & ~home
         if kind == "random":
@@ -176,8 +179,8 @@ def detour_robustness(
             direction = np.where(open_B8, sign * logits_B8, -np.inf).argmax(axis=1)
         return np.where(detour, direction + FIRST_DIRECTION, token)
 
-    prompts = Prompts.of_pairs(pairs)
-    return mean_score(ride(model, network, prompts, max_moves, choose=choose).arrived)
+    rides = ride(model, network, Prompts.of_pairs(pairs), max_moves, choose=choose)
+    return mean_score(rides.arrived.reshape(-1, draws).mean(axis=1))
 
 
 def sampled_rides(

@@ -7,13 +7,25 @@ arXiv 2511.05963, as they are declared; `measuring` measures them.
 
 from typing import Any, Literal
 
-from nextlat.results import Metric, Published, PublishedFigures
+from nextlat.results import Metric, Picture, Published, PublishedFigures
 from nextlat.tasks.streets.rides import Driver
 from nextlat.tasks.task import NEXTLAT, OURS
 
 VAFA = "Vafa et al., arXiv 2406.03689"
 DYNAMICS = "latent dynamics model alone"
 NOTE = "The dynamics model run alone is compared with the transformer of the baseline at the same length."
+
+PAPER_PROBABILITY = 0.75  # of a detour, arXiv 2511.05963
+
+MAP = Picture(
+    kind="map",
+    file="map.json",
+    title="The city in the model's head",
+    text="Rebuilt from the rides that each model generates between places it has never seen "
+    "paired. A red street does not exist; it bends from the direction the model took to where it "
+    "must lead for the ride to make sense.",
+)
+
 
 DetourKind = Literal["random", "least_likely", "second_most_likely"]
 
@@ -76,8 +88,9 @@ LEGAL_RIDES = Metric(
 )
 
 
-def detours(kind: DetourKind, probability: float) -> Metric:
-    """The metric of detours of one kind at one probability (0.75 in arXiv 2511.05963)."""
+def detours(kind: DetourKind, probability: float, draws: int = 1) -> Metric:
+    """The metric of detours of one kind at one probability (PAPER_PROBABILITY in arXiv 2511.05963),
+    for each pair the mean over some draws of them."""
     words = {
         "random": (
             "Random detours",
@@ -99,15 +112,16 @@ def detours(kind: DetourKind, probability: float) -> Metric:
         ),
     }
     title, noun, definition = words[kind]
+    usual = probability == PAPER_PROBABILITY
     return Metric(
         name="detour_robustness",
-        title=title,
-        noun=noun,
-        definition=definition,
+        title=title if usual else f"{title}, probability {probability:g}",
+        noun=noun if usual else f"{noun} of probability {probability:g}",
+        definition=definition + (f" Mean over {draws} draws for each pair." if draws > 1 else ""),
         source=VAFA,
         items="pairs",
         parameters={"kind": kind, "probability": probability},
-        published="detour_robustness" if kind == "random" else None,
+        published="detour_robustness" if kind == "random" and usual else None,
     )
 
 

@@ -40,6 +40,7 @@ from nextlat.tasks.streets.metrics import (
     IDENTICAL_CONTINUATIONS,
     IDENTICAL_VALID_CONTINUATIONS,
     LEGAL_RIDES,
+    MAP,
     NEXT_TOKEN_TEST,
     PUBLISHED,
     SEQUENCE_COMPRESSION,
@@ -62,16 +63,6 @@ if TYPE_CHECKING:
 
 MAP_RIDES = 1000  # at least so many are driven for the map
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
-DETOURS: tuple[DetourKind, ...] = ("random", "least_likely")
-MAP = Picture(
-    kind="map",
-    file="map.json",
-    title="The city in the model's head",
-    text="Rebuilt from the rides that each model generates between places it has never seen "
-    "paired. A red street does not exist; it bends from the direction the model took to where it "
-    "must lead for the ride to make sense.",
-)
-
 NOISE = 0.2  # of noisy shortest paths
 MAX_MOVES = 10_000
 
@@ -114,7 +105,9 @@ class StreetsConfig(TaskConfig):
         multiples: of max_moves, up to which rides are measured, besides 1.
         dynamics_alone: also measure the rides of the latent dynamics model alone, begun after
             source and destination.
-        detour_probability: paper: 0.75.
+        detour_probability: one or several (paper: 0.75; Vafa et al.: 0.01, 0.1, 0.5, 0.75).
+        detour_kinds: random, least_likely, second_most_likely.
+        detour_draws: of each kind at each probability for each pair.
     """
 
     path: str | None = None
@@ -138,7 +131,9 @@ class StreetsConfig(TaskConfig):
     tests: Annotated[int, Field(ge=2, le=10**5)] = 1000
     multiples: Annotated[tuple[Multiple, ...], Field(max_length=8)] = (1,)
     dynamics_alone: bool = False
-    detour_probability: Share = 0.75
+    detour_probability: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = 0.75
+    detour_kinds: tuple[DetourKind, ...] = ("random", "least_likely")
+    detour_draws: Annotated[int, Field(ge=1, le=1000)] = 1
 
     @model_validator(mode="after")
     def _rides_fit(self) -> Self:
@@ -291,7 +286,10 @@ class Streets(Task):
     def _stages(self, who: Driver, multiple: int) -> Iterator[tuple[str, Sequence[Metric], Scores]]:
         """What is shown while measuring, the metrics, and what gives their scores."""
         config, city, pairs, stop = self.config, self.network, self._tested, self._stop
-        max_moves, probability = multiple * config.max_moves, config.detour_probability
+        max_moves = multiple * config.max_moves
+        given, draws = config.detour_probability, config.detour_draws
+        probabilities = given if isinstance(given, tuple) else (given,)
+        off = [(kind, p) for p in dict.fromkeys(probabilities) for kind in config.detour_kinds]
         prefixes = cache(
             lambda: prefix_pairs(city, config.tests, max_moves=max_moves, stop=stop, seed=4)
         )
@@ -313,12 +311,12 @@ class Streets(Task):
                 lambda model: identical_continuations(model, city, prefixes(), max_moves),
             ),
             "detours": (
-                [detours(kind, probability) for kind in DETOURS],
+                [detours(kind, p, draws) for kind, p in off],
                 lambda model: [
                     detour_robustness(
-                        model, city, pairs, max_moves, probability=probability, kind=kind
+                        model, city, pairs, max_moves, probability=p, kind=kind, draws=draws
                     )
-                    for kind in DETOURS
+                    for kind, p in off
                 ],
             ),
             "legal rides": ([LEGAL_RIDES], lambda model: [self._legal_rides(model, max_moves)]),
