@@ -85,12 +85,12 @@ class StreetsConfig(TaskConfig):
         box: (south, west, north, east) in degrees: only this part of the network, cut to its
             largest strongly connected part.
         rows: streets of the generated city, when there is neither path nor place.
-        columns: its avenues.
-        city_seed: what it follows from.
-        one_way: see `sources.generate_city`.
-        missing: see `sources.generate_city`.
-        diagonal: see `sources.generate_city`.
-        park: see `sources.generate_city`.
+        columns: avenues of the generated city.
+        city_seed: of the generated city.
+        one_way: share of the inner streets, and of the inner avenues, that are one-way.
+        missing: share of the blocks that are closed.
+        diagonal: whether there are a diagonal avenue and a diagonal lane.
+        park: whether there is a park, with no streets inside.
         rides: random-walks (the paper's), of a length drawn uniformly, their destination where they
             end; or, to a destination drawn uniformly, shortest-paths, noisy-shortest-paths (see
             `noise`), or stop-on-arrival, random moves until it is reached, cut at max_moves.
