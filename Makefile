@@ -4,16 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
+VLLM_VENV ?= .venv-vllm
+# Given up rather than waited for: a registry that does not answer is a failure, with its name.
+VLLM_PIP = timeout 900 $(VLLM_VENV)/bin/python -m pip install -q --timeout 30 --retries 2
+
 SEEDS ?= 0
 OUT ?= demo
 
-.PHONY: demo test check lint types docs clean
+.PHONY: demo test serve-test check lint types docs clean
 
 demo: $(VENV)/.run  ## train both models, compare them, open demo/report.html
 	$(BIN)/nextlat demo --out $(OUT) --seeds $(SEEDS)
 
 test: $(VENV)/.dev  ## install and test
 	$(BIN)/python -m pytest -n auto
+
+# vLLM wants an older transformers than the rest is tested with, hence an environment of its own.
+serve-test: $(VLLM_VENV)/.installed  ## the same in vLLM and llama.cpp, on a CPU
+	$(VLLM_VENV)/bin/python -m pytest tests/serving
 
 check: test lint types  ## test, and also lint and types
 
@@ -37,9 +45,20 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e ".[dev,osm,text,lm-eval]"
 	touch $@
 
+# torch alone with what it needs (a GPU build has libraries of its own), the rest as it is listed.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	@rm -rf $(VLLM_VENV) && $(PYTHON) -m venv $(VLLM_VENV) \
+	&& $(VLLM_PIP) -c constraints-vllm.txt torch \
+	&& $(VLLM_PIP) --no-deps -r constraints-vllm.txt \
+	&& $(VLLM_PIP) --no-deps -e . \
+	&& VLLM_LOGGING_LEVEL=ERROR timeout 300 $(VLLM_VENV)/bin/python -c "import vllm" \
+	|| { echo "serve-test: vLLM could not be installed into $(VLLM_VENV) from constraints-vllm.txt:" \
+	     "what pip or Python wrote above says why."; exit 1; }
+	@touch $@
+
 $(VENV)/.docs: $(VENV)/.run
 	$(PIP) -e ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from nextlat.decoding.draft_length import Costs
-from nextlat.decoding.known import costs_of
+from nextlat.decoding.prepared import measured_costs
 from nextlat.decoding.speed import STATIC, TRANSFORMERS, Timing, Way, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.evaluation import open_run
@@ -161,7 +161,7 @@ def result(
     model: ObjectiveModel, timings: dict[Way, Timing], temperature: float, batch: int
 ) -> dict[str, Any]:
     """Everything about one temperature and batch size."""
-    costs = costs_of(model, batch, sampled=temperature > 0)
+    costs = measured_costs(model.objective, batch, sampled=temperature > 0)
     outputs = timings[TRANSFORMERS].outputs
     varied = [i for i, text in enumerate(outputs) if distinct(text) >= LOOPING]
     found: dict[str, Any] = {

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def our_ways(arguments: argparse.Namespace, device: torch.device) -> list[Way]:
     transformer."""
     ways = []
     for name, (config_type, _) in OBJECTIVES.items():
-        has_horizon = "horizon" in {f.name for f in fields(config_type)}
+        has_horizon = "horizon" in config_type.model_fields
         for horizon in arguments.horizons if has_horizon else [0]:
             lm = nextlat.llama(
                 arguments.vocabulary,
@@ -147,7 +147,7 @@ def our_ways(arguments: argparse.Namespace, device: torch.device) -> list[Way]:
             )
             config = config_type(**{"horizon": horizon} if has_horizon else {})
             model = nextlat.attach(lm, config).to(device).train()
-            flops = training_flops(model, arguments.length)
+            flops = training_flops(model.objective, arguments.length)
             ways.append(
                 Way(
                     name,

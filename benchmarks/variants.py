@@ -6,7 +6,7 @@ prediction. Stopped anywhere, the same command goes on where it was; what is fin
 again. Prints a Markdown table, one line for every variant with the value of every seed, and writes
 the same as variants.json into --out DIR, where the runs lie too.
 
-What decides whether a seed solves Path-Star (`nextlat.report.solving`), on a CPU; on a GPU the
+What decides whether a seed solves Path-Star (`nextlat.report.comparison`), on a CPU; on a GPU the
 paper's graph, and another of its size:
 
     python benchmarks/variants.py path-star-small batch_size=64 steps=2500 python
@@ -25,8 +25,8 @@ from pathlib import Path
 
 from nextlat.errors import NextLatError
 from nextlat.files import write_json
+from nextlat.report.comparison import solved_at
 from nextlat.report.runs import Run, read_runs
-from nextlat.report.solving import METRIC, TASK, found_at
 from nextlat.terminal import watch
 from nextlat.training.recipe import load_recipe
 from nextlat.training.sweep import Job, check_seeds
@@ -34,7 +34,7 @@ from nextlat.training.sweep import Job, check_seeds
 NEXT_TOKEN, OF_NEXTLAT = "next-token", "objectives.nextlat."
 FOUND_AT = "found_at"  # of Path-Star: the step
 METRICS = {
-    TASK: (METRIC, FOUND_AT),
+    "path-star": ("exact_path_accuracy", FOUND_AT),
     "text": ("next_token_loss", "mean_acceptance_length", "effective_latent_rank"),
 }
 METRICS_OF_OTHERS = ("next_token_loss",)
@@ -105,7 +105,7 @@ def main() -> None:
     }
     watch([job for group in jobs.values() for job in group if not job.done], arguments.jobs)
     found = {
-        name: {run.seed: run for run in read_runs([job.directory for job in group])}
+        name: {run.result.seed: run for run in read_runs([job.directory for job in group])}
         for name, group in jobs.items()
     }
     task = load_recipe(arguments.recipe, arguments.settings).task_name
@@ -142,8 +142,11 @@ def row(
 
 
 def value(run: Run, metric: str) -> float | None:
-    """A metric of a run, or the step at which it found the branch."""
-    return found_at(run) if metric == FOUND_AT else run.metrics.get(metric)
+    """A metric of a run by its key, or the step from which on it solves the task."""
+    if metric == FOUND_AT:
+        solved = run.result.task.solved
+        return None if solved is None else solved_at(run, solved.loss_below)
+    return run.metrics[metric].value if metric in run.metrics else None
 
 
 def print_table(rows: Sequence[dict[str, object]], metrics: Sequence[str]) -> None:

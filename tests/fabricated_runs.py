@@ -2,36 +2,229 @@
 them."""
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from numpy.typing import ArrayLike
 
+from nextlat.results import (
+    RESULTS,
+    SCORES,
+    Chart,
+    DecodingFacts,
+    Line,
+    Mark,
+    MeasuredMetric,
+    Measurement,
+    Metric,
+    ObjectiveFacts,
+    Picture,
+    Published,
+    PublishedFigures,
+    Result,
+    Results,
+    Saying,
+    Solved,
+    TaskFacts,
+)
 from nextlat.scores import mean_score
 from nextlat.tasks.streets.map import map_record, reconstruct
 from nextlat.tasks.streets.sources import generate_city
 
 ITEMS = 200
+FIVE = ("next-token", "nextlat", "mtp", "jtp", "bst")
+TITLES = {"next-token": "next-token", "nextlat": "NextLat"}
+PARTS = {  # of the loss: title, and how high it begins
+    "nextlat": {
+        "next_h": ("Next latent state (Smooth L1)", 0.4),
+        "kl": ("KL of predicted and true next token", 0.6),
+    },
+    "mtp": {"multi_token": ("Tokens beyond the next, nats", 1.2)},
+    "jtp": {"multi_token": ("Tokens beyond the next, nats", 1.0)},
+    "bst": {
+        "pairs": ("Pairs: next and previous token", 4.0),
+        "pairs_next": ("Pairs: next token, nats", 2.0),
+        "pairs_previous": ("Pairs: previous token, nats", 2.0),
+    },
+}
+NETWORK = generate_city(rows=5, columns=5, seed=0)
+PLAIN = "plain KV-cached decoding"
+DEFINED = {"definition": "Defined in a sentence.", "source": "somebody"}
+
+
+def accuracy(predictor: str, length: int) -> Metric:
+    """Of the word problem: the dynamics alone are compared with the baseline's transformer."""
+    other = {"predictor": "transformer", "length": length}
+    alone = predictor == "dynamics"
+    return Metric(
+        name="accuracy",
+        title=f"{predictor.capitalize()}, {length} elements",
+        parameters={"predictor": predictor, "length": length},
+        counterpart=Metric(name="accuracy", title="", parameters=other).key if alone else None,
+        counterpart_name="the transformer of" if alone else "",
+        note="The dynamics alone are compared with a transformer." if alone else "",
+    )
+
+
+def equation(place: int, split: str) -> Metric:
+    """Of Countdown: in a chart, and no finding."""
+    at = {"place": place, "targets": split}
+    return Metric(name="true_equation", title=f"Equation {at}", parameters=at, headline=False)
+
+
+def _metrics() -> Iterable[Metric]:
+    yield Metric(
+        name="next_token_loss",
+        title="Held-out cross-entropy",
+        unit="nats",
+        higher_is_better=False,
+        items="held-out rows",
+        **DEFINED,
+    )
+    for name, noun in {
+        "next_token_test": "share of legal next tokens",
+        "valid_trajectories": "share of valid trajectories",
+        "sequence_compression": "",
+        "detour_robustness": "robustness to random detours",
+    }.items():
+        title = name.replace("_", " ").capitalize()
+        yield Metric(name=name, title=title, noun=noun, items="pairs", published=name, **DEFINED)
+    for name in ("identical_continuations", "detour_robustness_least_likely"):
+        yield Metric(name=name, title=name.replace("_", " ").capitalize(), **DEFINED)
+    yield Metric(
+        name="effective_latent_rank",
+        title="Effective latent rank",
+        unit="number",
+        higher_is_better=False,
+        published="effective_latent_rank",
+        **DEFINED,
+    )
+    for name, headline in (("exact_path_accuracy", True), ("exact_path_accuracy_sampled", True)):
+        yield Metric(
+            name=name,
+            title=name.replace("_", " "),
+            headline=headline,
+            published="exact_path_accuracy",
+        )
+    yield Metric(name="solved_seen", title="Solved, seen targets", published="solved")
+    yield Metric(name="solved_held_out", title="Solved, held-out targets", published="solved")
+    yield Metric(name="belief_r2", title="Belief state", unit="number")
+    yield Metric(name="next_token_kl", title="KL", unit="nats", higher_is_better=False)
+    yield Metric(
+        name="entropy_floor", title="Entropy", unit="nats", higher_is_better=None, headline=False
+    )
+    yield Metric(name="consistency_error", title="Consistency", higher_is_better=False)
+    yield Metric(name="perplexity", title="Perplexity", unit="number", higher_is_better=False)
+    against_plain = {"reference": 1.0, "reference_name": PLAIN}
+    yield Metric(
+        name="mean_acceptance_length",
+        title="Mean acceptance length",
+        unit="number",
+        **against_plain,
+    )  # type: ignore[arg-type]
+    yield Metric(
+        name="accepted_tokens_per_cycle",
+        title="Accepted tokens per cycle",
+        unit="number",
+        headline=False,
+        note="Accepted tokens are the acceptance length minus the transformer's own token.",
+    )
+    yield Metric(name="decoding_speedup", title="Decoding speed", unit="factor", **against_plain)  # type: ignore[arg-type]
+    for predictor in ("transformer", "dynamics"):
+        yield from (accuracy(predictor, length) for length in (8, 16, 24))
+    yield from (equation(place, split) for place in (1, 2) for split in ("seen", "held-out"))
+
+
+METRICS = {metric.key: metric for metric in _metrics()}
 CITY = {  # metric -> (next-token, NextLat)
     "next_token_loss": (0.985, 0.981),
     "next_token_test": (0.998, 0.999),
     "valid_trajectories": (0.90, 0.97),
     "sequence_compression": (0.62, 0.70),
     "identical_continuations": (0.55, 0.56),
-    "identical_valid_continuations": (0.54, 0.56),
     "detour_robustness": (0.55, 0.72),
     "detour_robustness_least_likely": (0.41, 0.40),
     "effective_latent_rank": (28.4, 21.2),
 }
-FIVE = ("next-token", "nextlat", "mtp", "jtp", "bst")
-PARTS = {  # of the loss, and how high they begin
-    "nextlat": {"next_h": 0.4, "kl": 0.6},
-    "mtp": {"multi_token": 1.2},
-    "jtp": {"multi_token": 1.0},
-    "bst": {"pairs": 4.0, "pairs_next": 2.0, "pairs_previous": 2.0},
+
+
+def _figures(title: str, values: Mapping[str, float], **more: Any) -> PublishedFigures:
+    return PublishedFigures(title=title, by_method=dict(values), **more)
+
+
+MANHATTAN = Published(
+    setting="a whole city",
+    source="a paper",
+    figures={
+        "next_token_test": _figures(
+            "Next-token test", {"GPT": 1.0, "MTP": 1.0, "JTP": 1.0, "NextLat": 1.0}
+        ),
+        "valid_trajectories": _figures(
+            "Valid trajectories", {"GPT": 0.970, "MTP": 0.981, "JTP": 0.971, "NextLat": 0.987}
+        ),
+        "sequence_compression": _figures(
+            "Compression", {"GPT": 0.65, "MTP": 0.64, "JTP": 0.32, "NextLat": 0.71, "truth": 1.0}
+        ),
+        "effective_latent_rank": _figures(
+            "Rank", {"GPT": 160.1, "MTP": 57.7, "JTP": 215.8, "NextLat": 52.7}, unit="number"
+        ),
+        "detour_robustness": _figures("Detours", {"GPT": 0.85, "MTP": 0.95, "NextLat": 0.95}),
+    },
+)
+LOSS_OF_BRANCH = 0.1 * math.log(2) / 4  # a tenth of guessing one of two arms, in four tokens
+TASKS = {
+    facts.name: facts
+    for facts in (
+        TaskFacts(name="streets", title="Streets of a city", published=MANHATTAN),
+        TaskFacts(name="word-problem", title="Word problem"),
+        TaskFacts(
+            name="path-star",
+            title="Path-Star",
+            solved=Solved(
+                metric="exact_path_accuracy",
+                at_least=0.99,
+                loss_below=LOSS_OF_BRANCH,
+                definition="A seed solves it with nearly all paths exact.",
+            ),
+            published=Published(
+                setting="larger graphs",
+                source="a paper",
+                sayings=[
+                    Saying(
+                        methods=("NextLat",),
+                        text="near 100 % on G(2, 10)",
+                        of="exact_path_accuracy",
+                    ),
+                    Saying(
+                        methods=("BST",), text="starts to fail on G(7, 7)", of="exact_path_accuracy"
+                    ),
+                    Saying(methods=("GPT", "MTP", "JTP"), text="failed", of="exact_path_accuracy"),
+                    Saying(methods=("GPT",), text="is not about anything measured"),
+                ],
+            ),
+        ),
+        TaskFacts(
+            name="countdown",
+            title="Countdown",
+            published=Published(
+                setting="four numbers",
+                source="a paper",
+                figures={
+                    "solved": _figures(
+                        "Problems solved",
+                        {"GPT": 0.331, "BST": 0.423}
+                        | {f"NextLat d={d}": x for d, x in ((1, 0.548), (4, 0.576), (8, 0.587))},
+                    )
+                },
+            ),
+        ),
+        TaskFacts(name="hmm", title="Hidden Markov model"),
+        TaskFacts(name="text", title="Text"),
+    )
 }
-NETWORK = generate_city(rows=5, columns=5, seed=0)
 
 
 def write_run(
@@ -40,19 +233,33 @@ def write_run(
     seed: int = 0,
     *,
     task: str = "streets",
-    items: dict[str, Any] | None = None,
-    numbers: dict[str, float] | None = None,
-    changes: dict[str, Any] | None = None,
-    record: dict[str, Any] | None = None,
+    items: Mapping[str, ArrayLike] | None = None,
+    numbers: Mapping[str, float | None] | None = None,
+    declared: Iterable[Metric] = (),
+    changes: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    task_facts: TaskFacts | None = None,
     **entry: Any,
 ) -> Path:
     """A finished and evaluated run.
 
     Args:
-        items: metric -> what each item contributed. numbers: metrics without items.
-        changes: of the recipe, dotted. record: of run.json. entry: of results.json.
+        directory: to be made.
+        objective: one of `FIVE`, or another name.
+        seed: of the run.
+        task: one of `TASKS`.
+        items: key of a metric -> what each item contributed.
+        numbers: key of a metric -> its value (None: not finite), for metrics without items.
+        declared: metrics that are not in `METRICS`, or other than there.
+        changes: of the recipe, dotted.
+        record: of run.json.
+        facts: of the objective in results.json.
+        task_facts: of the task there; None = as in `TASKS`.
+        entry: of results.json.
     """
     horizon = 0 if objective in ("next-token", "bst") else 2
+    horizon = (changes or {}).get(f"objectives.{objective}.horizon", horizon)
     recipe: dict[str, Any] = {
         "task": {"name": task, "tests": ITEMS},
         "objective": objective,
@@ -72,10 +279,6 @@ def write_run(
         for key in path:
             table = table[key]
         table[last] = value
-    recipe["task"] |= {
-        "word-problem": {"group": "Z5", "length": 8},
-        "path-star": {"arms": 2, "length": 3},
-    }.get(task, {})
     directory.mkdir(parents=True)
     _dump(
         directory / "run.json",
@@ -85,15 +288,7 @@ def write_run(
             "recipe": recipe,
             "seed": seed,
             "task": {"name": task, "fingerprint": "0123456789abcdef"},
-            "command": [
-                "nextlat",
-                "train",
-                "city-small",
-                "--objective",
-                objective,
-                "--seed",
-                str(seed),
-            ],
+            "command": f"nextlat train city-small --objective {objective} --seed {seed}".split(),
             "versions": {"python": "3.11.2", "torch": "2.13.0", "nextlat": "0.1.0"},
             "git": None,
             "device": "cpu (x86_64)",
@@ -104,89 +299,98 @@ def write_run(
             **(record or {}),
         },
     )
-    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in (items or {}).items()}
-    save_file(arrays, directory / "scores.safetensors")
-    metrics = dict(numbers or {})
-    for name, values in arrays.items():
-        score = mean_score(values)
-        metrics |= {name: score.value} | (
-            {f"{name}_stderr": score.stderr} if len(values) > 1 else {}
-        )
-    results = {
-        "task": task,
-        "objective": objective,
-        "horizon": horizon,
-        "seed": seed,
-        "metrics": metrics,
-        "curves": {},
-        "decoding": {},
-    }
-    _dump(directory / "results.json", [{**results, **entry}])
+    known = METRICS | {metric.key: metric for metric in declared}
+    scores = {key: mean_score(np.asarray(values, float)) for key, values in (items or {}).items()}
+    with (directory / SCORES).open("wb") as file:
+        np.savez(file, **{key: score.per_item for key, score in scores.items()})  # type: ignore[arg-type]
+    metrics = [
+        *(Measurement(known[key], score).record() for key, score in scores.items()),
+        *(
+            MeasuredMetric(**known[key].model_dump(), value=value)
+            for key, value in (numbers or {}).items()
+        ),
+    ]
+    parts = PARTS.get(objective, {})
+    result = Result(
+        task=task_facts or TASKS[task],
+        objective=ObjectiveFacts(
+            **{
+                "name": objective,
+                "title": TITLES.get(objective, objective.upper()),
+                "published_as": "GPT"
+                if objective == "next-token"
+                else TITLES.get(objective, objective.upper()),
+                "horizon": horizon,
+                "parts": {name: title for name, (title, _) in parts.items()},
+                **(facts or {}),
+            }
+        ),
+        seed=seed,
+        steps=recipe["steps"],
+        metrics=metrics,
+        **entry,
+    )
+    _dump(directory / RESULTS, Results(runs=[result]).model_dump(mode="json"))
     rng = np.random.default_rng(seed)
     lines = []
     for step in range(10, recipe["steps"] + 1, 10):
         loss = 1 + 3 * np.exp(-step / 60) + 0.02 * rng.normal() - 0.02 * bool(horizon)
-        parts = {
-            name: height * np.exp(-step / 80) + 0.1
-            for name, height in PARTS.get(objective, {}).items()
-        }
-        lines.append(
-            {
-                "step": step,
-                "loss": loss,
-                "next_token": loss,
-                **parts,
-                "learning_rate": 1e-3,
-                "tokens": 2048 * step,
-            }
-        )
+        height = {name: begin * np.exp(-step / 80) + 0.1 for name, (_, begin) in parts.items()}
+        rest = {"learning_rate": 1e-3, "tokens": 2048 * step}
+        lines.append({"step": step, "loss": loss, "next_token": loss, **height, **rest})
         if step % 100 == 0:
             lines.append({"step": step, "eval_loss": loss, "eval_next_token": loss + 0.02})
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_log(directory, lines)
     return directory
+
+
+def write_log(directory: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """metrics.jsonl of a run."""
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_city_run(directory: Path, objective: str, seed: int) -> Path:
     """One run with every metric of the street task, decoding and a map; NextLat is ahead as in
     `CITY`, plus chance."""
     nextlat = objective == "nextlat"
-    luck, hard = (
-        np.random.default_rng((seed, nextlat)),
-        np.random.default_rng(7).random((len(CITY), ITEMS)),
-    )
+    luck = np.random.default_rng((seed, nextlat))
+    hard = np.random.default_rng(7).random((len(CITY), ITEMS))
     items = {}
     for (name, values), difficulty in zip(CITY.items(), hard, strict=True):
         value = values[nextlat]
-        if name in ("next_token_loss", "effective_latent_rank"):
-            items[name] = value * (
-                1
-                + 0.02 * luck.normal()
-                + 0.05 * (difficulty - 0.5)
-                + 0.02 * luck.normal(size=ITEMS)
-            )
+        if METRICS[name].unit == "share":
+            limit = value + 0.03 * luck.normal()
+            items[name] = (difficulty + 0.1 * luck.normal(size=ITEMS) < limit).astype(float)
         else:
-            items[name] = (
-                difficulty + 0.1 * luck.normal(size=ITEMS) < value + 0.03 * luck.normal()
-            ).astype(float)
-    decoding: dict[str, Any] = {}
+            noise = 0.02 * luck.normal() + 0.05 * (difficulty - 0.5)
+            items[name] = value * (1 + noise + 0.02 * luck.normal(size=ITEMS))
+    numbers, decoding = {}, None
     if nextlat:
-        decoding = {
-            "draft_length": 8,
-            "identical": True,
-            "mean_acceptance_length": 3.1 + 0.2 * luck.normal(),
+        length = 3.1 + 0.2 * luck.normal()
+        numbers = {
+            "mean_acceptance_length": length,
+            "accepted_tokens_per_cycle": length - 1,
             "decoding_speedup": 1.7 + 0.1 * luck.normal(),
-            "acceptance_by_position": [
+        }
+        decoding = DecodingFacts(
+            draft_length=8,
+            prompts=12,
+            identical=True,
+            acceptance_by_position=[
                 round(0.9**place + 0.02 * float(luck.normal()), 4) for place in range(1, 9)
             ],
-        }
-    numbers = {
-        name: decoding[name]
-        for name in ("mean_acceptance_length", "decoding_speedup")
-        if name in decoding
-    }
-    if nextlat:
-        numbers["accepted_tokens_per_cycle"] = numbers["mean_acceptance_length"] - 1
-    path = write_run(directory, objective, seed, items=items, numbers=numbers, decoding=decoding)
+            tokens_per_second={"0": 100.0, "8": 170.0},
+        )
+    picture = Picture(kind="map", file="map.json", title="The city in the model's head")
+    path = write_run(
+        directory,
+        objective,
+        seed,
+        items=items,
+        numbers=numbers,
+        decoding=decoding,
+        pictures=[picture],
+    )
     rides = []
     for _ in range(60):
         here = source = int(luck.integers(len(NETWORK)))
@@ -205,56 +409,52 @@ def write_city_run(directory: Path, objective: str, seed: int) -> Path:
 def write_word_problem_run(directory: Path, objective: str, seed: int) -> Path:
     """One run of the word problem: the transformers fail beyond eight elements, the dynamics model
     does not."""
-    places = np.arange(1, 25)
-    transformer = np.where(places <= 8, 0.98, 0.2 + 0.78 * np.exp(-(places - 8) / 2)) - 0.005 * seed
-    curves = {"transformer_accuracy_by_position": transformer.tolist()}
-    items = {
-        f"transformer_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * transformer[n - 1])
-        for n in (8, 16, 24)
+    x = np.arange(1, 25)
+    curves = {
+        "transformer": np.where(x <= 8, 0.98, 0.2 + 0.78 * np.exp(-(x - 8) / 2)) - 0.005 * seed
     }
     if objective == "nextlat":
-        alone = 0.99 - 0.008 * places - 0.01 * seed
-        curves["dynamics_accuracy_by_position"] = alone.tolist()
-        items |= {
-            f"dynamics_accuracy_{n}": np.arange(ITEMS) < round(ITEMS * alone[n - 1])
-            for n in (8, 16, 24)
-        }
-    return write_run(directory, objective, seed, task="word-problem", items=items, curves=curves)
+        curves["dynamics"] = 0.99 - 0.008 * x - 0.01 * seed
+    chart = Chart(
+        name="accuracy",
+        title="Accuracy by position",
+        x="elements read",
+        lines=[Line(values=values.tolist(), series=name) for name, values in curves.items()],
+        alt="Accuracy of {models} by the number of elements read.",
+        marks=[Mark(text="trained up to here", x=8), Mark(text="chance", y=1 / 5)],
+    )
+    items = {
+        accuracy(name, length).key: np.arange(ITEMS) < round(ITEMS * values[length - 1])
+        for name, values in curves.items()
+        for length in (8, 16, 24)
+    }
+    return write_run(directory, objective, seed, task="word-problem", items=items, charts=[chart])
 
 
 def write_path_star_run(
-    directory: Path, objective: str, seed: int, losses: dict[int, float], exact: float
+    directory: Path, objective: str, seed: int, losses: Mapping[int, float], exact: float
 ) -> Path:
-    """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths;
-    the branch is as good as the path."""
-    shares = {1: 1.0, 2: exact, 3: 1.0}
+    """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths."""
+    paths = np.arange(ITEMS) < round(ITEMS * exact)
     items = {
-        f"accuracy_position_{place}": np.arange(ITEMS) < round(ITEMS * share)
-        for place, share in shares.items()
+        "exact_path_accuracy": paths,
+        "exact_path_accuracy_sampled": paths,
+        "next_token_loss": np.full(ITEMS, 0.2),
     }
-    items |= {
-        name: items["accuracy_position_2"]
-        for name in ("exact_path_accuracy", "exact_path_accuracy_sampled")
-    }
-    items["next_token_loss"] = np.full(ITEMS, 0.2)
-    path = write_run(
-        directory,
-        objective,
-        seed,
-        task="path-star",
-        items=items,
-        curves={"accuracy_by_position": list(shares.values())},
+    chart = Chart(
+        name="accuracy",
+        title="Accuracy by node",
+        x="node of the path",
+        lines=[Line(values=[1.0, exact, 1.0], dots=True)],
+        alt="Accuracy of {models} by node of the path.",
+        marks=[Mark(text="chance", y=0.5, start=1.75, end=2.25)],
     )
-    log = [
-        line
-        for line in (path / "metrics.jsonl").read_text().splitlines()
-        if "eval_loss" not in line
+    path = write_run(directory, objective, seed, task="path-star", items=items, charts=[chart])
+    log = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    held_out = [
+        {"step": step, "eval_loss": loss, "eval_next_token": loss} for step, loss in losses.items()
     ]
-    log += [
-        json.dumps({"step": step, "eval_loss": loss, "eval_next_token": loss})
-        for step, loss in losses.items()
-    ]
-    (path / "metrics.jsonl").write_text("".join(line + "\n" for line in log))
+    write_log(path, [*(line for line in log if "eval_loss" not in line), *held_out])
     return path
 
 
@@ -262,36 +462,40 @@ def write_countdown_run(directory: Path, objective: str, seed: int, solved: floa
     """One run with two equations; held-out targets are solved half as often as those seen in
     training."""
     shares = {"solved_seen": solved, "solved_held_out": solved / 2}
-    for place, easier in ((1, 0.9), (2, 0.3)):
-        shares |= {
-            f"true_equation_{place}_seen": easier + (1 - easier) * solved,
-            f"true_equation_{place}_held_out": easier,
-        }
+    lines = {"seen": [0.9 + 0.1 * solved, 0.3 + 0.7 * solved], "held-out": [0.9, 0.3]}
+    shares |= {
+        equation(place, split).key: values[place - 1]
+        for place in (1, 2)
+        for split, values in lines.items()
+    }
+    chart = Chart(
+        name="equations",
+        title="True equations",
+        x="equation",
+        lines=[Line(values=values, series=split, dots=True) for split, values in lines.items()],
+        alt="Share of true equations of {models}.",
+    )
     items = {name: np.arange(ITEMS) < round(ITEMS * share) for name, share in shares.items()}
-    return write_run(directory, objective, seed, task="countdown", items=items)
+    return write_run(directory, objective, seed, task="countdown", items=items, charts=[chart])
 
 
 def write_hmm_run(directory: Path, objective: str, seed: int, r2: float, states: int = 3) -> Path:
     """One run of the hidden Markov model whose state tells this much of the belief; the first
-    places are the corners of the simplex."""
+    positions are the corners of the simplex."""
     luck = np.random.default_rng(seed)
     items = {
         "belief_r2": r2 + 0.02 * luck.normal(size=ITEMS),
         "next_token_kl": 0.01 * luck.random(ITEMS),
+        "entropy_floor": np.linspace(0.9, 1.1, ITEMS),
     }
-    items |= {"entropy_floor": np.linspace(0.9, 1.1, ITEMS)}
-    items |= (
-        {"transition_consistency_error": 0.1 + 0.01 * luck.random(ITEMS)}
-        if objective == "nextlat"
-        else {}
-    )
-    path = write_run(directory, objective, seed, task="hmm", items=items)
+    if objective == "nextlat":
+        items["consistency_error"] = 0.1 + 0.01 * luck.random(ITEMS)
+    pictures = [Picture(kind="simplex", file="beliefs.json"), Picture(file="never-drawn.json")]
+    path = write_run(directory, objective, seed, task="hmm", items=items, pictures=pictures)
     true = np.concatenate([np.eye(states), np.random.default_rng(0).dirichlet(np.ones(states), 40)])
     decoded = true + (1 - r2) * (luck.dirichlet(np.ones(states), len(true)) - 1 / states)
-    _dump(
-        path / "beliefs.json",
-        {"r2": r2, "true": true.round(5).tolist(), "decoded": decoded.round(5).tolist()},
-    )
+    beliefs = {"r2": r2, "true": true.round(5).tolist(), "decoded": decoded.round(5).tolist()}
+    _dump(path / "beliefs.json", beliefs)
     return path
 
 
@@ -300,18 +504,21 @@ def write_text_run(directory: Path, objective: str, seed: int, ahead: float) -> 
     all at one."""
     offsets = np.arange(20)
     curve = 3 + 2 * (1 - np.exp(-offsets / 4)) + 0.05 * seed - ahead * offsets / 19
+    chart = Chart(
+        name="probes",
+        title="Linear probes of the state",
+        x="tokens ahead",
+        unit="nats",
+        lines=[Line(values=curve.tolist(), dots=True)],
+        alt="Cross-entropy of linear probes of {models}.",
+        minus_baseline=True,
+        linear_within=0.1,
+    )
     items = {
         "perplexity": np.full(ITEMS, 12.0 + seed),
         "effective_latent_rank": np.full(ITEMS, 40.0),
     }
-    return write_run(
-        directory,
-        objective,
-        seed,
-        task="text",
-        items=items,
-        curves={"probe_cross_entropy": curve.tolist()},
-    )
+    return write_run(directory, objective, seed, task="text", items=items, charts=[chart])
 
 
 def _dump(path: Path, content: Any) -> None:

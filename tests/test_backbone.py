@@ -16,7 +16,7 @@ from transformers import (
 
 import nextlat
 from conftest import FAMILIES, tiny_lm
-from nextlat.backbone import Backbone
+from nextlat.backbone import Backbone, evaluation_mode
 from nextlat.batch import Batch
 
 SHIMMED = {"gemma2", "granite"}  # soft-capping; division of the logits by a constant
@@ -164,6 +164,22 @@ def test_probing_leaves_the_model_as_it_was() -> None:
     assert [m.training for m in lm.modules()] == flags
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in lm.parameters())
+
+
+def test_evaluation_mode_puts_every_flag_back_even_after_an_error() -> None:
+    lm = tiny_lm("gpt2", resid_pdrop=0.5).train()
+    lm.transformer.h[0].eval()
+    flags, ids = [m.training for m in lm.modules()], torch.arange(5)[None]
+
+    def measure() -> None:
+        with evaluation_mode(lm, "an exact model"):
+            assert torch.equal(lm(ids).logits, lm(ids).logits)
+            assert not lm(ids).logits.requires_grad
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        measure()
+    assert [m.training for m in lm.modules()] == flags and torch.is_grad_enabled()
 
 
 def test_a_model_without_a_key_value_cache_is_refused_where_it_would_decode() -> None:

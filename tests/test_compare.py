@@ -205,8 +205,8 @@ def test_a_comparison_goes_on_where_it_was_and_reports_all_of_it(
         len(calls.read_text().split()) == 9
         and "city-tiny-nextlat-d2-s0" not in calls.read_text().split()
     )
-    entries = json.loads((out / "results.json").read_text())
-    assert sorted((entry["objective"], entry["seed"]) for entry in entries) == sorted(
+    entries = json.loads((out / "results.json").read_text())["runs"]
+    assert sorted((entry["objective"]["name"], entry["seed"]) for entry in entries) == sorted(
         (name, s) for name in FIVE for s in (0, 1)
     )
     assert "NextLat" in (out / "report.html").read_text()
@@ -225,7 +225,7 @@ def test_a_failed_job_does_not_keep_the_others_from_their_report(
     code, err = _compare(out)
     assert code == 2
     assert "error: 'city-tiny jtp s1' failed: the disk is full" in err
-    assert len(json.loads((out / "results.json").read_text())) == 9
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 9
     assert (out / "report.html").exists()
 
 

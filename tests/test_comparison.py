@@ -11,20 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fabricated_runs import ITEMS, write_run
+from fabricated_runs import ITEMS, METRICS, TITLES, accuracy, write_run
 from nextlat.errors import NextLatError
-from nextlat.evaluation import HIGHER_IS_BETTER
 from nextlat.report import claims, compare, read_runs
 from nextlat.report.comparison import Difference, TaskComparison, verdict
-from nextlat.report.glossary import describe, higher_is_better, order
-from nextlat.report.published import PUBLISHED
-from nextlat.tasks.countdown import CountdownConfig
-from nextlat.tasks.hmm import HMM
-from nextlat.tasks.path_star import PathStarConfig
-from nextlat.tasks.streets.streets import Streets
-from nextlat.tasks.text.text import Text
-from nextlat.tasks.word_problem import WordProblemConfig
+from nextlat.report.output import content
+from nextlat.results import Metric
 
+SPEED = METRICS["decoding_speedup"]
 Items = dict[str, list[float] | np.ndarray]
 
 
@@ -34,12 +28,12 @@ def compared(
     """Runs of NextLat and of the baseline with these items, by seed."""
     paths = [write_run(folder / f"{name}-{seed}", name, seed, items=items, **options)  # type: ignore[arg-type]
              for name, runs in (("nextlat", ours), ("next-token", theirs)) for seed, items in runs.items()]  # fmt: skip
-    [task] = compare(read_runs(paths)).tasks
+    [task] = compare(read_runs(paths))
     return task
 
 
 def difference(task: TaskComparison, name: str, label: str = "NextLat d=2") -> Difference:
-    return next(metric for metric in task.metrics if metric.name == name).differences[label]
+    return next(one for one in task.metrics if one.metric.key == name).differences[label]
 
 
 def half(flips: int = 0) -> np.ndarray:
@@ -72,11 +66,12 @@ def test_items_are_paired(tmp_path: Path) -> None:
         ("valid_trajectories", 0, "within noise"),
         ("next_token_loss", -8, "better"),
         ("effective_latent_rank", 8, "worse"),
-        ("never_heard_of", 8, "no claim"),
+        ("neither_is_better", 8, "no claim"),
     ],
 )
 def test_verdict_of_one_seed(tmp_path: Path, name: str, flips: int, expected: str) -> None:
-    task = compared(tmp_path, {0: {name: half(flips)}}, {0: {name: half()}})
+    neither = Metric(name="neither_is_better", title="Neither", higher_is_better=None)
+    task = compared(tmp_path, {0: {name: half(flips)}}, {0: {name: half()}}, declared=[neither])
     assert difference(task, name).verdict == expected
     [claim] = claims(task)
     assert claim.verdict == expected
@@ -86,7 +81,7 @@ def test_verdict_of_one_seed(tmp_path: Path, name: str, flips: int, expected: st
 
 def test_a_number_without_items_proves_nothing_from_one_seed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", numbers={"decoding_speedup": 2.5})
-    [task] = compare(read_runs([run])).tasks
+    [task] = compare(read_runs([run]))
     assert difference(task, "decoding_speedup").verdict == "no claim"
     assert "nothing is claimed" in claims(task)[0].text
 
@@ -168,7 +163,7 @@ def test_decoding_is_compared_with_plain_decoding(tmp_path: Path) -> None:
         for seed in range(3)
     ]
     paths += [write_run(tmp_path / f"b{seed}", "next-token", seed, numbers={}) for seed in range(3)]
-    [task] = compare(read_runs(paths)).tasks
+    [task] = compare(read_runs(paths))
     found = difference(task, "decoding_speedup")
     assert (found.theirs, found.verdict, found.against) == (
         1.0,
@@ -183,23 +178,80 @@ def test_changed_output_is_never_called_a_speedup(tmp_path: Path) -> None:
             tmp_path / str(seed),
             seed=seed,
             numbers={"decoding_speedup": 3.0 + seed},
-            decoding={"identical": seed > 0},
+            declared=[SPEED.model_copy(update={"higher_is_better": None if seed == 0 else True})],
         )
         for seed in range(3)
     ]
-    [task] = compare(read_runs(runs)).tasks
-    assert [claim.verdict for claim in claims(task)] == ["no claim"]
+    [task] = compare(read_runs(runs))
+    [claim] = claims(task)
+    assert claim.verdict == "no claim" and "neither direction counts" in claim.text
 
 
-def test_dynamics_alone_is_compared_with_the_baselines_transformer(tmp_path: Path) -> None:
-    ours: Items = {"transformer_accuracy_24": half(-20), "dynamics_accuracy_24": half(50)}
-    task = compared(
-        tmp_path, {0: ours}, {0: {"transformer_accuracy_24": half()}}, task="word-problem"
-    )
-    found = difference(task, "dynamics_accuracy_24")
+def test_a_counterpart_is_compared_with_what_it_names(tmp_path: Path) -> None:
+    transformer, dynamics = accuracy("transformer", 24).key, accuracy("dynamics", 24).key
+    ours: Items = {transformer: half(-20), dynamics: half(50)}
+    task = compared(tmp_path, {0: ours}, {0: {transformer: half()}}, task="word-problem")
+    found = difference(task, dynamics)
     assert (found.value, found.verdict) == (pytest.approx(50 / ITEMS), "better")
-    assert "transformer of next-token" in found.against
-    assert difference(task, "transformer_accuracy_24").verdict == "worse"
+    assert found.against == "the transformer of next-token"
+    assert difference(task, transformer).verdict == "worse"
+
+
+def test_metrics_come_in_the_order_of_every_run(tmp_path: Path) -> None:
+    def key(who: str, length: int) -> str:
+        return accuracy(who, length).key
+
+    ours = [key(who, length) for length in (8, 24) for who in ("transformer", "dynamics")]
+    theirs = [key("transformer", length) for length in (8, 16, 24)]
+    runs = {"nextlat": ours, "next-token": theirs}
+    paths = [
+        write_run(tmp_path / name, name, items={key: half() for key in keys})
+        for name, keys in runs.items()
+    ]
+    for order in (paths, paths[::-1]):
+        [task] = compare(read_runs(order))
+        found = [one.metric.key for one in task.metrics]
+        assert len(found) == 5
+        for keys in runs.values():
+            assert [key for key in found if key in keys] == keys
+
+
+def test_a_value_that_is_not_finite_is_shown_and_proves_nothing(tmp_path: Path) -> None:
+    paths = [
+        write_run(
+            tmp_path / f"{name}-{seed}",
+            name,
+            seed,
+            numbers={"perplexity": None if name == "nextlat" else 9.0},
+        )
+        for name in ("nextlat", "next-token")
+        for seed in (0, 1)
+    ]
+    [task] = compare(read_runs(paths))
+    [claim] = claims(task)
+    assert claim.verdict == "no claim" and "not a number against 9.00" in claim.text
+
+
+def test_any_objective_can_be_the_baseline(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / name, name, items={"valid_trajectories": half(flips)})
+        for name, flips in (("next-token", 0), ("nextlat", 50), ("mtp", 60))
+    ]
+    [task] = compare(read_runs(paths), baseline="nextlat")
+    assert task.baseline == "NextLat d=2" and next(iter(task.models)) == "NextLat d=2"
+    assert difference(task, "valid_trajectories", "next-token").value == pytest.approx(-50 / ITEMS)
+    assert difference(task, "valid_trajectories", "MTP d=2").verdict == "better"
+
+
+def test_an_objective_that_nobody_knows_comes_last_under_its_own_title(tmp_path: Path) -> None:
+    items = {"valid_trajectories": half()}
+    titles = {"aardvark": "Aardvark", **TITLES}
+    paths = [
+        write_run(tmp_path / name, name, items=items, facts={"title": title})
+        for name, title in titles.items()
+    ]
+    [task] = compare(read_runs(paths))
+    assert list(task.models) == ["next-token", "NextLat d=2", "Aardvark d=2"]
 
 
 finite = st.floats(-1e6, 1e6)
@@ -236,11 +288,10 @@ def test_models_are_told_apart_by_what_differs(tmp_path: Path) -> None:
         write_run(
             tmp_path / "d8",
             items=items,
-            horizon=8,
             changes={"objectives.nextlat.horizon": 8, "steps": 999},
         )
     )
-    [task] = compare(read_runs([*paths, paths[0]])).tasks
+    [task] = compare(read_runs([*paths, paths[0]]))
     assert list(task.models) == [
         "next-token",
         "NextLat d=2, lambda_kl=0.1",
@@ -253,25 +304,27 @@ def test_models_are_told_apart_by_what_differs(tmp_path: Path) -> None:
 
 
 def test_comparison_without_a_baseline_claims_nothing(tmp_path: Path) -> None:
-    [task] = compare(
-        read_runs([write_run(tmp_path / "run", items={"valid_trajectories": half()})])
-    ).tasks
+    [task] = compare(read_runs([write_run(tmp_path / "run", items={"valid_trajectories": half()})]))
     assert task.baseline is None
     assert claims(task) == []
     assert "nothing is compared" in task.caveats[0]
 
 
-def _edit(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
+def _edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
     def edit(run: Path) -> None:
         content = json.loads((run / name).read_text())
-        change(content[0] if isinstance(content, list) else content)
+        change(content["runs"][0] if name == "results.json" else content)
         (run / name).write_text(json.dumps(content))
 
     return edit
 
 
-def _truncate(name: str) -> Callable[[Path], None]:
-    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:-20]) and None
+def _write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_text(text)
+
+
+def _truncate(name: str) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:-20])
 
 
 @pytest.mark.parametrize(
@@ -281,36 +334,17 @@ def _truncate(name: str) -> Callable[[Path], None]:
         (_edit("run.json", lambda record: record.update(status="running")), "is not finished"),
         (lambda run: (run / "results.json").unlink(), "run 'nextlat evaluate"),
         (_truncate("results.json"), "corrupt"),
-        (_truncate("scores.safetensors"), "corrupt"),
-        (lambda run: (run / "results.json").write_text("[]"), "corrupt"),
-        (_edit("results.json", lambda entry: entry.pop("metrics")), "corrupt"),
+        (_truncate("scores.npz"), "corrupt"),
+        (_write("results.json", '{"format": 2, "runs": []}'), "is of 0 runs"),
+        (_write("results.json", "[]"), "older version of nextlat (format 1)"),
+        (_edit("results.json", lambda entry: entry.pop("metrics")), "'runs.0.metrics' is missing"),
         (
-            _edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=None)),
-            "corrupt",
-        ),
-        (lambda run: (run / "map.json").write_text("[1, 2"), "corrupt"),
-        (lambda run: (run / "beliefs.json").write_text("[1, 2"), "beliefs.json"),
-        (
-            lambda run: (run / "beliefs.json").write_text(
-                '{"true": [[1, 0, 0]], "decoded": [[1, 0, 0]]}'
-            ),
-            "beliefs.json: KeyError",
+            _edit("results.json", lambda entry: entry["metrics"][0].update(value=0.1)),
+            "do not belong together (valid_trajectories differs)",
         ),
         (
-            lambda run: (run / "beliefs.json").write_text(
-                '{"true": [[1, 0, 0]], "decoded": [[1, 0]], "r2": 1}'
-            ),
-            "beliefs.json: true",
-        ),
-        (
-            lambda run: (run / "beliefs.json").write_text(
-                '{"true": [[1]], "decoded": [[NaN]], "r2": 1}'
-            ),
-            "beliefs.json: true",
-        ),
-        (
-            _edit("results.json", lambda entry: entry["metrics"].update(valid_trajectories=0.1)),
-            "do not belong together",
+            _edit("results.json", lambda entry: entry["metrics"].clear()),
+            "do not belong together (valid_trajectories differs)",
         ),
         (_edit("results.json", lambda entry: entry.update(seed=5)), "of another run"),
         (
@@ -360,69 +394,18 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(NextLatError, match="no runs"):
         read_runs([])
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "run.log").write_text("loss 1.0")
+    assert read_runs([tmp_path / "logs" / "run.log", base, base])[0].directory == base
+    with pytest.raises(NextLatError, match="no runs"):
+        read_runs((tmp_path / "logs").iterdir())
 
 
 def test_comparison_is_json_without_nan(tmp_path: Path) -> None:
     paths = [
-        write_run(tmp_path / name, name, items={"valid_trajectories": [0.5]})
+        write_run(tmp_path / name, name, numbers={"perplexity": None})
         for name in ("nextlat", "next-token")
     ]
-    content = json.loads(json.dumps(compare(read_runs(paths)).to_dict(), allow_nan=False))
-    assert (
-        content["tasks"][0]["metrics"][0]["differences"]["NextLat d=2"]["seeds"]["0"]["stderr"]
-        is None
-    )
-
-
-# ---- the glossary ----
-
-
-def test_every_metric_is_explained_with_the_direction_its_task_gives() -> None:
-    words = WordProblemConfig(group="Z3", length=4, sequences=50, tests=5).build().higher_is_better
-    path = PathStarConfig(arms=2, length=4, names=10, graphs=10, tests=5).build().higher_is_better
-    equations = (
-        CountdownConfig(numbers=3, max_number=9, min_target=1, max_target=20, tests=4)
-        .build()
-        .higher_is_better
-    )
-    of_classes = {**Streets.higher_is_better, **Text.higher_is_better, **HMM.higher_is_better}
-    directions = {
-        **HIGHER_IS_BETTER,
-        **of_classes,
-        **words,
-        **path,
-        **equations,
-        "entropy_floor": None,
-    }
-    for name, direction in directions.items():
-        assert higher_is_better(name) == direction
-        assert describe(name).definition, name
-        assert describe(name).source, name
-    assert {name for row in PUBLISHED["streets"].rows.values() for name in row} <= set(
-        Streets.higher_is_better
-    )
-    for published in PUBLISHED.values():
-        assert published.rows or published.sayings
-        assert all(describe(name).definition for row in published.rows.values() for name in row)
-
-
-def test_metrics_by_place_are_told_apart_and_ordered() -> None:
-    names = [
-        "accuracy_position_10",
-        "true_equation_2_held_out",
-        "true_equation_2_seen",
-        "true_equation_1_held_out",
-        "solved_seen",
-    ]
-    assert sorted(names[1:], key=order) == [names[4], names[3], names[2], names[1]]
-    assert (
-        sorted(["accuracy_position_10", "accuracy_position_9"], key=order)[0]
-        == "accuracy_position_9"
-    )
-    assert [describe(f"accuracy_position_{place}").headline for place in (1, 2, 3)] == [
-        False,
-        True,
-        False,
-    ]
-    titles = {describe(name).title for name in names}
-    assert len(titles) == len(names)
+    [task] = json.loads(json.dumps(content(compare(read_runs(paths))), allow_nan=False))["tasks"]
+    assert task["metrics"][0]["metric"] == "perplexity"
+    assert task["metrics"][0]["differences"]["NextLat d=2"]["value"] is None

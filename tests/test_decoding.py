@@ -1,108 +1,28 @@
 """Self-speculative decoding: the output is the transformer's own, and every cycle costs one forward
 pass."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from scipy.stats import chisquare
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.batch import Batch
-from nextlat.decoding import Cycle, GenerationStats, Pass, Stopping, decode
-from nextlat.decoding.sampling import Greedy, Sampling
-from nextlat.objectives import Objective
+from nextlat.decoding import Cycle, GenerationStats, Pass, Request, Stopping, decode
+from nextlat.decoding.sampling import Greedy
+from reference import VOCABULARY, Oracle, decoding_lm, enumerated, five_token_model, p_value
 
-VOCABULARY, NEW, DRAWS = 50, 24, 25
-
-
-class Oracle(Objective):
-    """Drafts the known continuation of each row, except for the positions in `wrong`.
-
-    It finds its place by the state it is given, which must be the true state there: a cycle that
-    started its draft anywhere else than behind the last verified token would be caught. (In a
-    batch, rows that have ended or have no room left stand anywhere.)
-    """
-
-    name = "oracle"
-    max_draft_length = None
-
-    def __init__(
-        self,
-        model: ObjectiveModel,
-        sequences: Sequence[Tensor],
-        wrong: set[int],
-        strict: bool = True,
-    ) -> None:
-        super().__init__(None, model.backbone)
-        self.sequences, self.wrong, self.strict = sequences, wrong, strict
-        self.states = [model.backbone.states(sequence[None])[0].detach() for sequence in sequences]
-
-    def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        rows = [self.draft_row(h, x.item()) for h, x in zip(state, token, strict=True)]
-        return torch.stack([h for h, _ in rows]), nn.functional.one_hot(
-            torch.stack([x for _, x in rows]), VOCABULARY
-        ).float()
-
-    def draft_row(self, state: Tensor, token: int) -> tuple[Tensor, Tensor]:
-        distances = [(states - state).norm(dim=-1).min(dim=0) for states in self.states]
-        row = min(range(len(distances)), key=lambda b: distances[b].values)
-        (distance, place), sequence = distances[row], self.sequences[row]
-        lost = distance >= 1e-3 * state.norm() or int(place) + 2 >= len(sequence)
-        here = int(place) + 1  # the position of `token`
-        if lost or (here not in self.wrong and token != sequence[here]):
-            assert not self.strict, (
-                "the draft does not start in a state of the transformer, or reads another token than was emitted"
-            )
-            return state, torch.tensor(0)
-        return self.states[row][here], (sequence[here + 1] + (here + 1 in self.wrong)) % VOCABULARY
-
-
-HYBRID: dict[str, dict[str, Any]] = {  # settings of the tiny ones
-    "lfm2": {"block_multiple_of": 8, "tie_word_embeddings": False},
-    "qwen3_next": {
-        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "head_dim": 8, "mlp_only_layers": [0, 1],
-    },
-}  # fmt: skip
-
-
-def hybrid_lm(family: str, layer_types: list[str], **settings: object) -> PreTrainedModel:
-    """A tiny random model with convolutional or recurrent layers beside attention."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": len(layer_types),
-        "initializer_range": 0.2,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    ids = {
-        "vocab_size": VOCABULARY,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    config = CONFIG_MAPPING[family](**sizes, **heads, **ids, layer_types=layer_types, **settings)
-    torch.manual_seed(5)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+NEW, DRAWS = 24, 25
 
 
 @lru_cache
 def greedy_case(family: str, prompt_length: int) -> tuple[PreTrainedModel, Tensor, Tensor]:
     """A model, a prompt (1, T) and what transformers itself makes of it, (T + NEW + 10,)."""
-    if family == "lfm2":
-        lm = hybrid_lm("lfm2", ["conv", "full_attention", "conv"], **HYBRID["lfm2"])
-    else:
-        # Untied: with tied random embeddings the most likely token is mostly the last one, for
-        # ever.
-        lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
+    lm = decoding_lm(family)
     prompt = torch.randint(
         VOCABULARY, (1, prompt_length), generator=torch.Generator().manual_seed(400 + prompt_length)
     )
@@ -180,11 +100,9 @@ def run(
     new: int = NEW,
     eos: frozenset[int] = frozenset(),
 ):
+    request = Request(list(prompt), Greedy(), Stopping(new, eos), draft_length)
     with torch.no_grad():
-        return [
-            done.cycles[0]
-            for done in decode(model, list(prompt), Greedy(), Stopping(new, eos), draft_length)
-        ]
+        return [done.cycles[0] for done in decode(model.objective, request)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -319,51 +237,29 @@ SETTINGS = {
 }
 
 
-def five_token_model() -> tuple[ObjectiveModel, Tensor]:
-    """A model and a prompt; the drafter is so far off that about 40 % of its tokens are rejected."""
-    model = attach(tiny_lm("llama", vocab_size=5, seed=1, num_hidden_layers=1), NextLatConfig())
-    torch.manual_seed(0)
-    for parameter in model.objective.dynamics.f.parameters():
-        nn.init.normal_(parameter, std=0.16)
-    return model, torch.tensor([[3, 1, 4, 1]])
-
-
-def joint(lm: PreTrainedModel, prompt: Tensor, rule: Sampling) -> Tensor:
-    """Exact probabilities (5, 5, 5) of the three tokens behind the prompt, from one uncached
-    forward pass per prefix."""
-    p = torch.ones(5, 5, 5, dtype=torch.float64)
-    for a, b in product(range(5), repeat=2):
-        with torch.no_grad():
-            logits = lm(torch.cat([prompt, torch.tensor([[a, b]])], dim=1)).logits[0, -3:]
-        first, second, third = rule.scores(logits[None])[0].double().softmax(dim=-1)
-        p[a, b] = first[a] * second[b] * third
-    return p
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampled_tokens_follow_the_enumerated_distribution(name: str):
     model, prompt = five_token_model()
-    rule = sampling(**SETTINGS[name], seed=11)
-    expected = joint(model.lm, prompt, rule)
+    sampler = sampling(**SETTINGS[name], seed=11)
+    expected = enumerated(model.lm, prompt, sampler)
     counts, stats = torch.zeros(5, 5, 5, dtype=torch.float64), GenerationStats()
     for draft_length in range(1, 9):
         for _ in range(DRAWS):
             tokens: list[int] = []
             # Room for drafts as long as asked for; three tokens come from one cycle or from
             # several.
-            for done in decode(model, list(prompt), rule, Stopping(draft_length + 2), draft_length):
+            stopping = Stopping(draft_length + 2)
+            for done in decode(
+                model.objective, Request(list(prompt), sampler, stopping, draft_length)
+            ):
                 tokens += done.cycles[0].tokens
                 stats.count(done)
                 if len(tokens) >= 3:
                     break
             counts[tuple(tokens[:3])] += 1
     assert 0.05 < stats.acceptance_rate < 0.95
-    assert counts[expected == 0].sum() == 0
-    mean = expected * (counts.sum() / expected.sum())
-    thick = mean >= 5
-    observed, mean = (torch.cat([x[thick], x[~thick].sum()[None]]) for x in (counts, mean))
-    assert chisquare(observed[mean > 0], mean[mean > 0]).pvalue > 1e-4
+    assert p_value(counts, expected) > 1e-4
 
 
 @torch.no_grad()
@@ -376,11 +272,12 @@ def test_the_drafters_choices_appear_as_often_as_the_transformer_wants():
     probabilities are a martingale of known variance.
     """
     model, prompt = five_token_model()
-    rule = sampling(seed=5)
+    sampler = sampling(seed=5)
     count, mean, variance = torch.zeros(3, 5, dtype=torch.float64)
     for draft_length in (1, 2, 3, 8) * 3:
         tokens, first = prompt[0].tolist(), []
-        for done in decode(model, list(prompt), rule, Stopping(120), draft_length):
+        request = Request(list(prompt), sampler, Stopping(120), draft_length)
+        for done in decode(model.objective, request):
             [cycle] = done.cycles
             first += [len(tokens)] if cycle.drafted else []
             tokens += cycle.tokens
@@ -587,7 +484,7 @@ def test_a_limited_drafter_names_its_limit():
 
 
 def test_a_cache_that_cannot_forget_is_refused():
-    lm = hybrid_lm("qwen3_next", ["linear_attention", "full_attention"], **HYBRID["qwen3_next"])
+    lm = decoding_lm("qwen3_next")
     model, prompt = attach(lm, NextLatConfig()), torch.arange(1, 5)[None]
     with pytest.raises(NextLatError, match="draft_length=0"):
         model.generate(prompt, max_new_tokens=4, draft_length=2)

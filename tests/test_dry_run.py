@@ -49,7 +49,10 @@ def test_operations_are_those_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> N
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     again = (
-        2 * model.backbone.width * model.backbone.vocab_size * int(model.counts(**batch)[0])
+        2
+        * model.backbone.width
+        * model.backbone.vocab_size
+        * int(model.counts(**batch)["next_token"])
     )  # recomputed logits
     assert cost.flops is not None
     assert sum(cost.flops.values()) == pytest.approx(

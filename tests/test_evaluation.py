@@ -170,8 +170,9 @@ def test_nothing_is_claimed_about_speed_where_drafts_changed_the_output(
 ) -> None:
     _, task, model = open_run(small_run)
     direction = {metric.name: metric.higher_is_better for metric in METRICS[1:]}
-    *metrics, facts = measure_decoding(model, task)
+    *metrics, chart, facts = measure_decoding(model, task)
     assert facts.identical
+    assert chart.lines[0].values == facts.acceptance_by_position
     assert {metric.name: metric.higher_is_better for metric in metrics} == direction
 
     def changed(*args: object, **kwargs: object) -> object:
@@ -180,7 +181,7 @@ def test_nothing_is_claimed_about_speed_where_drafts_changed_the_output(
         return timings
 
     monkeypatch.setattr(evaluation, "compare_decoding", changed)
-    *metrics, facts = measure_decoding(model, task)
+    *metrics, chart, facts = measure_decoding(model, task)
     assert not facts.identical
     speeds = {"decoding_speedup", "decoding_speedup_transformers"}
     assert {metric.name: metric.higher_is_better for metric in metrics} == {

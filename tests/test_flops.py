@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nextlat
 from conftest import tiny_lm
+from nextlat.batch import Batch
 from nextlat.objectives import OBJECTIVES, Objective
 from nextlat.objectives.flops import FORWARD, head_weights, step_flops, training_flops, weights
+from reference import listed
 
 VOCAB, ROWS, T = 50, 2, 24
 CONFIGS = [
@@ -46,6 +48,12 @@ def batch(*, packed: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
 
 
+def predict(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> dict[str, float]:
+    predicted = step_flops(model.objective, Batch.from_inputs(**inputs))
+    assert predicted is not None
+    return predicted
+
+
 def counted(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> int:
     """Forward and backward."""
     counter = FlopCounterMode(display=False)
@@ -61,12 +69,11 @@ def counted(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> int:
 def recomputed(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> float:
     """What the method itself does not ask for: logits made a second time in the backward pass, and
     what is only logged."""
-    config, counts = model.objective.config, model.counts(**inputs).tolist()
-    head, products = head_weights(model.backbone), sum(counts)
-    if isinstance(config, nextlat.BSTConfig):
-        return FORWARD * (
-            head * products + weights(model.objective.text_head) * counts[2]
-        )  # counts[2]: the log's
+    config, counts = model.objective.config, listed(model.counts(**inputs))
+    head, products = head_weights(model.backbone), sum(map(sum, counts.values()))
+    if isinstance(config, nextlat.BSTConfig):  # whose next-token loss is for the log
+        logged = sum(counts["next_token"])
+        return FORWARD * (head * products + weights(model.objective.text_head) * logged)
     if isinstance(config, nextlat.NextLatConfig):
         plain_kl = (
             config.kl_loss == "kl" and config.stop_gradient_teacher and config.stop_gradient_head
@@ -74,7 +81,7 @@ def recomputed(model: nextlat.ObjectiveModel, inputs: dict[str, Tensor]) -> floa
         again = (
             0 if plain_kl or not config.lambda_kl else 1 if config.kl_loss == "cross_entropy" else 2
         )
-        products = counts[0] + again * sum(counts[1 + config.horizon :])
+        products = sum(counts["next_token"]) + again * sum(counts[config.kl_loss])
     return FORWARD * head * products
 
 
@@ -89,8 +96,7 @@ def test_prediction_is_what_is_counted(
     )  # the counter cannot see into it
     model = nextlat.attach(tiny_lm(family, VOCAB, tie_word_embeddings=False), config)
     inputs = batch(packed=packed)
-    predicted = step_flops(model, **inputs)
-    assert predicted is not None
+    predicted = predict(model, inputs)
     assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(
         counted(model, inputs), rel=1e-6
     )
@@ -104,9 +110,10 @@ def test_heads_whose_token_lies_beyond_every_document_are_not_counted(
         tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.MTPConfig(horizon=4)
     )
     inputs = {name: value[:, :4] for name, value in batch(packed=False).items()}
-    assert [bool(n) for n in model.counts(**inputs)] == [True, True, True, False, False]
-    predicted = step_flops(model, **inputs)
-    assert predicted is not None
+    assert [n > 0 for n in listed(model.counts(**inputs))["multi_token"]] == [True] * 2 + [
+        False
+    ] * 2
+    predicted = predict(model, inputs)
     assert sum(predicted.values()) + recomputed(model, inputs) == pytest.approx(
         counted(model, inputs), rel=1e-6
     )
@@ -128,7 +135,7 @@ def test_parts_are_named_and_add_up_by_hand() -> None:
     lm = nextlat.llama(7, layers=2, width=8, heads=2)
     model = nextlat.attach(lm, nextlat.NextLatConfig(horizon=2, hidden_size=10))
     layer = 4 * 8 * 8 + 3 * 8 * 32
-    assert training_flops(model, 11) == pytest.approx(
+    assert training_flops(model.objective, 11) == pytest.approx(
         {
             "backbone": 6 * 2 * layer + 12 * 11 * 2 * 8,
             "head": 6 * 56 * 10 / 11,
@@ -141,7 +148,7 @@ def test_parts_are_named_and_add_up_by_hand() -> None:
 def test_objective_without_a_formula_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nextlat.attach(nextlat.llama(7, layers=1, width=8, heads=2), nextlat.NextTokenConfig())
     monkeypatch.setattr(type(model.objective), "flops", Objective.flops)
-    assert training_flops(model, 8) is None
+    assert training_flops(model.objective, 8) is None
 
 
 def test_a_frozen_transformer_has_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,10 +156,9 @@ def test_a_frozen_transformer_has_no_backward_pass(monkeypatch: pytest.MonkeyPat
     model = nextlat.attach(
         tiny_lm("llama", VOCAB, tie_word_embeddings=False), nextlat.NextLatConfig(horizon=2)
     )
-    trained = step_flops(model, **batch(packed=True))
+    trained = predict(model, batch(packed=True))
     model.lm.requires_grad_(False)
-    predicted = step_flops(model, **batch(packed=True))
-    assert predicted is not None and trained is not None
+    predicted = predict(model, batch(packed=True))
     assert sum(predicted.values()) == pytest.approx(counted(model, batch(packed=True)), rel=1e-6)
     assert (
         predicted["dynamics"] == trained["dynamics"]

@@ -2,14 +2,15 @@
 meaning that it has there."""
 
 import functools
+import itertools
 import logging
 import string
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -27,9 +28,10 @@ from transformers.generation.streamers import BaseStreamer
 import nextlat
 from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
-from nextlat.decoding import AdaptiveLength, Costs, Stopping, decode
-from nextlat.decoding.known import batches, known
-from test_decoding import HYBRID, VOCABULARY, Oracle, five_token_model, hybrid_lm, joint
+from nextlat.decoding import AdaptiveLength, Costs, Request, Stopping, decode
+from nextlat.decoding.prepared import prepared, shares_passes
+from nextlat.decoding.sampling import Greedy
+from reference import VOCABULARY, Oracle, decoding_lm, enumerated, five_token_model, p_value
 
 NEW, WIDEST = 22, 11
 RAGGED = (11, 1, 7, 3, 10, 2, 5, 4)
@@ -53,7 +55,7 @@ def theirs(lm: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> An
 def batch_case(family: str, rows: int) -> tuple[ObjectiveModel, Tensor, Tensor, Tensor]:
     """A model whose oracle drafts every row's continuation with mistakes at places of its own, and
     what transformers makes of it."""
-    lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
+    lm = decoding_lm(family)
     lm.generation_config.pad_token_id = 0
     ids, mask = ragged_prompts(rows)
     expected = theirs(lm, ids, mask, max_new_tokens=NEW + 20)
@@ -69,7 +71,7 @@ def batch_case(family: str, rows: int) -> tuple[ObjectiveModel, Tensor, Tensor, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_batches_equal_transformers_with_mixed_acceptance(family: str, rows: int):
     model, ids, mask, expected = batch_case(family, rows)
-    assert batches(model) == (family != "gemma2")
+    assert shares_passes(model.objective) == (family != "gemma2")
     for draft_length in (0, 1, 4, 16, "auto"):
         out, stats = model.generate(
             ids, mask, max_new_tokens=NEW, draft_length=draft_length, return_stats=True
@@ -79,18 +81,14 @@ def test_ragged_batches_equal_transformers_with_mixed_acceptance(family: str, ro
         if draft_length == 4:
             assert 0.2 < stats.acceptance_rate < 0.95
         if (
-            batches(model) or draft_length == 0
+            shares_passes(model.objective) or draft_length == 0
         ):  # without drafts any model's rows share their passes
             assert stats.passes < stats.cycles or rows == 1
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
 def test_without_drafts_recurrent_models_decode_batches_as_transformers_does(family: str, caplog):
-    layers = {
-        "lfm2": ["conv", "full_attention", "conv"],
-        "qwen3_next": ["linear_attention", "full_attention"],
-    }[family]
-    lm = hybrid_lm(family, layers, **HYBRID[family])
+    lm = decoding_lm(family)
     lm.generation_config.pad_token_id = 0
     ids, mask = ragged_prompts(4)
     out, stats = attach(lm, NextTokenConfig()).generate(
@@ -127,7 +125,7 @@ def test_rows_end_at_different_times_wherever_the_end_falls(family: str):
     "config", [nextlat.MTPConfig(horizon=3), nextlat.JTPConfig(horizon=3)], ids=["mtp", "jtp"]
 )
 def test_other_drafters_decode_ragged_batches_too(config: Any):
-    lm = tiny_lm("llama", vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
+    lm = decoding_lm("llama")
     lm.generation_config.pad_token_id = 0
     model, (ids, mask) = attach(lm, config), ragged_prompts(5)
     alone = [
@@ -188,13 +186,58 @@ def test_models_whose_rows_cannot_share_a_pass_say_so_once(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog
 ):
     model, ids, mask, expected = batch_case(family, 3)
-    monkeypatch.setattr("nextlat.decoding.known.supports_ragged", lambda backbone: False)
-    monkeypatch.setattr(known(model), "ragged", {})
+    monkeypatch.setattr(prepared(model.objective), "shares_passes", False)
     with caplog.at_level(logging.WARNING, logger="nextlat"):
         for draft_length in (0, 4):
             out = model.generate(ids, mask, max_new_tokens=NEW, draft_length=draft_length)
             assert out.tolist() == expected[:, : WIDEST + NEW].tolist()
     assert len([r for r in caplog.records if "one after another" in r.message]) == 1
+
+
+def test_what_was_found_out_is_about_the_model_as_it_is_now(monkeypatch: pytest.MonkeyPatch):
+    model = attach(decoding_lm("llama"), NextLatConfig())
+    tried: list[str] = []
+
+    def supports(backbone: Any) -> bool:
+        tried.append("again")
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("not enough memory")
+        return len(tried) % 2 == 0
+
+    monkeypatch.setattr("nextlat.decoding.prepared.supports_ragged", supports)
+    with pytest.raises(torch.OutOfMemoryError):
+        shares_passes(model.objective)
+    assert shares_passes(model.objective) and len(tried) == 2  # a failure was not remembered
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not shares_passes(model.objective)
+    assert shares_passes(model.objective) and len(tried) == 3
+    model.lm.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.lm.model.layers[0].mlp.up_proj)
+    assert shares_passes(model.objective) and len(tried) == 4
+    model.bfloat16()
+    assert not shares_passes(model.objective) and len(tried) == 5
+
+
+def test_calls_that_run_at_the_same_time_do_not_share_what_they_learn(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model, ids, _, expected = batch_case("llama", 1)
+    request, plan = Request([ids[0]], Greedy(), Stopping(NEW), "auto"), AdaptiveLength.plan
+    learning: dict[int, set[int]] = {0: set(), 1: set()}
+
+    def recorded(self: AdaptiveLength, rows: Any) -> int:
+        learning[running].add(id(self))
+        return plan(self, rows)
+
+    monkeypatch.setattr(AdaptiveLength, "plan", recorded)
+    calls = [decode(model.objective, request) for _ in learning]
+    tokens: list[list[int]] = [[], []]
+    with torch.no_grad():
+        while len(tokens[1]) < NEW:
+            for running in learning:
+                for done in itertools.islice(calls[running], 1):
+                    tokens[running] += done.cycles[0].tokens
+    assert tokens == [expected[0, WIDEST : WIDEST + NEW].tolist()] * 2
+    assert all(len(used) == 1 for used in learning.values()) and learning[0] != learning[1]
 
 
 # Words of transformers.
@@ -407,15 +450,16 @@ def test_sampled_batches_follow_the_enumerated_distribution(
     model, prompt = five_token_model()
     rows, new = 500, 9
     prompts = [prompt[0] if b % 2 else prompt[0, 1:] for b in range(rows)]  # two lengths
-    rule = sampling(**settings, seed=4)
+    sampler = sampling(**settings, seed=4)
     choice = POLICIES[policy]() if callable(POLICIES[policy]) else POLICIES[policy]
     if not isinstance(choice, int):
-        monkeypatch.setattr("nextlat.decoding.loop._draft_length", lambda *_: choice)
+        monkeypatch.setattr("nextlat.decoding.loop._draft_length", lambda *_: nullcontext(choice))
     counts = [torch.zeros(5, 5, 5, dtype=torch.float64) for _ in range(2)]
     drafted = accepted = 0
     for _ in range(4):
         tokens: list[list[int]] = [[] for _ in range(rows)]
-        for done in decode(model, prompts, rule, Stopping(new), choice):
+        request = Request(prompts, sampler, Stopping(new), choice)
+        for done in decode(model.objective, request):
             for row, cycle in zip(tokens, done.cycles, strict=True):
                 if cycle is not None:
                     row += cycle.tokens
@@ -425,12 +469,8 @@ def test_sampled_batches_follow_the_enumerated_distribution(
             counts[b % 2][tuple(row[:3])] += 1
     assert drafted == 0 if policy == "plain" else 0.1 < accepted / drafted < 0.95
     for odd, observed in enumerate(counts):
-        expected = joint(model.lm, prompt if odd else prompt[:, 1:], rule)
-        assert observed[expected == 0].sum() == 0
-        mean = expected * (observed.sum() / expected.sum())
-        thick = mean >= 5
-        cells, means = (torch.cat([x[thick], x[~thick].sum()[None]]) for x in (observed, mean))
-        assert chisquare(cells[means > 0], means[means > 0]).pvalue > 1e-4
+        expected = enumerated(model.lm, prompt if odd else prompt[:, 1:], sampler)
+        assert p_value(observed, expected) > 1e-4
 
 
 # One graph for a cycle.
@@ -459,7 +499,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
 def test_a_compiled_cycle_is_one_graph_with_the_same_output(family: str, traced: list[Any]):
-    lm = tiny_lm(family, vocab_size=VOCABULARY, seed=5, tie_word_embeddings=False)
+    lm = decoding_lm(family)
     lm.generation_config.pad_token_id = 0
     model = attach(lm, NextLatConfig())
     ids, mask = ragged_prompts(3)

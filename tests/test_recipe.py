@@ -133,7 +133,7 @@ def test_only_the_chosen_objective_counts(tmp_path: Path) -> None:
         ("backbone.pretrained=gpt2", "has its own sizes: remove backbone.layers, backbone.width, backbone.heads"),
         ("backbone.heads=", "backbone needs layers, width and heads"),
         ("gradient_accumulation=3", "batch_size 8 is no multiple of gradient_accumulation 3"),
-        ("objectives.nextlat.horizon=0", "horizon is 0: it must be at least 1"),
+        ("objectives.nextlat.horizon=0", "'objectives.nextlat.horizon' = 0 is not valid: input should be greater"),
         ("steps", "'steps' is not an override: write key=value"),
         ("=3", "is not an override"),
         ("a..b=3", "is not an override"),

@@ -1,5 +1,5 @@
-"""The report: pictures that show every seed, and one page that needs nothing but itself and claims
-only what the verdicts allow."""
+"""The report: one document, which as a page, as Markdown and in a terminal says what the comparison
+found, and which no text of a run can break."""
 
 import base64
 import errno
@@ -9,42 +9,51 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.image import imread
-from rich.console import Console
+from rich.console import Console, RenderableType
+from typer.testing import CliRunner
 
 from fabricated_runs import (
-    CITY,
     FIVE,
     NETWORK,
-    PARTS,
     write_city_run,
-    write_countdown_run,
-    write_hmm_run,
+    write_log,
     write_path_star_run,
     write_run,
-    write_text_run,
     write_word_problem_run,
 )
+from nextlat.cli import app
 from nextlat.errors import NextLatError
-from nextlat.report import (
-    claims,
-    compare,
-    plots,
-    read_runs,
-    task_plots,
-    terminal_table,
-    write_report,
+from nextlat.report import claims, compare, read_runs, terminal_table, write_report
+from nextlat.report.claims import difference_text, estimate_text, with_error
+from nextlat.report.document import document
+from nextlat.report.render import terminal
+from nextlat.results import (
+    Chart,
+    Line,
+    Mark,
+    Metric,
+    Picture,
+    Published,
+    PublishedFigures,
+    Saying,
+    Solved,
+    TaskFacts,
 )
-from nextlat.report.comparison import TaskComparison
-from nextlat.report.drawing import PALETTE
-from nextlat.report.wording import with_error
-from nextlat.tasks.streets.map import map_record, read_map_record, reconstruct
+from nextlat.tasks.streets.map import map_record, reconstruct
 
 OBJECTIVES = ("next-token", "nextlat")
-VOID = {"meta", "img", "br"}
+LIMIT = 0.1 * np.log(2) / 4
+FALLING = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 1.1, 400: LIMIT * 0.9}
+EARLY = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 0.5, 400: LIMIT * 0.9}
+NEVER = {100: 0.3, 200: 0.17, 300: 0.17, 400: 0.17}
+MARKS = {"better": "▲ better", "worse": "▼ worse", "within noise": "≈ within noise"}
+NARROW = "\N{NO-BREAK SPACE}"
 
 
 class Page(HTMLParser):
@@ -60,119 +69,152 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag not in {"meta", "img", "br"}:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words += data.replace("\N{NO-BREAK SPACE}", " ")
+        self.words += data.replace(NARROW, " ")
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table as rows of cells, its head first; a cell that is not closed, or a row too many or
+    too few of them, fails."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [
+            re.split(r"(?<!\\)\|", line.replace(NARROW, " "))[1:-1] for line in block.splitlines()
+        ]
+        assert {len(row) for row in rows} == {len(rows[0])}
+        assert set("".join(rows[1])) <= {"-", " "}
+        assert len({len(line) for line in block.splitlines()}) == 1  # columns line up in the text
+        found.append([[cell.strip() for cell in row] for row in (rows[0], *rows[2:])])
+    return found
+
+
+def section(text: str, title: str) -> str:
+    [found] = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def printed(shown: RenderableType, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(shown)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    return text
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A city and a word problem by two objectives, at two seeds and at one."""
     folder = tmp_path_factory.mktemp("runs")
-    paths = [
+    city = [
         write_city_run(folder / f"city-{name}-{seed}", name, seed)
         for seed in (0, 1)
         for name in OBJECTIVES
     ]
-    return paths + [
-        write_word_problem_run(folder / f"words-{name}", name, 0) for name in OBJECTIVES
+    return city + [write_word_problem_run(folder / f"words-{name}", name, 0) for name in OBJECTIVES]
+
+
+@pytest.fixture(scope="module")
+def stars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Path-Star by all objectives: NextLat solves both seeds, BST one of them, the others guess."""
+    folder = tmp_path_factory.mktemp("stars")
+    exact = {"nextlat": (0.99, 1.0), "bst": (0.985, 0.995)}
+    logs = {"nextlat": (FALLING, EARLY), "bst": (EARLY, NEVER)}
+    return [
+        write_path_star_run(
+            folder / f"{name}-{seed}",
+            name,
+            seed,
+            logs.get(name, (NEVER, NEVER))[seed],
+            exact.get(name, (0.5, 0.52))[seed],
+        )
+        for name in FIVE
+        for seed in (0, 1)
     ]
 
 
 @pytest.fixture(scope="module")
-def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(read_runs(runs), tmp_path_factory.mktemp("report") / "new")
+def report(
+    runs: list[Path], stars: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The page and the Markdown of both."""
+    folder = tmp_path_factory.mktemp("docs")
+    text = folder / "more" / "results.md"
+    return write_report(read_runs([*runs, *stars]), folder / "pictures and page", text), text
 
 
-@pytest.fixture
-def city(runs: list[Path]) -> TaskComparison:
-    return compare(read_runs(runs)).tasks[0]
+# ---- the page ----
 
 
-def test_the_page_is_whole_and_needs_nothing_else(report: Path) -> None:
-    text = report.read_text()
+def test_the_page_is_whole_and_needs_nothing_else(report: tuple[Path, Path]) -> None:
+    text = report[0].read_text()
     page = Page(text)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert "url(" not in text
     assert "@import" not in text
-    assert not [attrs for _, attrs in page.tags if "href" in attrs]
+    anchors = {f"#{attrs['id']}" for _, attrs in page.tags if "id" in attrs}
+    links = {attrs["href"] for _, attrs in page.tags if "href" in attrs}
+    assert len(links) == 3 and links <= anchors
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    # two models x two seeds; metrics, curves and acceptance of the city; metrics, accuracy and
-    # curves of the word problem
-    assert len(images) == 4 + 3 + 3
+    # Two maps at two seeds; metrics, curves and acceptance of the city; metrics, accuracy and curves
+    # of the word problem and of Path-Star.
+    assert len(images) == 4 + 3 + 3 + 3
     for image in images:
         head, data = str(image["src"]).split(",")
         assert head == "data:image/png;base64"
         assert imread(io.BytesIO(base64.b64decode(data))).shape[1] > 500
         assert len(str(image["alt"])) > 20
-    assert any(
-        "name" in attrs and attrs["name"] == "viewport" for tag, attrs in page.tags if tag == "meta"
-    )
+    assert any(attrs.get("name") == "viewport" for tag, attrs in page.tags if tag == "meta")
+    scopes = [attrs.get("scope") for tag, attrs in page.tags if tag == "th"]
+    assert {*scopes} == {"row", "col"}
 
 
-def test_the_page_says_what_the_comparison_found(report: Path, runs: list[Path]) -> None:
-    words = Page(report.read_text()).words
-    comparison = compare(read_runs(runs))
-    found = [claim for task in comparison.tasks for claim in claims(task)]
+def test_page_and_record_say_what_the_comparison_found(
+    report: tuple[Path, Path], runs: list[Path], stars: list[Path]
+) -> None:
+    page, _ = report
+    words = Page(page.read_text()).words
+    found = [claim for task in compare(read_runs([*runs, *stars])) for claim in claims(task)]
     assert {claim.verdict for claim in found} == {"better", "worse", "within noise"}
     for claim in found:
         assert claim.text in words
-    assert "±\N{NO-BREAK SPACE}" in unescape(
-        report.read_text()
-    )  # numbers do not come apart at the end of a line
+    assert "± " not in unescape(page.read_text())  # numbers do not come apart at the end of a line
     for needed in (
+        "NextLat, MTP, JTP, BST against next-token",
         "another scale",
         "52.7",
         "minus the transformer's own token",
         "nextlat train city-small --objective nextlat --seed 1",
         "123,456",
         "3.11.2",
+        '"batch_size": 16',
     ):
         assert needed in words
-    stored = json.loads((report.parent / "comparison.json").read_text())
+    stored = json.loads((page.parent / "comparison.json").read_text())
     assert [claim["text"] for claim in stored["claims"]] == [claim.text for claim in found]
-    [rank] = [
-        metric
-        for metric in stored["tasks"][0]["metrics"]
-        if metric["name"] == "effective_latent_rank"
-    ]
-    assert rank["differences"]["NextLat d=2"]["value"] == pytest.approx(-7.3, abs=1)
+    metrics = {one["metric"]: one for one in stored["tasks"][0]["metrics"]}
+    rank = metrics["effective_latent_rank"]["differences"]["NextLat d=2"]
+    assert rank["value"] == pytest.approx(-7.3, abs=1)
 
 
-def test_pictures_lie_beside_the_page(report: Path) -> None:
-    names = {path.name for path in report.parent.iterdir()}
-    assert {
-        "maps-streets-s0.png",
-        "maps-streets-s1.png",
-        "learning-curves-streets.png",
-        "accuracy-word-problem.png",
-    } <= names
-    assert not [name for name in names if name.startswith(".")]
-
-
-def test_whatever_is_in_a_run_is_escaped(tmp_path: Path) -> None:
-    run = write_run(
-        tmp_path / "run",
-        items={"<b>metric": np.ones(3)},
-        record={"recipe_name": "<script>", "command": ["x", "<img src=x>"]},
-    )
-    page = Page(write_report(read_runs([run]), tmp_path / "report").read_text())
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert "<b>metric" in page.words
-    assert "<img src=x>" in page.words
-    assert "nothing is compared" in page.words
-
-
-@pytest.mark.parametrize("step", ["drawing.save", "pictures.draw_maps", "writing.move_into"])
+@pytest.mark.parametrize("step", ["figures.save", "pictures.draw_maps", "output.move_into"])
 def test_a_full_disk_leaves_the_old_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
-    (run / "metrics.jsonl").unlink()
+    run = write_run(
+        tmp_path / "run",
+        items={"valid_trajectories": np.ones(3)},
+        pictures=[Picture(kind="map", file="map.json")],
+    )
+    write_log(run, [])
     (run / "map.json").write_text(json.dumps(map_record(NETWORK, reconstruct(NETWORK, []))))
     page = tmp_path / "report" / "report.html"
     page.parent.mkdir()
@@ -188,157 +230,157 @@ def test_a_full_disk_leaves_the_old_report(
     assert page.read_text() == "old"
 
 
-def test_bad_places_and_maps_are_one_sentence(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
-    (run / "metrics.jsonl").unlink()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NextLatError, match="cannot write"):
-        write_report(read_runs([run]), tmp_path / "file" / "report")
-    (run / "map.json").write_text('{"used": []}')
-    with pytest.raises(NextLatError, match=r"map.json is corrupt"):
-        write_report(read_runs([run]), tmp_path / "report")
+# ---- Markdown ----
 
 
-# ---- pictures ----
+def test_the_table_says_of_every_model_what_the_comparison_found(
+    report: tuple[Path, Path], runs: list[Path]
+) -> None:
+    task = compare(read_runs(runs))[0]
+    measured, by_seed, *_ = tables(section(report[1].read_text(), "Streets of a city"))
+    assert measured[0] == ["metric", "next-token", "NextLat d=2"]
+    assert len(measured) == 1 + len(task.metrics)
+    assert by_seed[0] == ["metric", "model", "seed 0", "seed 1"]
+    for one, (_, theirs, ours) in zip(task.metrics, measured[1:], strict=True):
+        if "next-token" not in one.estimates:
+            continue
+        difference, estimate = one.differences["NextLat d=2"], one.estimates["NextLat d=2"]
+        assert theirs == estimate_text(one.metric, one.estimates["next-token"])
+        beside = f"{difference_text(one.metric, difference)}, {MARKS[difference.verdict]}"
+        assert ours == f"{estimate_text(one.metric, estimate)} ({beside})"
+        [row] = [row for row in by_seed if row[:2] == [one.metric.title, "NextLat d=2"]]
+        for (seed, found), cell in zip(difference.seeds.items(), row[2:], strict=True):
+            text = with_error(*estimate.seeds[seed], one.metric.unit)
+            if one.metric.unit == "share":
+                low, high = (100 * end for end in estimate.intervals[seed])
+                text += f" ({low:.1f} to {high:.1f})"
+            assert cell == f"{text} ({MARKS[found.verdict]})"
 
 
-def test_learning_curves_draw_every_seed(city: TaskComparison) -> None:
-    figure = plots.learning_curves(city)
-    assert figure is not None
-    top, *parts = figure.axes
-    training = [line for line in top.lines if len(line.get_xdata()) == 40]
-    held_out = [line for line in top.lines if len(line.get_xdata()) == 4]
-    assert (len(training), len(held_out)) == (4, 4)
-    assert len({line.get_color() for line in training}) == 2
-    assert [len(ax.lines) for ax in parts] == [2, 2]  # only NextLat has these losses, at two seeds
+def test_every_claim_is_made_and_only_clear_ones_are_in_sight(
+    report: tuple[Path, Path], runs: list[Path], stars: list[Path]
+) -> None:
+    text = re.sub(r"\*\*", "", report[1].read_text().replace(NARROW, " "))
+    folded = "".join(re.findall(r"<details>.*?</details>", text, re.DOTALL))
+    for claim in (claim for task in compare(read_runs([*runs, *stars])) for claim in claims(task)):
+        assert claim.text in text
+        assert (claim.text in folded) == (claim.verdict in ("within noise", "no claim"))
 
 
-def test_metric_panel_draws_every_seed_at_its_value(city: TaskComparison) -> None:
-    figure = plots.metric_panel(city)
-    assert figure is not None
-    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in figure.axes]
+def test_a_section_says_its_scale_and_which_commands_made_it(
+    report: tuple[Path, Path], tmp_path: Path
+) -> None:
+    star = section(report[1].read_text(), "Path-Star")
     assert (
-        len(titles) == len(CITY) + 2
-    )  # mean acceptance length and decoding speed, but not the metrics that repeat them
-    assert [title[-1] for title in titles[:2]] == ["\N{DOWNWARDS ARROW}", "\N{UPWARDS ARROW}"]
-    [rank] = [metric for metric in city.metrics if metric.name == "effective_latent_rank"]
-    ax = figure.axes[titles.index("Effective latent rank\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}")]
-    drawn = sorted(float(bars.lines[0].get_ydata()[0]) for bars in ax.containers)  # type: ignore[union-attr, index, arg-type]
-    assert drawn == sorted(
-        value for estimate in rank.estimates.values() for value, _ in estimate.seeds.values()
+        "optimiser steps: 400 · rows per step: 16 · training tokens: 819,200 · parameters, "
+        "transformer: 123,456" in star
     )
-
-
-def test_accuracy_marks_training_length_and_chance(runs: list[Path]) -> None:
-    figure = task_plots.accuracy_by_position(compare(read_runs(runs)).tasks[1])
-    assert figure is not None
-    [ax] = figure.axes
-    ends = [np.asarray(line.get_xydata()) for line in ax.lines]
-    assert sum(len(line) == 24 for line in ends) == 3  # two transformers, one dynamics model
-    assert any((line[:, 0] == 8).all() for line in ends)
-    assert any((line[:, 1] == 1 / 5).all() for line in ends)
-
-
-def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    (run / "metrics.jsonl").unlink()
-    [task] = compare(read_runs([run])).tasks
-    assert plots.learning_curves(task) is plots.metric_panel(task) is plots.acceptance(task) is None
-    assert task_plots.accuracy_by_position(task) is None
-
-
-def test_a_map_survives_its_record() -> None:
-    reconstructed = reconstruct(NETWORK, [(0, 3, [2, 2, 0, 5]), (1, 1, None)])
-    network, again = read_map_record(json.loads(json.dumps(map_record(NETWORK, reconstructed))))
-    assert network.fingerprint() == NETWORK.fingerprint()
-    assert again.invented == reconstructed.invented
-    assert np.array_equal(again.used, reconstructed.used)
-    assert again.counts() == reconstructed.counts()
-
-
-# ---- five objectives ----
-
-LIMIT = (
-    0.1 * np.log(2) / 4
-)  # G(2, 3): a tenth of guessing one of two arms, over three nodes and the end
-FALLING = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 1.1, 400: LIMIT * 0.9}
-EARLY = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 0.5, 400: LIMIT * 0.9}
-NEVER = {100: 0.3, 200: 0.17, 300: 0.17, 400: 0.17}
-
-
-@pytest.fixture(scope="module")
-def stars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Path-Star by all objectives: NextLat solves both seeds, BST one of them, the others guess."""
-    folder, exact = (
-        tmp_path_factory.mktemp("stars"),
-        {"nextlat": (0.99, 1.0), "bst": (0.985, 0.995)},
+    assert "seeds: 0, 1 · device: cpu (x86\\_64) · threads: 1." in star.replace(
+        "x86_64", "x86\\_64"
     )
-    logs = {"nextlat": (FALLING, EARLY), "bst": (EARLY, NEVER)}
-    return [
-        write_path_star_run(
-            folder / f"{name}-{seed}",
+    assert "\nnextlat train city-small --objective nextlat --seed 0\n" in star
+    assert "another scale" in star and "starts to fail on G(7, 7)" in star
+    assert "Recipe of" not in star  # they are on the page
+    own = {"next-token": 0, "nextlat": 7}
+    command = ["x", "train", "--out", "/home/me", "--no-progress", "--out=there", "y z"]
+    paths = [
+        write_run(
+            tmp_path / name,
             name,
-            seed,
-            logs.get(name, (NEVER, NEVER))[seed],
-            exact.get(name, (0.5, 0.52))[seed],
+            items={"solved_seen": np.ones(3)},
+            record={"parameters": {"lm": 9, "objective": n}, "command": command},
         )
-        for name in FIVE
-        for seed in (0, 1)
+        for name, n in own.items()
     ]
+    write_report(read_runs(paths), tmp_path / "report", tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "parameters, objective's own: 0 (next-token); 7 (NextLat d=2)" in text
+    assert "\nnextlat train 'y z'\n" in text and "/home/me" not in text
 
 
-def test_five_objectives_are_each_compared_with_next_token(
+def test_links_lead_to_the_pictures_and_the_sections(report: tuple[Path, Path]) -> None:
+    page, document = report
+    text = document.read_text()
+    links = re.findall(r"!\[[^\]]+\]\((\S+)\)", text)
+    assert links and all(link.startswith("../") for link in links)
+    shown = {(document.parent / unquote(link)).resolve() for link in links}
+    drawn = set(page.parent.resolve().glob("*.png"))
+    alone = {
+        path for path in drawn if path.name.startswith("map-")
+    }  # the others have them together
+    assert len(alone) == 4 and shown == drawn - alone
+    assert {"maps-streets-s0.png", "accuracy-word-problem.png"} <= {path.name for path in drawn}
+    assert not [path for path in page.parent.iterdir() if path.name.startswith(".")]
+    anchors = {
+        re.sub(r"[^\w -]", "", line).lower().replace(" ", "-")
+        for line in re.findall(r"^## (.*)$", text, re.MULTILINE)
+    }
+    sections = re.findall(r"\]\(#(.+?)\)", text)
+    assert len(sections) == 3 and set(sections) <= anchors
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder.md").mkdir()
+    for place in (tmp_path / "folder.md", tmp_path / "file" / "results.md"):
+        words = ["report", *map(str, runs[-2:]), "-o", str(tmp_path / "report")]
+        result = CliRunner().invoke(app, [*words, "--markdown", str(place)])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: cannot write {place}: ")
+        assert result.stderr.count("\n") == 1
+    with pytest.raises(NextLatError, match="cannot write"):
+        write_report(read_runs(runs[-1:]), tmp_path / "file" / "report")
+    assert (tmp_path / "file").read_text() == "old"
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_the_command_names_both_and_replaces_an_older_file(
     stars: list[Path], tmp_path: Path
 ) -> None:
-    runs = read_runs(stars)
-    [task] = compare(runs).tasks
+    text = tmp_path / "results.md"
+    text.write_text("old")
+    words = ["report", *map(str, stars), "-o", str(tmp_path / "results")]
+    result = CliRunner().invoke(app, [*words, "--markdown", str(text)])
+    assert result.exit_code == 0, result.stderr
+    assert f"report.html and {text}." in result.stderr
+    assert text.read_text().startswith("# NextLat, MTP, JTP, BST against next-token\n")
+    assert "(results/metrics.png)" in text.read_text()
+
+
+# ---- the terminal ----
+
+
+def test_the_terminal_shows_measurements_and_verdicts(runs: list[Path]) -> None:
+    text = printed(terminal_table(compare(read_runs(runs))))
+    row = re.search(r"Effective latent rank.*\n.*", text.replace(NARROW, " "))
+    assert row is not None
+    assert re.search(
+        r" 28\.\d+ ± 0\.\d+ +21\.\d+ ± 0\.\d+\n +−7\.\d+ ± 0\.\d+ within noise", row[0]
+    )
+    assert "minus the transformer's own" in text
+
+
+def test_many_models_are_shown_beside_the_baseline_in_several_tables(stars: list[Path]) -> None:
+    tasks = compare(read_runs(stars))
     others = ["NextLat d=2", "MTP d=2", "JTP d=2", "BST"]
-    assert list(task.models) == ["next-token", *others]
-    [exact] = [metric for metric in task.metrics if metric.name == "exact_path_accuracy"]
+    [exact] = [one for one in tasks[0].metrics if one.metric.name == "exact_path_accuracy"]
     assert {label: d.value for label, d in exact.differences.items()} == pytest.approx(
         dict(zip(others, (0.485, 0.0, 0.0, 0.48), strict=True)), abs=1e-9
     )
-    page = Page(write_report(runs, tmp_path / "report").read_text())
-    assert "NextLat, MTP, JTP, BST against next-token" in page.words
-    assert all(claim.text in page.words for claim in claims(task))
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(terminal_table(compare(runs)))
-    text = console.export_text()
-    heads = [
-        line.split("next-token ")[1]
-        for line in text.splitlines()
-        if line.startswith("   ") and "next-token " in line
+    text = printed(terminal_table(tasks))
+    heads = [line for line in text.splitlines() if line.startswith("metric")]
+    assert [[label for label in ("next-token", *others) if label in line] for line in heads] == [
+        ["next-token", *others[:2]],
+        ["next-token", *others[2:]],
     ]
-    assert [[label for label in others if label in line] for line in heads] == [
-        others[:2],
-        others[2:],
-    ]
-    assert max(map(len, text.splitlines())) <= 80
     assert "cross-entropy" in text  # no word is broken
 
 
-def test_learning_curves_of_five_objectives_have_a_panel_for_every_part_of_the_loss(
-    stars: list[Path],
+def test_every_rendering_says_which_seeds_solve_it_and_from_which_step(
+    stars: list[Path], report: tuple[Path, Path]
 ) -> None:
-    figure = plots.learning_curves(compare(read_runs(stars)).tasks[0])
-    assert figure is not None
-    _, *parts = figure.axes
-    names = dict.fromkeys(part for objective in FIVE for part in PARTS.get(objective, {}))
-    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in parts]
-    assert titles == [plots.PART_TITLES[name] for name in names]
-    lines = dict(zip(titles, (len(ax.lines) for ax in parts), strict=True))
-    assert lines[plots.PART_TITLES["multi_token"]] == 4  # of MTP and JTP
-    assert lines[plots.PART_TITLES["pairs"]] == 2
-    boxes = [ax.get_position() for ax in parts]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-def test_path_star_says_which_seeds_solve_it_and_from_which_step(
-    stars: list[Path], tmp_path: Path
-) -> None:
-    runs = read_runs(stars)
-    page = write_report(runs, tmp_path / "report")
-    stored = json.loads((page.parent / "comparison.json").read_text())["tasks"][0]["solving"]
+    page, document = report
+    stored = json.loads((page.parent / "comparison.json").read_text())["tasks"][2]["solving"]
     assert stored["NextLat d=2"] == {
         "0": {"solved": True, "step": 400},
         "1": {"solved": True, "step": 200},
@@ -348,135 +390,12 @@ def test_path_star_says_which_seeds_solve_it_and_from_which_step(
         "1": {"solved": True, "step": None},
     }
     assert stored["MTP d=2"]["0"] == {"solved": False, "step": None}
-    text = re.sub(r"<[^>]+>", " ", page.read_text())
-    assert re.search(r"NextLat d=2\s+2 of 2\s+from step 400\s+from step 200", text)
-    assert re.search(r"BST\s+1 of 2\s+not solved\s+solved", text)
-    assert "starts to fail on G(7, 7)" in text
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal_table(compare(runs)))
-    words = " ".join(console.export_text().split())
-    assert (
-        "next-token 0 of 2; NextLat d=2 2 of 2, from step 400 (seed 0), 200 (seed 1); MTP" in words
-    )
-
-
-def test_path_accuracy_draws_every_seed_and_chance(stars: list[Path]) -> None:
-    figure = task_plots.path_accuracy(compare(read_runs(stars)).tasks[0])
-    assert figure is not None
-    lines = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines]
-    assert sorted(line[1, 1] for line in lines if len(line) == 3) == [
-        *[0.5] * 3,
-        *[0.52] * 3,
-        0.985,
-        0.99,
-        0.995,
-        1.0,
-    ]
-    assert [line[:, 1].tolist() for line in lines if len(line) == 2] == [[0.5, 0.5]]
-
-
-def test_equations_are_drawn_for_seen_and_held_out_targets(tmp_path: Path) -> None:
-    paths = [
-        write_countdown_run(tmp_path / name, name, 0, 0.3 + 0.1 * place)
-        for place, name in enumerate(FIVE)
-    ]
-    runs = read_runs(paths)
-    [task] = compare(runs).tasks
-    figure = task_plots.equation_accuracy(task)
-    assert figure is not None
-    assert len(figure.axes[0].lines) == 10
-    run = runs[FIVE.index("bst")]
-    drawn = [line.get_ydata() for line in figure.axes[0].lines if line.get_color() == PALETTE[4]]
-    for split, line in zip(("seen", "held_out"), drawn, strict=True):
-        assert list(line) == [run.metrics[f"true_equation_{place}_{split}"] for place in (1, 2)]
-    words = Page(write_report(runs, tmp_path / "report").read_text()).words
-    assert "58.7 %" in words and "another scale" in words
-
-
-def test_probe_curves_are_relative_to_next_token_of_the_same_seed(tmp_path: Path) -> None:
-    better = {"next-token": 0.0, "nextlat": 0.1, "mtp": -0.2}
-    paths = [
-        write_text_run(tmp_path / f"{name}-{seed}", name, seed, x)
-        for name, x in better.items()
-        for seed in (0, 1)
-    ]
-    alone = write_text_run(tmp_path / "alone", "nextlat", 2, 0.5)  # no baseline of this seed
-    figure = task_plots.probe_curves(compare(read_runs([*paths, alone])).tasks[0])
-    assert figure is not None
-    curves = [
-        np.asarray(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 20
-    ]
-    assert sorted(round(float(curve[-1]), 6) for curve in curves) == [-0.1, -0.1, 0.2, 0.2]
-    assert all(abs(curve[0]) < 1e-9 for curve in curves)
-    assert (
-        task_plots.probe_curves(compare(read_runs(paths[:2])).tasks[0]) is None
-    )  # next-token alone
-
-
-def test_the_hmm_is_compared_and_its_entropy_is_no_finding(tmp_path: Path) -> None:
-    paths = [
-        write_hmm_run(tmp_path / name, name, 0, r2)
-        for name, r2 in (("next-token", 0.8), ("nextlat", 0.9))
-    ]
-    [task] = compare(read_runs(paths)).tasks
-    found = {claim.metric: claim.verdict for claim in claims(task)}
-    assert found == {"belief_r2": "better", "next_token_kl": "within noise"}
-    assert "transition_consistency_error" in {metric.name for metric in task.metrics}
-
-
-def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_path: Path) -> None:
-    paths = [
-        write_hmm_run(tmp_path / f"{name}-{s}", name, s, 0.5 + 0.1 * s)
-        for name in FIVE
-        for s in (0, 1)
-    ]
-    [task] = compare(read_runs(paths)).tasks
-    figure = task_plots.beliefs(task)
-    assert figure is not None
-    exact, *decoded = [ax.collections[0] for ax in figure.axes]
-    assert len(decoded) == 5
-    points = np.asarray(exact.get_offsets())
-    np.testing.assert_allclose(
-        points[:3], [[0, 0], [1, 0], [0.5, 3**0.5 / 2]]
-    )  # certainty of one state is its corner
-    assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3  # type: ignore[index]
-    for scatter in decoded:
-        assert np.array_equal(scatter.get_facecolor(), exact.get_facecolor())
-        assert not np.allclose(scatter.get_offsets(), points)  # type: ignore[arg-type]
-    titles = [ax.get_title() for ax in figure.axes]
-    assert titles[2].split("\n") == [
-        "NextLat d=2",
-        "R\N{SUPERSCRIPT TWO} = 0.500",
-    ]  # the first seed
-    figure.draw_without_rendering()
-    boxes = [ax.get_position() for ax in figure.axes]
-    assert [round(box.x0 - boxes[place % 3].x0, 3) for place, box in enumerate(boxes)] == [
-        0
-    ] * 6  # two rows of three
-    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
-
-
-def test_beliefs_about_other_than_three_states_are_not_drawn(tmp_path: Path) -> None:
-    [task] = compare(
-        read_runs([write_hmm_run(tmp_path / "four", "nextlat", 0, 0.9, states=4)])
-    ).tasks
-    assert task_plots.beliefs(task) is None
-    (tmp_path / "four" / "beliefs.json").unlink()
-    assert task_plots.beliefs(compare(read_runs([tmp_path / "four"])).tasks[0]) is None
-
-
-# ---- words ----
-
-
-def test_terminal_table_fits_and_shows_the_verdicts(runs: list[Path]) -> None:
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(terminal_table(compare(read_runs(runs))))
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 80
-    row = re.search(r"Effective latent rank .*\n.*", text)
-    assert row is not None
-    assert re.search(r" 28\.\d+ ± 0\.\d+ +21\.\d+ ± 0\.\d+\n +−7\.\d+ ± 0\.\d+ better", row[0])
-    assert "minus the transformer's own" in text
+    shown = tables(section(document.read_text(), "Path-Star"))[2]
+    assert ["NextLat d=2", "2 of 2", "from step 400", "from step 200"] in shown
+    assert ["BST", "1 of 2", "not solved", "solved"] in shown
+    for text in (Page(page.read_text()).words, printed(terminal_table(compare(read_runs(stars))))):
+        assert re.search(r"NextLat d=2\s+2 of 2\s+from step 400\s+from step 200", text)
+        assert "A seed solves it with nearly all paths exact." in text
 
 
 @pytest.mark.parametrize(
@@ -500,9 +419,140 @@ def test_numbers_show_as_many_digits_as_their_error_deserves(
     assert with_error(value, error, unit, signed=signed) == text  # type: ignore[arg-type]
 
 
-def test_logs_of_a_comparison_are_no_runs(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", items={"valid_trajectories": np.ones(3)})
-    (tmp_path / "run.log").write_text("loss 1.0")
-    assert [found.directory for found in read_runs(tmp_path.iterdir())] == [run]
-    with pytest.raises(NextLatError, match="no runs"):
-        read_runs([tmp_path / "run.log"])
+# ---- whatever a run says ----
+
+HOSTILE = {
+    "HTML": "</td></main><script>alert(1)</script><b>",
+    "an image": '"><img src=x onerror="alert(1)">',
+    "an entity": "&lt;b&gt; &#60;i&#62; &amp;",
+    "table cells": "a|b\\|c\\\\|d",
+    "a broken line": "one\n\n# two\r\n| three |\n---\n",
+    "emphasis": "*a* _b_ **c** __d__ ~~e~~ snake_case",
+    "code": "`a` ``` b\n```\n<script>",
+    "a link": "[a](http://b) ![c](d) [e]: f <http://g>",
+    "a list": "- a\n1. b\n+ c\n> d",
+    "a formula": "$x_{1}$ $\\frac{1}$ $$",
+    "rich's markup": "[red]a[/red] [/] [link=b]c[/link] [bold",
+    "control characters": "\x1b[2Ja\x07\x00\u202eb\u200b",
+    "other letters": "北京 🙂 ½ №",
+    "nothing": " ",
+    "a heading": "# a ##",
+    "a number": "1.",
+    "a flood": "long" * 1000,
+}
+
+
+def hostile_runs(folder: Path, text: str) -> list[Path]:
+    """Two runs all of whose words are this text."""
+    metric = Metric(
+        name="metric",
+        title=text,
+        noun=text,
+        definition=text,
+        source=text,
+        items=text,
+        note=text,
+        published="p",
+    )
+    chart = Chart(
+        name=text,
+        title=text,
+        x=text,
+        alt=text,
+        caption=text,
+        lines=[Line(values=[0.1, 0.2], series=text), Line(values=[0.3, 0.2], series=f"{text}!")],
+        marks=[
+            Mark(text=text, x=1.5),
+            Mark(text=text, y=0.1),
+            Mark(text=text, y=0.2, start=1, end=2),
+        ],
+    )
+    published = Published(
+        setting=text,
+        source=text,
+        figures={
+            "p": PublishedFigures(title=text, by_method={"GPT": 0.1, "NextLat": 0.2, text: 0})
+        },
+        sayings=[Saying(methods=("GPT", text), text=text, of="p")],
+    )
+    solved = Solved(metric=metric.key, at_least=0.5, definition=text)
+    task = TaskFacts(name="streets", title=text, published=published, solved=solved)
+    return [
+        write_run(
+            folder / name,
+            name,
+            items={metric.key: values},
+            declared=[metric],
+            facts={"title": title, "parts": {"next_h": text, "kl": text}},
+            record={
+                "recipe_name": text,
+                "device": text,
+                "command": ["x", text],
+                "versions": {text: text},
+                "git": text,
+            },
+            changes={"backbone.pretrained": text},
+            task_facts=task,
+            charts=[chart],
+            pictures=[
+                Picture(kind="map", file="map.json", title=text, text=text),
+                Picture(kind="simplex", file="beliefs.json", title=text, text=text),
+            ],
+        )
+        for name, title, values in (
+            ("next-token", text, [0.0, 1.0, 0.0, 1.0]),
+            ("nextlat", f"{text} {text}", [1.0, 1.0, 1.0, 0.5]),
+        )
+    ]
+
+
+def renderings(folder: Path, text: str) -> tuple[str, str, str]:
+    """The page, Markdown and what a terminal shows of a report on such runs."""
+    paths = hostile_runs(folder / "runs", text)
+    for path in paths:
+        (path / "map.json").write_text(json.dumps(map_record(NETWORK, reconstruct(NETWORK, []))))
+        beliefs = {"true": np.eye(3).tolist(), "decoded": np.eye(3).tolist(), "r2": 1.0}
+        (path / "beliefs.json").write_text(json.dumps(beliefs))
+    runs = read_runs(paths)
+    page = write_report(runs, folder / "report", folder / "results.md")
+    shown = printed(terminal(document(compare(runs), folder)))
+    return page.read_text(), (folder / "results.md").read_text(), shown
+
+
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    return renderings(tmp_path_factory.mktemp("harmless"), "harmless")
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_no_text_of_a_run_breaks_a_rendering(
+    text: str, harmless: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nextlat.report.figures.DPI", 20)
+    html, markdown, shown = renderings(tmp_path, text)
+    assert not {*shown} & {"\x1b", "\x07", "\x00"}
+    if not text.strip():
+        return  # what is not said has no paragraph
+    assert structure(html) == structure(harmless[0])
+    assert blocks(markdown) == blocks(harmless[1])
+    words = " ".join(re.sub("[\x00-\x1f\u202e\u200b]", " ", text).split())
+    if len(words) < 100:
+        visible = unescape(re.sub("<[^>]+>", "", parser().render(markdown)))
+        for found in (Page(html).words, visible, shown):
+            assert words in " ".join(found.split())
+
+
+def parser() -> MarkdownIt:
+    """Of Markdown with GitHub's tables and deletions."""
+    return MarkdownIt("gfm-like", {"linkify": False})
+
+
+def structure(html: str) -> list[tuple[str, str | None]]:
+    """The tags and classes of a page."""
+    return [(tag, attrs.get("class")) for tag, attrs in Page(html).tags]
+
+
+def blocks(text: str) -> list[str]:
+    """The tokens of Markdown."""
+    tokens = [part for token in parser().parse(text) for part in (token, *(token.children or []))]
+    return [token.type for token in tokens if token.type != "text_special"]

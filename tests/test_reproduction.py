@@ -9,8 +9,7 @@ import pytest
 from fabricated_runs import ITEMS, write_city_run, write_path_star_run, write_run
 from nextlat.report import compare, read_runs, write_report
 from nextlat.report.comparison import TaskComparison
-from nextlat.report.published import PUBLISHED
-from nextlat.report.reproduction import REFERENCE, reproduction, reproduction_summary
+from nextlat.report.published import reproduction, reproduction_summary
 
 
 def compared(
@@ -21,13 +20,12 @@ def compared(
     noise = 0.01 * np.sin(np.arange(ITEMS))
     paths = []
     for name, value in values.items():
-        own = 0 if name in ("next-token", "bst") else horizon
         items = {metric: 0.5 + value + noise * (name != "next-token")}
-        changes = {f"objectives.{name}.horizon": own} if own else {}
-        paths.append(
-            write_run(folder / name, name, task=task, items=items, changes=changes, horizon=own)
+        changes = (
+            {f"objectives.{name}.horizon": horizon} if name in ("nextlat", "mtp", "jtp") else {}
         )
-    [found] = compare(read_runs(paths)).tasks
+        paths.append(write_run(folder / name, name, task=task, items=items, changes=changes))
+    [found] = compare(read_runs(paths))
     return found
 
 
@@ -90,11 +88,9 @@ def test_without_a_baseline_or_an_error_nothing_is_claimed(tmp_path: Path) -> No
         write_run(tmp_path / name, name, items={"valid_trajectories": [0.5]})
         for name in ("nextlat", "next-token")
     ]
-    [task] = compare(read_runs(paths)).tasks
+    [task] = compare(read_runs(paths))
     assert outcomes(task) == {"NextLat d=2": "no claim here"}
-    assert reproduction_summary(reproduction(task)).endswith(
-        "0 within the noise, 1 without an error here."
-    )
+    assert reproduction_summary(task).endswith("0 within the noise, 1 without an error here.")
 
 
 def test_words_stand_beside_the_numbers_of_the_methods_they_are_about(tmp_path: Path) -> None:
@@ -102,7 +98,7 @@ def test_words_stand_beside_the_numbers_of_the_methods_they_are_about(tmp_path: 
     paths = [
         write_path_star_run(tmp_path / name, name, 0, {}, share) for name, share in shares.items()
     ]
-    [task] = compare(read_runs(paths)).tasks
+    [task] = compare(read_runs(paths))
     found = {
         one.model: (one.published, one.estimate.value, one.outcome) for one in reproduction(task)
     }
@@ -113,7 +109,7 @@ def test_words_stand_beside_the_numbers_of_the_methods_they_are_about(tmp_path: 
     }
     assert "near 100 %" in str(found["NextLat d=2"][0]) and found["next-token"][0] == "failed"
     assert {outcome for *_, outcome in found.values()} == {"in words only"}
-    assert "words" in reproduction_summary(reproduction(task))
+    assert "words" in reproduction_summary(task)
 
 
 def test_the_page_and_the_record_show_it(tmp_path: Path) -> None:
@@ -124,10 +120,10 @@ def test_the_page_and_the_record_show_it(tmp_path: Path) -> None:
             for s in range(3)
         ]
     )
-    [task] = compare(runs).tasks
+    [task] = compare(runs)
     page = write_report(runs, tmp_path / "report")
-    text = page.read_text().replace("&nbsp;", " ")
-    assert reproduction_summary(reproduction(task)) in text
+    text = page.read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert reproduction_summary(task) in text
     for words in (
         "What reproduces",
         "52.7 against 160.1",
@@ -137,15 +133,19 @@ def test_the_page_and_the_record_show_it(tmp_path: Path) -> None:
         assert words in text
     stored = json.loads((page.parent / "comparison.json").read_text())["reproduction"]
     assert [(one["metric"], one["outcome"]) for one in stored] == [
-        (one.metric, one.outcome) for one in reproduction(task)
+        (one.metric.key, one.outcome) for one in reproduction(task)
     ]
     assert {"metric": "effective_latent_rank", "outcome": "same direction"}.items() <= stored[
         -1
     ].items()
 
 
-def test_every_method_is_published_beside_the_reference() -> None:
-    for published in PUBLISHED.values():
-        given = published.rows.get(REFERENCE, {})
-        assert all(set(row) <= set(given) for row in published.rows.values())
-        assert set(published.ours or {}) <= set(given)
+def test_figures_are_given_for_every_method_with_those_measured_here_first(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "run", items={"effective_latent_rank": [1.0, 2.0]})])
+    write_report(runs, tmp_path / "report", tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    lines = [
+        line for line in text.splitlines() if line.startswith(("| method", "| JTP", "| truth"))
+    ]
+    assert [line.split()[3] for line in lines] == ["Rank", "215.8", "–"]
+    assert "a whole city (a paper)" in text

@@ -47,7 +47,8 @@ def test_legal_rides_need_no_new_street():
         (1, W, 0),
     }
     assert found.counts() == {
-        "invented": 0, "true_used": 6, "true_unused": 34 - 6, "explained": 3, "astray": 0, "failed": 0, "unclosed": 0,
+        "invented": 0, "true_used": 6, "true_unused": 34 - 6,
+        "explained": 3, "astray": 0, "failed": 0, "unclosed": 0,
     }  # fmt: skip
 
 
@@ -137,9 +138,18 @@ def test_rides_gone_astray_keep_their_streets_and_unclosed_ones_have_none():
         (0, W)
     ]  # to 1, 4, ...: none leads east and yet to 8
     assert found.counts() == {
-        "invented": 1, "true_used": 3, "true_unused": 31, "explained": 0, "astray": 3, "failed": 0, "unclosed": 1,
+        "invented": 1, "true_used": 3, "true_unused": 31,
+        "explained": 0, "astray": 3, "failed": 0, "unclosed": 1,
     }  # fmt: skip
     assert found.rides == 4
+
+
+def test_a_ride_that_was_cut_may_be_anywhere_at_the_end():
+    found = reconstruct(grid(), [(0, None, [E]), (0, None, [W, E, E]), (0, 11, [E])])
+    assert (found.explained, found.astray) == (2, 1)
+    [(start, direction, end)] = found.invented
+    assert (start, direction) == (0, W)
+    assert end in (1, 4)  # the nearest from which two moves east can be made
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,7 +186,7 @@ def test_the_map_keeps_its_constraints_and_explains_its_rides(rides):
     )  # a later invention may explain an earlier failure, never the other way round
 
 
-# --- the record ---------------------------------------------------------------------------------
+# --- the record -----------------------------------------------------------------------------------
 
 
 def test_a_record_gives_back_network_and_map():
@@ -219,7 +229,7 @@ def test_a_damaged_record_is_refused_in_one_sentence(path, value, message):
     assert "\n" not in str(caught.value)
 
 
-# --- the picture --------------------------------------------------------------------------------
+# --- the picture ----------------------------------------------------------------------------------
 
 
 def lines_of(ax) -> dict[str, list[np.ndarray]]:

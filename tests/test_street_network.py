@@ -50,7 +50,7 @@ def network_of(targets: list[list[int]]) -> StreetNetwork:
 
 RING = [[(i + 1) % 8] for i in range(8)]
 
-# --- the generated city -------------------------------------------------------------------------
+# --- the generated city ---------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -118,13 +118,13 @@ def test_a_seed_always_gives_the_same_city():
     assert generate_city().fingerprint() == "d42e4f115db37213"
 
 
-# --- geometry and paths -------------------------------------------------------------------------
+# --- geometry and paths ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("degrees", "expected"),
-    [(0, "N"), (22.4, "N"), (22.6, "NE"), (67.4, "NE"), (67.6, "E"), (90, "E"), (135, "SE"), (180, "S"), (202.6, "SW"),
-     (270, "W"), (315, "NW"), (337.4, "NW"), (337.6, "N"), (359.9, "N")],
+    [(0, "N"), (22.4, "N"), (22.6, "NE"), (67.4, "NE"), (67.6, "E"), (90, "E"), (135, "SE"),
+     (180, "S"), (202.6, "SW"), (270, "W"), (315, "NW"), (337.4, "NW"), (337.6, "N"), (359.9, "N")],
 )  # fmt: skip
 def test_sectors_of_45_degrees_around_each_compass_point(degrees, expected):
     angle, lat = np.radians(degrees), 40.75
@@ -196,7 +196,7 @@ def test_the_fingerprint_sees_every_part():
     assert len(prints) == len(variants)
 
 
-# --- parts --------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def test_the_largest_strongly_connected_part():
@@ -238,7 +238,7 @@ def test_boxes_without_streets_are_refused(box, message):
         generate_city(5, 5).within(*box)
 
 
-# --- held-out pairs -----------------------------------------------------------------------------
+# --- held-out pairs -------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["listed", "sampled"])
@@ -280,7 +280,7 @@ def test_a_city_too_small_to_hold_out_pairs():
         held_out_pairs(network_of([[1], [0]]), 10)
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 NODES = "id,lat,lon\na,40.1,-73.9\nb,40.2,-73.9\n"
 EDGES = "source,direction,target\na,N,b\nb,S,a\n"
@@ -293,7 +293,7 @@ def read(tmp_path: Path, nodes: str | bytes = NODES, edges: str | bytes = EDGES)
 
 
 def test_csv_in_other_people_s_habits(tmp_path):
-    """Windows line ends, a byte-order mark, blank lines, other column orders and further columns."""
+    """Windows line ends, a byte-order mark, blank lines, other column orders, further columns."""
     network = read(
         tmp_path,
         "\ufeffname, lon ,id,lat\r\nfirst,-73.9,a,40.1\r\n\r\nsecond,-73.9,b,40.2\r\n",
@@ -381,7 +381,7 @@ def test_manhattan(data_dir):
     assert nx.is_strongly_connected(graph(village))
 
 
-# --- OpenStreetMap ------------------------------------------------------------------------------
+# --- OpenStreetMap --------------------------------------------------------------------------------
 
 
 def osm_graph() -> nx.MultiDiGraph:
@@ -396,8 +396,10 @@ def osm_graph() -> nx.MultiDiGraph:
         40: (39.9, -74),
     }.items():
         found.add_node(node, y=lat, x=lon, street_count=3)
-    for a, b, length in ((30, 10, 111.0), (10, 20, 85.0), (20, 30, 140.0), (30, 50, 222.0), (50, 10, 111.0), (30, 10, 500.0),
-                         (10, 10, 60.0), (30, 40, 9000.0)):  # fmt: skip
+    for a, b, length in (
+        (30, 10, 111.0), (10, 20, 85.0), (20, 30, 140.0), (30, 50, 222.0), (50, 10, 111.0),
+        (30, 10, 500.0), (10, 10, 60.0), (30, 40, 9000.0),
+    ):  # fmt: skip
         found.add_edge(a, b, osmid=1, length=length, oneway=True)
     return found
 

@@ -449,7 +449,7 @@ def test_tinystories_packs_into_rows(data_dir: Path) -> None:
     assert len(held_out) == 450 and len(held_out.ids) > 50_000
     rows = PackedDocuments(held_out, 256, seed=0)
     for i in range(20):
-        linked = Batch.from_inputs(**{k: x[None] for k, x in rows[i].items()}).linked()
+        linked = Batch.from_inputs(**{k: x[None] for k, x in rows[i].items()}).linked
         inside = (rows[i]["input_ids"][:-1] == 0) & (rows[i]["input_ids"][1:] == 0)
         assert not linked[:-1][inside].any()  # end of one story, beginning of the next
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nextlat
@@ -32,7 +31,7 @@ from nextlat.training.checkpoints import (
 )
 from nextlat.training.recipe import Recipe, load_recipe
 from nextlat.training.run_directory import is_finished, read_metrics, read_record, sole_writer
-from nextlat.training.train import FirstRows, Interrupted, collate, train
+from nextlat.training.train import FirstRows, Interrupted, train
 from nextlat.training.trainer import NextLatTrainer, evaluation_loss
 from test_files import largest_file
 
@@ -364,14 +363,10 @@ def test_evaluation_loss_does_not_depend_on_the_batch() -> None:
     recipe = tiny(horizon=3)
     task = recipe.task.build()
     model, rows = build_model(recipe, task), FirstRows(task.train_dataset(7), 5)
-
-    def loss(batch_size: int) -> dict[str, float]:
-        return evaluation_loss(model, DataLoader(rows, batch_size, collate_fn=collate))
-
-    together = loss(5)
+    together = evaluation_loss(model, rows, 5)
     assert together.keys() == {"loss", "next_token", "next_h", "kl"}
     for batch_size in (1, 2):
-        assert loss(batch_size) == pytest.approx(together, rel=1e-5)
+        assert evaluation_loss(model, rows, batch_size) == pytest.approx(together, rel=1e-5)
     assert model.training  # as it was
 
 
@@ -685,7 +680,8 @@ def test_full_disk_during_the_export_loses_nothing(
 
 def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(
-        NextLatError, match=r"the loss is nan at step 2, .* last sound at step 1: .*optimizer.learning_rate"
+        NextLatError,
+        match=r"the loss is nan at step 2, .* last sound at step 1: .*optimizer.learning_rate",
     ):
         train(
             tiny("optimizer.learning_rate=1e6", "schedule.warmup_steps=0"),

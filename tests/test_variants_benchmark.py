@@ -72,7 +72,7 @@ def test_table_has_every_seed_and_says_what_was_never_found(
     rising = [
         {"step": step, "eval_next_token": loss} for step, loss in ((1000, 0.2), (2000, 0.001))
     ]
-    found = {run.seed: replace(run, log=rising if run.seed == 11 else rising[:1]) for run in runs}
+    found = {run.result.seed: replace(run, log=rising[: run.result.seed - 9]) for run in runs}
     benchmark.print_table([benchmark.row("no KL", ["a=1"], found, metrics)], metrics)
     assert capsys.readouterr().out.splitlines()[-1] == "| no KL | 0.500, 1.000 | -, 2,000 |"
 
@@ -100,4 +100,4 @@ def test_from_the_command_to_the_table(
     assert line["settings"] == [*settings, "objectives.nextlat.lambda_kl=0"]
     assert line["seeds"]["4"].keys() == {"next_token_loss"}
     assert f"| no KL | {line['seeds']['4']['next_token_loss']:.3f} |" in capsys.readouterr().out
-    assert read_runs([tmp_path / "no-KL" / "s4"])[0].seed == 4
+    assert read_runs([tmp_path / "no-KL" / "s4"])[0].result.seed == 4

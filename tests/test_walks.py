@@ -50,7 +50,7 @@ def line(targets: list[list[int]]) -> StreetNetwork:
 
 
 def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
-    """The documents of a packed row, cut where positions restart; checks what must hold of any row."""
+    """The documents of a packed row, cut where positions restart; checks what holds of any row."""
     tokens, positions, valid = (
         row[name].tolist() for name in ("input_ids", "position_ids", "attention_mask")
     )
@@ -88,7 +88,7 @@ def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
     return source - FIRST_NODE, destination - FIRST_NODE, len(moves)
 
 
-# --- walks --------------------------------------------------------------------------------------
+# --- walks ----------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -174,7 +174,7 @@ def test_impossible_walks_are_told():
         random_walks(back_and_forth, 10, min_moves=2, max_moves=2, rng=rng())
 
 
-# --- packing ------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -214,7 +214,7 @@ def test_packed_rows_hold_the_walks_in_full():
         pack(found, 8)
 
 
-# --- the training stream ------------------------------------------------------------------------
+# --- the training stream --------------------------------------------------------------------------
 
 
 def stream(
@@ -296,7 +296,7 @@ def test_manhattan_walks(data_dir):
     assert ends == list(zip(pairs.source[:20], pairs.destination[:20], strict=True))
 
 
-# --- held-out sequences -------------------------------------------------------------------------
+# --- held-out sequences ---------------------------------------------------------------------------
 
 
 def all_walks(
@@ -376,7 +376,7 @@ def test_conditioned_walks_of_many_pairs(monkeypatch):
         conditioned_walks(CITY, far, min_moves=1, max_moves=2, rng=rng())
 
 
-# --- rides that stop where they arrive ----------------------------------------------------------
+# --- rides that stop where they arrive ------------------------------------------------------------
 
 
 def all_rides(
@@ -458,7 +458,7 @@ def test_rows_of_rides_that_stop(kind):
     assert task.published is None
 
 
-# --- settings and tokenizer ---------------------------------------------------------------------
+# --- settings and tokenizer -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

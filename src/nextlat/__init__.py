@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
+    from nextlat.backbone import llama
     from nextlat.decoding.generate import speculative
-    from nextlat.model import ObjectiveModel, attach, llama, load
+    from nextlat.model import ObjectiveModel, attach, load
     from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
+    from nextlat.training.trainer import NextLatTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ObjectiveModel": "nextlat.model",
     "attach": "nextlat.model",
-    "llama": "nextlat.model",
+    "llama": "nextlat.backbone",
     "load": "nextlat.model",
     "speculative": "nextlat.decoding.generate",
     "BSTConfig": "nextlat.objectives",
@@ -27,6 +29,7 @@ _HOME = {
     "MTPConfig": "nextlat.objectives",
     "NextLatConfig": "nextlat.objectives",
     "NextTokenConfig": "nextlat.objectives",
+    "NextLatTrainer": "nextlat.training.trainer",
 }
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "MTPConfig",
     "NextLatConfig",
     "NextLatError",
+    "NextLatTrainer",
     "NextTokenConfig",
     "ObjectiveModel",
     "attach",

@@ -1,15 +1,15 @@
-"""What one training batch means: documents, padding and the two masks of next-latent prediction.
+"""What one training batch means: its documents, its padding, and two masks.
 
-Shapes: B rows, T tokens a row, N = B*T positions in row-major order, d horizon.
+`labels == -100` removes a token from the token-level losses only; padding and document boundaries
+remove positions from everything. The two are never merged: both are turned here, once per batch,
+into boolean vectors over the N positions, from which every loss of every objective is built.
 
-Two masks, never one (spec: "Masks" of the method). `labels == -100` removes a token from the
-token-level losses only; padding and document boundaries remove positions from everything. Both are
-turned here into two boolean vectors over the N positions, and every loss of every objective is
-built from those.
+Shapes: B rows, T tokens per row, N = B*T positions in row-major order, d horizon.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from nextlat.errors import NextLatError
 IGNORE = -100  # the label that transformers leaves out of the cross-entropy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RolloutStep:
-    """Step i of the rollouts that start at every position: which are still inside their document,
-    and where they stand.
+    """Step i of the rollouts that start at every position.
 
-    `kept` indexes the rows of step i - 1 that survive (M,), `state` is the position s = t + i that
-    each survivor has reached (M,), `scored` indexes the survivors whose state s has a next-token
-    loss of its own (K <= M,): only those enter the KL.
+    Attributes:
+        kept: (M,) the rows of step i - 1 whose rollout is still inside its document.
+        state: (M,) the position s = t + i that each of them has reached.
+        scored: (K,) those among the M whose state has a next-token loss of its own; only they
+            enter the KL.
     """
 
     kept: Tensor
@@ -34,7 +35,7 @@ class RolloutStep:
     scored: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The four arguments of a `transformers` causal LM in canonical form.
 
@@ -62,24 +63,22 @@ class Batch:
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> "Batch":
-        """Canonical batch from what a data collator gives.
+        """The canonical batch of what a data collator gives.
 
-        A document boundary is explicit, never guessed from tokens: it is a place where
-        `position_ids` does not go up by one. Without `position_ids`, every row is one document,
-        counted from its first real token. Every padded token (attention_mask 0) becomes a document
-        of its own, on the left as on the right.
+        A document boundary is explicit, never guessed from tokens: it is where `position_ids` does
+        not go up by one. Without `position_ids`, every row is one document, counted from its first
+        real token. Every padded token (attention_mask 0), on the left as on the right, becomes a
+        document of its own.
 
         Raises:
-            NextLatError: a shape other than (B, T), or a mask that is not 2-D.
+            NextLatError: an argument whose shape is not that of `input_ids`.
         """
-        for name, x in {
-            "labels": labels,
-            "position_ids": position_ids,
-            "attention_mask": attention_mask,
-        }.items():
+        others = {"labels": labels, "position_ids": position_ids, "attention_mask": attention_mask}
+        for name, x in others.items():
             if x is not None and x.shape != input_ids.shape:
                 raise NextLatError(
-                    f"{name} has shape {tuple(x.shape)} but input_ids has {tuple(input_ids.shape)}: give one value per token."
+                    f"{name} has shape {tuple(x.shape)} but input_ids has "
+                    f"{tuple(input_ids.shape)}: give one value per token."
                 )
         valid = None if attention_mask is None else attention_mask.bool()
         packed = position_ids is not None
@@ -88,73 +87,84 @@ class Batch:
             position_ids = position_ids.masked_fill(~valid, 0)  # 0, 0, 0: nothing goes up by one
         return cls(input_ids, labels, position_ids, valid, packed)
 
+    @cached_property
     def linked(self) -> Tensor:
-        """(N,) bool: position n and the next one are real tokens of one document (never true in the
+        """(N,) bool: this position and the next are real tokens of one document (never true in the
         last column)."""
-        B, T = self.input_ids.shape
-        link_BT = torch.zeros(B, T, dtype=torch.bool, device=self.input_ids.device)
-        link_BT[:, :-1] = True
+        link_BT = torch.ones_like(self.input_ids, dtype=torch.bool)
+        link_BT[:, -1:] = False
         if self.position_ids is not None:
             link_BT[:, :-1] &= self.position_ids[:, 1:] == self.position_ids[:, :-1] + 1
         if self.valid is not None:
             link_BT[:, :-1] &= self.valid[:, 1:] & self.valid[:, :-1]
         return link_BT.flatten()
 
-    def scored(self) -> Tensor:
-        """(N,) bool: the state at n has a next-token loss, i.e. token n + 1 belongs to its document
-        and is labelled."""
-        return self.linked() & (self.targets() != IGNORE)
-
+    @cached_property
     def targets(self) -> Tensor:
         """(N,) the label that the state at each position is to predict; -100 in the last column."""
         return torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORE).flatten()
 
-    def rollout(self, horizon: int) -> Iterator[RolloutStep]:
+    @cached_property
+    def scored(self) -> Tensor:
+        """(N,) bool: the state here has a next-token loss, i.e. the next token belongs to the same
+        document and has a label."""
+        return self.linked & (self.targets != IGNORE)
+
+    @cached_property
+    def scored_positions(self) -> Tensor:
+        """(K,) the positions where `scored` is true."""
+        return self.scored.nonzero().squeeze(1)
+
+    def rollout(self, horizon: int) -> Sequence[RolloutStep]:
         """The d steps of the rollouts that start at *every* position of the batch.
 
-        Validity is cumulative by construction: a rollout that would need a token of another
-        document is dropped, and with it every later step. Worked example: documents of 3 and 2
-        tokens in one row, positions 0 1 2 0 1. Step 1 reaches states 1, 2, 4 (from 0, 1, 3), step 2
-        reaches state 2 (from 0), step 3 none.
+        Validity is cumulative: a rollout that would need a token of another document is dropped,
+        and with it every later step. Worked example: documents of 3 and 2 tokens in one row,
+        positions 0 1 2 0 1. Step 1 reaches states 1, 2, 4 (from 0, 1, 3), step 2 reaches state 2
+        (from 0), step 3 none.
         """
-        linked, scored = self.linked(), self.scored()
-        state = torch.arange(linked.numel(), device=linked.device)
-        for _ in range(horizon):
-            kept = linked[state].nonzero().squeeze(1)
-            state = state[kept] + 1
-            yield RolloutStep(kept, state, scored[state].nonzero().squeeze(1))
+        steps = self._steps
+        while len(steps) < horizon:
+            before = steps[-1].state if steps else self._positions
+            kept = self.linked[before].nonzero().squeeze(1)
+            state = before[kept] + 1
+            steps.append(RolloutStep(kept, state, self.scored[state].nonzero().squeeze(1)))
+        return steps[:horizon]
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        return torch.arange(self.input_ids.numel(), device=self.input_ids.device)
+
+    @cached_property
+    def _steps(self) -> list[RolloutStep]:
+        """What `rollout` has found so far."""
+        return []
 
     def ahead(self, horizon: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For i = 1..d: the positions t (M,) from which x_{t+1+i} is to be predicted, and its
-        labels (M,).
+        """For i = 1..d: the positions t (M,) that are to predict x_{t+1+i}, and its labels (M,).
 
-        It is where t..t+1+i lie in one document and the last of them is labelled.
+        They are those for which t..t+1+i lie in one document and the last of them has a label.
         """
-        targets = self.targets()
         for i, step in enumerate(self.rollout(horizon), start=1):
             state = step.state[step.scored]
-            yield state - i, targets[state]
+            yield state - i, self.targets[state]
 
     def documents(self) -> tuple[Tensor, Tensor]:
         """(G,) first position and (G,) length of every document; padding belongs to none."""
-        linked = self.linked()
-        begins, ends = torch.ones_like(linked), ~linked
-        begins[1:] = ~linked[:-1]
+        begins, ends = torch.ones_like(self.linked), ~self.linked
+        begins[1:] = ends[:-1]
         if self.valid is not None:
             begins, ends = begins & self.valid.flatten(), ends & self.valid.flatten()
         start = begins.nonzero().squeeze(1)
         return start, ends.nonzero().squeeze(1) - start + 1
 
     def reversed(self) -> "Batch":
-        """Every row read from its end, every document with positions of its own from its last token
-        on."""
-        B, T = self.input_ids.shape
+        """Every row read from its end; positions count from the last token of each document."""
         positions = None
         if self.position_ids is not None:
-            n = torch.arange(B * T, device=self.input_ids.device)
-            end = (
-                torch.where(self.linked(), B * T, n).flip(0).cummin(0).values.flip(0)
-            )  # of the document that n lies in
-            positions = (end - n).view(B, T).flip(1)
+            n, N = self._positions, self.input_ids.numel()
+            # The end of the document that n lies in: the nearest position that links to no next.
+            ends = torch.where(self.linked, N, n).flip(0).cummin(0).values.flip(0)
+            positions = (ends - n).view_as(self.input_ids).flip(1)
         valid = None if self.valid is None else self.valid.flip(1)
         return Batch(self.input_ids.flip(1), self.labels.flip(1), positions, valid, self.packed)

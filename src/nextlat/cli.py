@@ -322,15 +322,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a run with vLLM, its latent dynamics model drafting; takes vLLM's options, too."""
-    import signal
-
     from nextlat.serving.serve import serve as run_server
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    raise typer.Exit(run_server(run, draft_length, context.args, _say))
+    raise typer.Exit(run_server(run, draft_length, context.args, terminal.say))
 
 
 @app.command()

@@ -21,6 +21,7 @@ from nextlat.results import (
     SCORES,
     Chart,
     DecodingFacts,
+    Line,
     MeasuredMetric,
     Measurement,
     Metric,
@@ -205,7 +206,9 @@ def _measure(task: Task, model: ObjectiveModel, progress: Progress | None) -> li
     return found
 
 
-def measure_decoding(model: ObjectiveModel, task: Task) -> list[MeasuredMetric | DecodingFacts]:
+def measure_decoding(
+    model: ObjectiveModel, task: Task
+) -> list[MeasuredMetric | Chart | DecodingFacts]:
     """Greedy self-speculation on held-out prompts, interleaved with plain decoding by us and by
     transformers.
 
@@ -232,7 +235,7 @@ def measure_decoding(model: ObjectiveModel, task: Task) -> list[MeasuredMetric |
         (SPEEDUP, drafted.tokens_per_second / plain.tokens_per_second),
         (SPEEDUP_TRANSFORMERS, drafted.tokens_per_second / theirs.tokens_per_second),
     ]
-    found: list[MeasuredMetric | DecodingFacts] = []
+    found: list[MeasuredMetric | Chart | DecodingFacts] = []
     for metric, value in values:
         void = {"higher_is_better": None} if metric in SPEEDS and not identical else {}
         found.append(MeasuredMetric(**metric.model_dump() | void, value=value))
@@ -243,4 +246,11 @@ def measure_decoding(model: ObjectiveModel, task: Task) -> list[MeasuredMetric |
         acceptance_by_position=total.acceptance_by_position,
         tokens_per_second={str(way): timing.tokens_per_second for way, timing in timings.items()},
     )
-    return [*found, facts]
+    accepted = Chart(
+        name="acceptance",
+        title="Drafted tokens accepted, by position in the draft",
+        x="position in the draft",
+        lines=[Line(values=total.acceptance_by_position, dots=True)],
+        alt="Share of drafted tokens accepted by position in the draft, {models}.",
+    )
+    return [*found, accepted, facts]

@@ -1,5 +1,5 @@
-"""The Hugging Face hub, where it can be reached; where it cannot, what is needed from it is found
-in the cache or missed at once."""
+"""The Hugging Face hub: asked once whether it answers, so that without it a file is found in the
+cache or missed at once."""
 
 import sys
 from collections.abc import Iterator
@@ -14,18 +14,17 @@ TIMEOUT = 5.0  # seconds for the hub to answer at all
 
 @contextmanager
 def hub_or_cache(name: str | Path) -> Iterator[None]:
-    """Load `name`, a hub id, inside: the libraries would ask a hub that does not answer for half a
-    minute, file by file, and tell of it.
+    """Load `name`, a hub id, inside.
 
-    Nothing is asked for a local path, or where the libraries are offline already.
+    Where the hub does not answer, the libraries inside go offline: they would ask it again for
+    every file, half a minute in all, and log each failure. Nothing is asked for a local path, or
+    where the libraries are offline already.
     """
     if Path(name).exists() or constants.is_offline_mode() or _answers():
         yield
         return
-    libraries: list[Any] = [
-        constants,
-        *filter(None, [sys.modules.get("datasets.config")]),
-    ]  # each has the setting
+    # Each of them has the setting; datasets only where it is in use.
+    libraries: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [module.HF_HUB_OFFLINE for module in libraries]
     for module in libraries:
         module.HF_HUB_OFFLINE = True
@@ -39,6 +38,6 @@ def hub_or_cache(name: str | Path) -> Iterator[None]:
 def _answers() -> bool:
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # whatever the hub's client raises, it has got no answer
+    except Exception:  # whatever the hub's client raises, there was no answer
         return False
     return True

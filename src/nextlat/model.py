@@ -5,35 +5,55 @@ On disk it is a plain Hugging Face directory that loads with this package uninst
 objective adds lies in its sub-folder `nextlat/`, which everyone else ignores.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
-from transformers.utils.hub import cached_file
 
-from nextlat.backbone import Backbone
+from nextlat.backbone import Backbone, evaluation_mode
 from nextlat.batch import Batch
 from nextlat.decoding import generate
-from nextlat.errors import NextLatError, first_line
+from nextlat.errors import NextLatError
+from nextlat.files import write_json
 from nextlat.hub import hub_or_cache
+from nextlat.losses import Counts, cross_entropy
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.serving.draft_config import write_draft_config
+from nextlat.validation import Settings, nearest, read_json
+from nextlat.weights import check, copy_into, find, load_lm, opened, read_lm
 
-SIDECAR, SIDECAR_CONFIG, SIDECAR_WEIGHTS, SIDECAR_FORMAT = (
-    "nextlat",
-    "objective.json",
-    "objective.safetensors",
-    1,
+SIDECAR, DESCRIPTION, WEIGHTS = "nextlat", "objective.json", "objective.safetensors"
+FORMAT: Literal[1] = 1
+PART = (
+    "The transformer beside this is only part of the model: open the directory with nextlat.load."
 )
+
+
+class Description(Settings):
+    """objective.json, the sidecar's description of itself.
+
+    Attributes:
+        format: version of this file.
+        objective: key of `OBJECTIVES`.
+        config: its settings.
+        needed_at_inference: see `Objective`.
+        backbone: sizes of the model that it was trained on.
+        note: for whoever opens the directory without this package.
+    """
+
+    format: Literal[1] = FORMAT
+    objective: str
+    config: dict[str, Any]
+    needed_at_inference: bool
+    backbone: dict[str, str | int]
+    note: str | None = None
 
 
 @dataclass
@@ -41,7 +61,8 @@ class ObjectiveOutput(ModelOutput):
     """Output of `ObjectiveModel.forward`.
 
     Attributes:
-        loss: one scalar, with labels. losses: the named parts before weighting, detached means.
+        loss: one scalar, with labels.
+        losses: the named parts before weighting, detached means, with labels.
         logits: (B, T, V), only without labels.
     """
 
@@ -57,7 +78,6 @@ class ObjectiveModel(nn.Module):
         lm: the causal LM itself, unmodified; `model.lm.generate`, `lm.push_to_hub` ... all work as
             ever.
         objective: what the objective adds, e.g. `objective.dynamics` for NextLat.
-        backbone: access to hidden states, embeddings and head of `lm`.
     """
 
     # Told to `transformers.Trainer`: what it passes as num_items_in_batch counts shifted labels.
@@ -75,18 +95,22 @@ class ObjectiveModel(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
+        """Access to hidden states, embeddings and head of `lm`."""
         return self.objective.backbone
 
     @property
     def config(self) -> Any:
+        """The configuration of `lm`."""
         return self.lm.config
 
     @property
     def device(self) -> torch.device:
+        """Where `lm` is."""
         return self.lm.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights of `lm`."""
         return self.lm.dtype
 
     def forward(
@@ -95,14 +119,14 @@ class ObjectiveModel(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        counts: Tensor | None = None,
+        counts: Counts | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ObjectiveOutput:
         """Loss of the objective on a batch, or logits when there are no labels.
 
         Args:
-            input_ids: (B, T). labels: (B, T), aligned with them (shifted inside), -100 = no
-                token-level loss.
+            input_ids: (B, T).
+            labels: (B, T), aligned with them (shifted inside), -100 = no token-level loss.
             position_ids: (B, T), restarting at 0 with every document of a packed row; None = one
                 document per row.
             attention_mask: (B, T), 0 on padding.
@@ -115,13 +139,15 @@ class ObjectiveModel(nn.Module):
             NextLatError: packed rows for a model that would attend across documents; shapes that
                 disagree.
         """
-        batch = Batch.from_inputs(
-            input_ids, input_ids if labels is None else labels, position_ids, attention_mask
-        )
+        targets = input_ids if labels is None else labels
+        batch = Batch.from_inputs(input_ids, targets, position_ids, attention_mask)
         if labels is None:
             return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
         if counts is None and num_items_in_batch is not None:
-            counts = torch.ones_like(self.objective.counts(batch)) * num_items_in_batch
+            counts = {
+                name: torch.ones_like(count) * num_items_in_batch
+                for name, count in self.objective.counts(batch).items()
+            }
         losses = self.objective.loss(batch, counts)
         return ObjectiveOutput(loss=losses.total, losses=losses.means())
 
@@ -131,11 +157,30 @@ class ObjectiveModel(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Counts:
         """`Objective.counts` of a batch given as in `forward`."""
-        return self.objective.counts(
-            Batch.from_inputs(input_ids, labels, position_ids, attention_mask)
-        )
+        batch = Batch.from_inputs(input_ids, labels, position_ids, attention_mask)
+        return self.objective.counts(batch)
+
+    def next_token_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the next token, row by row, to measure: no gradients, no dropout.
+
+        Returns:
+            (B,) sums in nats, and (B,) the number of tokens that each is over.
+        """
+        shape = batch.input_ids.shape
+        with evaluation_mode(self):
+            rows = zip(
+                self.hidden(batch),
+                batch.targets.view(shape),
+                batch.scored.view(shape),
+                strict=True,
+            )
+            sums = [
+                cross_entropy(self.next_token_logits, h_TD[scored_T], targets_T[scored_T])
+                for h_TD, targets_T, scored_T in rows
+            ]
+        return torch.stack(sums), batch.scored.view(shape).sum(dim=1)
 
     def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """That of the LM."""
@@ -151,19 +196,19 @@ class ObjectiveModel(nn.Module):
         return self.objective.output_states(self.backbone.hidden(batch), batch.input_ids)
 
     def step(self, input_ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
-        """The same states of some more tokens (B, T) of every row, KV-cached: (states, cache). See
+        """(states, cache): the same states of some more tokens (B, T) of every row, KV-cached. See
         `Backbone.step`."""
         h_BTD, cache = self.backbone.step(input_ids, cache, **arguments)
         return self.objective.output_states(h_BTD, input_ids), cache
 
     def next_token_logits(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., V): of states that `hidden` or `step` gave."""
+        """(..., D) -> (..., V), in states that `hidden` or `step` gave."""
         return self.objective.next_token_logits(h)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Any:
-        """KV-cached lossless self-speculation, in the words of `transformers`' `generate`, with
+        """KV-cached lossless self-speculation with the options of `transformers`' `generate`, and
         `draft_length="auto"` unless it is given (0 = plain decoding). See
         `nextlat.decoding.generate` for everything that it takes and gives."""
         return generate(self, input_ids, attention_mask, **options)
@@ -171,38 +216,22 @@ class ObjectiveModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by
         itself: see `training`."""
-        directory = Path(directory)
-        sidecar = directory / SIDECAR
+        sidecar, objective = Path(directory) / SIDECAR, self.objective
         sidecar.mkdir(parents=True, exist_ok=True)
         with _cache_enabled(self.lm):
             self.lm.save_pretrained(directory)
-        description = {
-            "format": SIDECAR_FORMAT,
-            "objective": self.objective.name,
-            "config": asdict(self.objective.config),
-            "needed_at_inference": self.objective.needed_at_inference,
-            "backbone": self._backbone_description(),
-        }
-        if self.objective.needed_at_inference:
-            description["note"] = (
-                "The transformer beside this is only part of the model: open the directory with nextlat.load."
-            )
-        weights = {
-            name: value.detach().contiguous().cpu()
-            for name, value in self.objective.state_dict().items()
-        }
-        save_file(weights, sidecar / SIDECAR_WEIGHTS, metadata={"format": "pt"})
-        (sidecar / SIDECAR_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-        write_draft_config(sidecar, self.objective)
-
-    def _backbone_description(self) -> dict[str, Any]:
-        backbone = self.backbone
-        return {
-            "model_type": self.lm.config.model_type,
-            "width": backbone.width,
-            "embedding_width": backbone.embedding_width,
-            "vocab_size": backbone.vocab_size,
-        }
+        description = Description(
+            objective=objective.name,
+            config=objective.config.model_dump(mode="json"),
+            needed_at_inference=objective.needed_at_inference,
+            backbone=_sizes(self.backbone),
+            note=PART if objective.needed_at_inference else None,
+        )
+        state = objective.state_dict().items()
+        weights = {name: value.detach().contiguous().cpu() for name, value in state}
+        save_file(weights, sidecar / WEIGHTS, metadata={"format": "pt"})
+        write_json(sidecar / DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
+        write_draft_config(sidecar, objective)
 
     def load_weights(self, directory: str | Path) -> None:
         """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
@@ -211,22 +240,23 @@ class ObjectiveModel(nn.Module):
         Raises:
             NextLatError: a part is missing, truncated, or belongs to another objective or model.
         """
-        other = load(directory)
-        if (
-            other.objective.name != self.objective.name
-            or other.objective.config != self.objective.config
-        ):
+        path, description = _description(directory)
+        config = _config(path, description)
+        objective = self.objective
+        if description.objective != objective.name or config != objective.config:
             raise NextLatError(
-                f"{directory} was trained with {other.objective.name} {other.objective.config}, "
-                f"not {self.objective.name} {self.objective.config}: choose another run directory."
+                f"{directory} was trained with {description.objective} ({config}), not "
+                f"{objective.name} ({objective.config}): choose another run directory."
             )
-        try:
-            self.lm.load_state_dict(other.lm.state_dict())
-        except RuntimeError as error:
-            raise NextLatError(
-                f"{directory} holds a model of another shape: choose another run directory."
-            ) from error
-        self.objective.load_state_dict(other.objective.state_dict())
+        saved = read_lm(directory)
+        if saved.keys() - self.lm.state_dict().keys():
+            # An architecture that is stored under other names than it has in memory, or an error.
+            saved = load_lm(directory, dtype=self.lm.dtype).state_dict()
+        weights = _objective_weights(directory)
+        check(saved, self.lm, directory)
+        check(weights, objective, path.with_name(WEIGHTS))
+        copy_into(self.lm, saved)
+        copy_into(objective, weights)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -261,7 +291,7 @@ def _cache_enabled(lm: PreTrainedModel) -> Iterator[None]:
             lm.config.use_cache = before
 
 
-def attach(lm: PreTrainedModel, config: Any = None) -> ObjectiveModel:
+def attach(lm: PreTrainedModel, config: Settings | None = None) -> ObjectiveModel:
     """Put a training objective around any causal LM of transformers, from scratch or pretrained.
 
     Args:
@@ -287,133 +317,77 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     """Open a directory (or hub repository) that `save_pretrained` wrote.
 
     Args:
-        directory: a local path or a hub id. model_arguments: passed to
-            `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...).
+        directory: a local path or a hub id.
+        model_arguments: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...).
 
     Raises:
-        NextLatError: nothing there, no sidecar, a truncated file, or a sidecar that belongs to
-            another model.
+        NextLatError: nothing there, no sidecar, a truncated file, weights that are missing or left
+            over, or a sidecar that belongs to another model.
     """
     if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
         raise NextLatError(
             f"cannot open {directory} (it has no config.json): name the directory of a saved model."
         )
     with hub_or_cache(directory):
-        lm = _open(
-            directory, lambda: AutoModelForCausalLM.from_pretrained(directory, **model_arguments)
-        )
-        sidecar = {
-            name: _sidecar_file(directory, name) for name in (SIDECAR_CONFIG, SIDECAR_WEIGHTS)
-        }
-    description = _open(
-        sidecar[SIDECAR_CONFIG], lambda: json.loads(sidecar[SIDECAR_CONFIG].read_text())
-    )
-    if not isinstance(description, dict):
-        raise NextLatError(f"{sidecar[SIDECAR_CONFIG]} does not describe an objective: restore it.")
-    name = description.get("objective")
-    if description.get("format") != SIDECAR_FORMAT or name not in OBJECTIVES:
+        lm = load_lm(directory, **model_arguments)
+        path, description = _description(directory)
+        weights = _objective_weights(directory)
+    model = attach(lm, _config(path, description))
+    trained_on, sizes = description.backbone, _sizes(model.backbone)
+    if trained_on != sizes:
         raise NextLatError(
-            f"{sidecar[SIDECAR_CONFIG]} names objective '{name}' in format {description.get('format')}, "
-            f"this version knows {', '.join(OBJECTIVES)} in format {SIDECAR_FORMAT}: upgrade nextlat."
+            f"the objective in {directory} was trained on another model ({trained_on}) than the "
+            f"one beside it ({sizes}): put the files back together."
         )
-    config_type, _ = OBJECTIVES[name]
-    try:
-        model = attach(lm, config_type(**description["config"]))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise NextLatError(
-            f"{sidecar[SIDECAR_CONFIG]} does not describe objective '{name}' ({error}): restore it."
-        ) from error
-    if description.get("backbone") != model._backbone_description():
-        raise NextLatError(
-            f"the objective in {directory} was trained on {description.get('backbone')}, but the model beside it is "
-            f"{model._backbone_description()}: put the files back together."
-        )
-    weights = _open(
-        sidecar[SIDECAR_WEIGHTS], lambda: load_file(sidecar[SIDECAR_WEIGHTS], device=str(lm.device))
-    )
-    _open(sidecar[SIDECAR_WEIGHTS], lambda: model.objective.load_state_dict(weights))
+    converts = model_arguments.get("dtype", "auto") != "auto"
+    dtypes = {x.dtype for x in weights.values() if x.is_floating_point()}
+    if not converts and len(dtypes) == 1:
+        model.objective.to(dtype=dtypes.pop())  # not always the LM's
+    check(weights, model.objective, path.with_name(WEIGHTS), converts=converts)
+    copy_into(model.objective, weights)
     return model
 
 
+def _sizes(backbone: Backbone) -> dict[str, str | int]:
+    return {
+        "model_type": backbone.lm.config.model_type,
+        "width": backbone.width,
+        "embedding_width": backbone.embedding_width,
+        "vocab_size": backbone.vocab_size,
+    }
+
+
+def _description(directory: str | Path) -> tuple[Path, Description]:
+    """The path and content of objective.json."""
+    path = _sidecar_file(directory, DESCRIPTION)
+    content = read_json(path, "restore it")
+    version = content.get("format") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise NextLatError(
+            f"{path} was written by a newer version of nextlat (format {version}, this one knows "
+            f"{FORMAT}): upgrade nextlat."
+        )
+    return path, Description.from_json(content, f"{path} does not describe an objective")
+
+
+def _config(path: Path, description: Description) -> Settings:
+    name = description.objective
+    if name not in OBJECTIVES:
+        raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
+    config_type, _ = OBJECTIVES[name]
+    return config_type.from_json(description.config, f"{path} does not describe '{name}'")
+
+
+def _objective_weights(directory: str | Path) -> dict[str, Tensor]:
+    path = _sidecar_file(directory, WEIGHTS)
+    return opened(path, lambda: load_file(path))
+
+
 def _sidecar_file(directory: str | Path, name: str) -> Path:
-    try:
-        found = cached_file(str(directory), name, subfolder=SIDECAR)
-    except OSError:
-        found = None
+    found = find(directory, name, SIDECAR)
     if found is None:
         raise NextLatError(
             f"{directory} has no {SIDECAR}/{name}: it is a model without an objective; "
             "load it with AutoModelForCausalLM and attach one with nextlat.attach."
         )
-    return Path(found)
-
-
-def _open(path: str | Path, read: Any) -> Any:
-    """Run a reader and turn what can be wrong with files into one sentence."""
-    try:
-        return read()
-    except SafetensorError as error:
-        raise NextLatError(
-            f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        missing = (
-            "" if Path(path).exists() else "there is no such directory, and as a name of the hub: "
-        )
-        raise NextLatError(
-            f"cannot open {path} ({missing}{first_line(error)}): restore it, or name a model that can be reached."
-        ) from error
-
-
-def llama(
-    vocab_size: int,
-    *,
-    layers: int = 4,
-    width: int = 128,
-    heads: int = 4,
-    max_length: int = 1024,
-    intermediate_size: int | None = None,
-    initializer_range: float | None = None,
-    tie_embeddings: bool = False,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-    seed: int | None = None,
-) -> LlamaForCausalLM:
-    """The paper's backbone from scratch: rotary positions, RMSNorm, SwiGLU, no biases, untied head,
-    weights ~ N(0, initializer_range).
-
-    Args:
-        vocab_size: V. layers, width, heads: of the transformer (D = width). max_length: positions.
-        intermediate_size: of the SwiGLU; None = 8/3 of the width, rounded up to a multiple of 32
-            (Llama's rule).
-        initializer_range: standard deviation of the weights; None = 0.02, the paper's.
-        seed: of the initial weights, without touching torch's global random state; None = drawn
-            from that state.
-
-    Raises:
-        NextLatError: a width that the heads do not divide.
-    """
-    if width % heads or (width // heads) % 2:
-        raise NextLatError(
-            f"width {width} over {heads} heads does not give an even head size: change width or heads."
-        )
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=intermediate_size or -(-width * 8 // 3 // 32) * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=tie_embeddings,
-        initializer_range=initializer_range or 0.02,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    if seed is None:
-        return LlamaForCausalLM(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    return found

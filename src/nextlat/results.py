@@ -330,7 +330,8 @@ def read_scores(directory: str | Path) -> Mapping[str, Score]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {key: mean_score(file[key]) for key in file.files}
     except Exception as error:  # zip, header and dtype faults have no common class
         raise NextLatError(
@@ -342,8 +343,8 @@ def facts_of(objective: Any) -> ObjectiveFacts:
     """What the report must know of an objective."""
     return ObjectiveFacts(
         name=objective.name,
-        title=getattr(objective, "title", objective.name),
-        published_as=getattr(objective, "published_as", objective.name),
+        title=objective.title,
+        published_as=objective.published_as,
         horizon=objective.horizon,
-        parts=dict(getattr(objective, "parts", {})),
+        parts=dict(objective.parts),
     )

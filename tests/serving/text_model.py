@@ -32,7 +32,7 @@ def documents() -> list[str]:
     ]  # fmt: skip
 
 
-def tokenizer_of(texts: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def tokenizer_of(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Byte-level BPE without special tokens but the one that ends a document."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,8 +54,8 @@ def train(
     directory: Path,
     config: nextlat.NextLatConfig | None = None,
     *,
-    steps: int = 400,
-    rows: int = 16,
+    steps: int = 300,
+    rows: int = 8,
     length: int = 96,
     layers: int = 4,
     width: int = 128,

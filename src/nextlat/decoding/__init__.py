@@ -3,9 +3,8 @@ alone."""
 
 from nextlat.decoding.draft_length import AdaptiveLength, Costs
 from nextlat.decoding.generate import generate
-from nextlat.decoding.loop import decode
+from nextlat.decoding.loop import Request, Stopping, decode
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
-from nextlat.decoding.stopping import Stopping
 
 __all__ = [
     "AdaptiveLength",
@@ -13,6 +12,7 @@ __all__ = [
     "Cycle",
     "GenerationStats",
     "Pass",
+    "Request",
     "Stopping",
     "decode",
     "generate",

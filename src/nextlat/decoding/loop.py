@@ -1,11 +1,11 @@
 """Lossless self-speculative decoding: the objective drafts, the transformer verifies, one forward
 pass per cycle.
 
-    prefill     h_t = transformer(prompt)                      x_{t+1} ~ head(h_t)
-    draft       h_hat_{t+1} = draft(h_t, x_{t+1})              d_1 ~ head(h_hat_{t+1})      ... up to d_k
-    verify      h_{t+1} .. h_{t+1+k} = transformer(x_{t+1}, d_1 .. d_k)                     one KV-cached forward pass
-    accept      the first n drafted tokens, then one token of the transformer's own         (sampling.py)
-    roll back   the k - n rejected tokens leave the cache; h_{t+1+n} starts the next draft  (cache.py)
+    prefill    h_t = transformer(prompt)             x_{t+1} ~ head(h_t)
+    draft      h_hat_{t+1} = draft(h_t, x_{t+1})     d_1 ~ head(h_hat_{t+1})     ... up to d_k
+    verify     h_{t+1} .. h_{t+1+k} = transformer(x_{t+1}, d_1 .. d_k), one KV-cached forward pass
+    accept     the first n drafted tokens, then one token of the transformer's own (sampling.py)
+    roll back  the k - n rejected tokens leave the cache (cache.py); h_{t+1+n} starts the next draft
 
 Teoh et al., arXiv 2511.05963, on self-speculative decoding; Leviathan et al., arXiv 2211.17192.
 Unlike the published NextLat decoder everything is KV-cached, and the verification already yields
@@ -18,236 +18,269 @@ Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens, S width of th
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from nextlat.decoding.cache import GrowingCache, RaggedCache
-from nextlat.decoding.cycle import Clock, Compiled, Eager, Rule, at
-from nextlat.decoding.draft_length import LONGEST, AdaptiveLength, Costs, FixedLength, measure
-from nextlat.decoding.known import Decodable, batches, known
-from nextlat.decoding.sampling import Past, Sampling
+from nextlat.decoding.cycle import Compiled, Eager, Outcome, Plan, Start, Verdict
+from nextlat.decoding.draft_length import LONGEST, AdaptiveLength, FixedLength
+from nextlat.decoding.prepared import prepared, shares_passes
+from nextlat.decoding.sampling import Sampler, Sampling
 from nextlat.decoding.stats import Cycle, Pass
-from nextlat.decoding.stopping import Stopping
 from nextlat.errors import NextLatError
+from nextlat.objectives import Objective
 
-COMPILED_LENGTHS = (0, 1, 2, 4, 8)  # each is a graph of its own, compiled when it is first used
+
+@dataclass(frozen=True)
+class Stopping:
+    """Where a row ends.
+
+    Attributes:
+        limit: new tokens that a row gets at most.
+        ends: end-of-sequence tokens; the one that ends a row is its last.
+        criteria: others, asked about each new token's own prefix, (1, T) as `transformers` would
+            have shown it to them.
+    """
+
+    limit: int
+    ends: frozenset[int] = frozenset()
+    criteria: Sequence[Any] = ()
+
+    @classmethod
+    def from_criteria(cls, criteria: Iterable[Any], prompt_length: int) -> "Stopping":
+        """From the list that `generate` has prepared for prompts of so many tokens, padding
+        included."""
+        lengths, ends, others = [], frozenset[int](), []
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria:
+                lengths.append(criterion.max_length - prompt_length)
+            elif type(criterion) is EosTokenCriteria:
+                ends |= frozenset(criterion.eos_token_id.tolist())
+            else:
+                others.append(criterion)
+        return cls(min(lengths), ends, others)
 
 
-def decode(
-    model: Decodable,
-    prompts: Sequence[Tensor],
-    rule: Rule,
-    stopping: Stopping,
-    draft_length: int | str,
-    *,
-    seen: Sequence[Tensor] | None = None,
-    compile: bool = False,
-    keep_scores: bool = False,
-) -> Iterator[Pass]:
-    """The loop itself, one `Pass` per forward pass of the transformer as it happens; the first is
-    the prefill, with one token a row.
+@dataclass(frozen=True)
+class Request:
+    """What is to be decoded, and how.
 
-    Args are those of `generate`, already checked; the caller holds `no_grad` and eval mode.
+    Attributes:
         prompts: (T,) each, without padding. More than one only without drafts, or where
-            `batches(model)`.
-        seen: the prompts as logits processors and stopping criteria shall see them, left padding
-            included.
+            `shares_passes`.
+        sampler: chooses the tokens.
+        stopping: ends the rows.
+        draft_length: tokens drafted per cycle; 0 = none, "auto" = as many as are worth their time.
+        texts: the prompts as logits processors and stopping criteria are to see them, with their
+            padding; None = without.
+        compile: one graph per cycle.
         keep_scores: leave scores and logits of every new token in the cycles.
     """
-    seen = list(prompts if seen is None else seen)
-    backbone, objective, device, rows = (
-        model.backbone,
-        model.objective,
-        model.lm.device,
-        range(len(prompts)),
-    )
-    most_new = stopping.new_tokens
-    cache: RaggedCache | GrowingCache
-    if compile:
-        cache = _kept_cache(model, len(prompts), max(map(len, prompts)) + most_new)
-    elif draft_length != 0 and batches(model):  # without drafts nothing is ragged
-        cache = RaggedCache(backbone, objective.cache_config, max(map(len, prompts)) + most_new)
-    else:
-        cache = GrowingCache(backbone, objective.cache_config, forgets=draft_length != 0)
-    clock = Clock(device)
 
-    start = clock.mark()
-    tokens_BT, h_BTD, last_B = cache.prefill(prompts)
-    logits_BV = model.next_token_logits(at(objective.output_states(h_BTD, tokens_BT), last_B))
-    # The second is asked for before anything is forgotten, and only by those who draft (it may have
-    # work to do).
-    state_BS = at(
-        objective.drafting_states(h_BTD, tokens_BT) if draft_length != 0 else h_BTD, last_B
-    )
-    cache.keep([len(prompt) for prompt in prompts])
-    past = Past([ids[:-1] for ids in seen], torch.stack([ids[-1:] for ids in seen]))
-    scores_BV = rule.scores(logits_BV[:, None], past)[:, 0]
-    noise = rule.noise(len(prompts), 0, scores_BV.shape[-1], device)
-    token_B = rule.draw(scores_BV, noise, 0).tokens
-    values = torch.stack([token_B, logits_BV.amax(dim=-1).isfinite().long()]).tolist()
-    _check_finite(values[1], [1] * len(prompts))
-    text: list[list[int]] = [[token] for token in values[0]]
-    if stopping.criteria:
-        text = [[*ids.tolist(), token] for ids, token in zip(seen, values[0], strict=True)]
-    produced = [1] * len(prompts)
-    ended = [
-        stopping.cut([token], text[b][:-1], device)[1] or most_new == 1
-        for b, token in enumerate(values[0])
-    ]
-    keep = [(scores_BV[b, None], logits_BV[b, None]) if keep_scores else (None, None) for b in rows]
-    prefill = clock.seconds(start, clock.mark())
-    yield Pass(
-        tuple(Cycle((), 0, (token,), *keep[b]) for b, token in enumerate(values[0])),
-        prefill=prefill,
-    )
-    if all(ended):
+    prompts: Sequence[Tensor]
+    sampler: Sampler
+    stopping: Stopping
+    draft_length: int | str
+    texts: Sequence[Tensor] | None = None
+    compile: bool = False
+    keep_scores: bool = False
+
+    @property
+    def drafts(self) -> bool:
+        return self.draft_length != 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row when all is done."""
+        return max(map(len, self.prompts)) + self.stopping.limit
+
+
+@dataclass
+class Row:
+    """One sequence while it is decoded.
+
+    Attributes:
+        text: what logits processors and stopping criteria see: the prompt, and the new tokens where
+            anybody looks at them.
+        stopping: ends it.
+        grows: whether anybody does.
+        produced: new tokens so far.
+        ended: whether there will be no more.
+    """
+
+    text: Tensor
+    stopping: Stopping
+    grows: bool
+    produced: int = 0
+    ended: bool = False
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be drafted; the last one is always the transformer's own."""
+        return 0 if self.ended else self.stopping.limit - self.produced - 1
+
+    def add(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Take new tokens, up to the end of the row if it is among them; returns those taken."""
+        stopping = self.stopping
+        for i, token in enumerate(tokens, start=1):
+            if token in stopping.ends or (stopping.criteria and self._is_end(tokens[:i])):
+                tokens, self.ended = tokens[:i], True
+                break
+        self.produced += len(tokens)
+        self.ended = self.ended or self.produced >= stopping.limit
+        if self.grows:
+            self.text = self._text_with(tokens)
+        return tokens
+
+    def settle(self, verdict: Verdict, limit: int, kept: Sequence[Tensor]) -> Cycle:
+        """Take what a cycle gave.
+
+        Args:
+            verdict: on this row.
+            limit: how much of the draft is this row's own.
+            kept: (K, V) scores and logits, or none.
+        """
+        drafted = tuple(verdict.drafted[:limit])
+        tokens = tuple(self.add((*drafted[: verdict.accepted], verdict.bonus)))
+        accepted = min(verdict.accepted, len(tokens))
+        return Cycle(drafted, accepted, tokens, *(x[: len(tokens)].clone() for x in kept))
+
+    def _text_with(self, tokens: Sequence[int]) -> Tensor:
+        return torch.cat([self.text, self.text.new_tensor(tokens)])
+
+    def _is_end(self, tokens: Sequence[int]) -> bool:
+        ids = self._text_with(tokens)[None]
+        return any(bool(criterion(ids, None).all()) for criterion in self.stopping.criteria)
+
+
+def decode(objective: Objective, request: Request) -> Iterator[Pass]:
+    """The loop itself: one `Pass` per forward pass of the transformer as it happens. The first is
+    the prefill, with one token per row.
+
+    The request has been checked, and the caller is in `evaluation_mode`.
+    """
+    sampler, stopping = request.sampler, request.stopping
+    grows = sampler.scores.need_prefixes or bool(stopping.criteria)
+    rows = [Row(text, stopping, grows) for text in request.texts or request.prompts]
+    kind = Compiled if request.compile else Eager
+
+    def settle(
+        out: Outcome, verdicts: Sequence[Verdict], limits: Sequence[int]
+    ) -> tuple[Cycle | None, ...]:
+        _check_finite(verdicts, rows)
+        cycles: list[Cycle | None] = [None] * len(rows)
+        for b, (row, verdict, limit) in enumerate(zip(rows, verdicts, limits, strict=True)):
+            if not row.ended:
+                kept = (out.scores_BKV[b], out.logits_BKV[b]) if request.keep_scores else ()
+                cycles[b] = row.settle(verdict, limit, kept)
+        return tuple(cycles)
+
+    with _cache(objective, request) as cache:
+        cycle = kind(objective, sampler, cache, drafts=request.drafts)
+        clock = cycle.clock
+        begun = clock.mark()
+        out = cycle.prefill(request.prompts, [row.text for row in rows])
+        verdicts = Verdict.of_rows(out.packed)
+        prefill = clock.seconds(begun, clock.mark())
+        yield Pass(settle(out, verdicts, [0] * len(rows)), prefill=prefill)
+        if all(row.ended for row in rows):
+            return
+
+        started = time.perf_counter()
+        with _draft_length(cycle, request, out.start) as length:
+            measuring = time.perf_counter() - started
+            while active := [b for b, row in enumerate(rows) if not row.ended]:
+                longest = cycle.longest(max(row.room for row in rows))
+                planned = min(length.plan(active), longest)
+                limits = [min(planned, row.room) for row in rows]
+                begun = clock.mark()
+                plan = Plan(planned, limits, length.more)
+                out = cycle.run(out.start, plan, [row.text for row in rows])
+                verdicts = Verdict.of_rows(out.packed)  # the one read-back of the cycle
+                end = clock.mark()
+                cycles = settle(out, verdicts, limits)
+                accepted = {b: verdicts[b].accepted for b in active}
+                drafted = [min(limits[b], len(verdicts[b].drafted)) for b in active]
+                length.observe(drafted, [*accepted.values()])
+                # The token before the draft stays in the cache, and what was accepted.
+                cache.keep([accepted[b] + 1 if b in accepted else 0 for b in range(len(rows))])
+                yield Pass(
+                    cycles,
+                    draft=clock.seconds(begun, out.drafted_at),
+                    verify=clock.seconds(out.drafted_at, end),
+                    measure=measuring,
+                )
+                measuring = 0.0
+
+
+@contextmanager
+def _cache(objective: Objective, request: Request) -> Iterator[RaggedCache | GrowingCache]:
+    backbone, config = objective.backbone, objective.cache_config
+    if not request.compile:
+        # Without drafts nothing is ragged.
+        if request.drafts and shares_passes(objective):
+            yield RaggedCache(backbone, config, request.longest)
+        else:
+            yield GrowingCache(backbone, config, forgets=request.drafts)
         return
-    if rule.scores.need_past:
-        seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, token_B, strict=True)]
-
-    cycle = (Compiled if compile else Eager)(model, rule, cache, drafts=draft_length != 0)
-    begun = time.perf_counter()
-    length = _draft_length(model, cycle, draft_length, state_BS, token_B)
-    measuring = time.perf_counter() - begun
-    while not all(ended):
-        rooms = [0 if done else most_new - n - 1 for done, n in zip(ended, produced, strict=True)]
-        active = [b for b in rows if not ended[b]]
-        planned = min(length.plan(active), cycle.longest(max(rooms)))
-        most = [min(planned, room) for room in rooms]
-        more = length.more if isinstance(length, AdaptiveLength) and length.stepwise else None
-        past_rows = [ids[:-1] for ids in seen] if rule.scores.need_past else ()
-        start = clock.mark()
-        out = cycle.run(state_BS, token_B, most, planned, past_rows, more, clock)
-        values = out.packed.tolist()  # the one read-back of the cycle
-        end = clock.mark()
-        accepted, following, sound, drafter_sound, *drafted = values
-        _check_finite([s or done for s, done in zip(sound, ended, strict=True)], drafter_sound)
-        lengths = [min(n, len(drafted)) for n in most]
-        length.observe([lengths[b] for b in active], [accepted[b] for b in active])
-
-        cycles: list[Cycle | None] = [None] * len(prompts)
-        counts = [0] * len(
-            prompts
-        )  # tokens read that stay in the cache: the one before the draft, and what was accepted
-        for b in active:
-            counts[b] = accepted[b] + 1
-            row = tuple(drafted[j][b] for j in range(lengths[b]))
-            tokens, ended[b] = stopping.cut((*row[: accepted[b]], following[b]), text[b], device)
-            kept = (
-                (out.scores_BKV[b, : len(tokens)].clone(), out.logits_BKV[b, : len(tokens)].clone())
-                if keep_scores
-                else (None, None)
-            )
-            cycles[b] = Cycle(row, min(accepted[b], len(tokens)), tuple(tokens), *kept)
-            produced[b] += len(tokens)
-            ended[b] = ended[b] or produced[b] >= most_new
-            if stopping.criteria:
-                text[b] += tokens
-            if rule.scores.need_past:
-                seen[b] = torch.cat([seen[b], torch.tensor(tokens, device=device)])
-        cache.keep(counts)
-        state_BS, token_B = out.state_BS, out.packed[1]
-        seconds = {
-            "draft": clock.seconds(start, out.drafted_at),
-            "verify": clock.seconds(out.drafted_at, end),
-        }
-        yield Pass(tuple(cycles), measure=measuring, **seconds)
-        measuring = 0.0
-
-
-def _kept_cache(model: Decodable, rows: int, length: int) -> RaggedCache:
-    """Compiled graphs write to fixed addresses, so their cache outlives the call."""
-    slots = 1 << (length + 1).bit_length()
-    key = (rows, slots, str(model.lm.device), model.lm.dtype)
-    caches = known(model).caches
-    if key not in caches:
+    # Compiled graphs write to fixed addresses, so their cache outlives the call.
+    slots = 1 << (request.longest + 1).bit_length()
+    caches, size = prepared(objective).caches, (len(request.prompts), slots)
+    cache = caches.pop(size, None)
+    if cache is None:
         caches.clear()
-        caches[key] = RaggedCache(model.backbone, model.objective.cache_config, slots - 1)
-    return caches[key]
+        cache = RaggedCache(backbone, config, slots - 1)
+    try:
+        yield cache
+    finally:
+        caches[size] = cache
 
 
+@contextmanager
 def _draft_length(
-    model: Decodable, cycle: Eager, draft_length: int | str, state_BS: Tensor, token_B: Tensor
-) -> FixedLength | AdaptiveLength:
+    cycle: Eager, request: Request, start: Start
+) -> Iterator[FixedLength | AdaptiveLength]:
     """Of a number, itself; of "auto", the adaptive one for this setting, whose costs are measured
     here when it is new."""
-    if not isinstance(draft_length, str):
-        return FixedLength(draft_length)
-    limit = model.objective.max_draft_length
+    objective, sampler, number = cycle.objective, cycle.sampler, request.draft_length
+    limit = objective.max_draft_length
     longest = LONGEST if limit is None else min(LONGEST, limit)
-    if longest == 0:
-        return FixedLength(0)
-    compiled, sampled = isinstance(cycle, Compiled), isinstance(cycle.rule, Sampling)
-    machine = (str(model.lm.device), model.lm.dtype, torch.get_num_threads())
-    setting = (len(token_B), sampled, compiled, cycle.rule.scores.need_past, longest, machine)
-    lengths = known(model).lengths
-    if setting not in lengths:
-        lengths[setting] = _measured(model, cycle, state_BS, token_B, longest)
-    return lengths[setting]
+    if longest == 0 or isinstance(number, int):
+        yield FixedLength(number if isinstance(number, int) else 0)
+        return
+    setting = (
+        len(request.prompts),
+        isinstance(sampler, Sampling),
+        request.compile,
+        sampler.scores.need_prefixes,
+        longest,
+        torch.get_num_threads(),
+    )
+    lengths = prepared(objective).lengths
+    length = lengths.pop(setting, None) or cycle.adaptive_length(start, longest)
+    try:
+        yield length
+    finally:
+        lengths[setting] = length
 
 
-def _measured(
-    model: Decodable, cycle: Eager, state_BS: Tensor, token_B: Tensor, longest: int
-) -> AdaptiveLength:
-    """Time a draft step and passes of several widths where the text stands now; nothing of it is
-    kept."""
-    device, B = model.lm.device, len(token_B)
-    if isinstance(cycle.rule, Sampling):  # not with the caller's random numbers
-        cycle = type(cycle)(
-            model, replace(cycle.rule, generator=torch.Generator(device)), cycle.cache, drafts=True
-        )
-
-    def finish(out: Tensor) -> None:
-        out.sum().item()  # wait for the device
-        cycle.cache.keep([0] * B)
-
-    if isinstance(cycle, Compiled):
-        lengths = [k for k in COMPILED_LENGTHS if k <= longest]
-        seconds = []
-        for k in lengths:
-            timed = []
-            for _ in range(6):
-                start = time.perf_counter()
-                finish(cycle.run(state_BS, token_B, [k] * B, k, (), None, Clock(device)).packed)
-                timed.append(time.perf_counter() - start)
-            seconds.append(min(timed[1:]))  # the first compiles
-        every = torch.tensor(seconds).cummax(0).values.tolist()
-        costs = Costs(
-            0.0,
-            tuple(
-                every[next(i for i, k in enumerate(lengths) if k >= j)]
-                for j in range(lengths[-1] + 1)
-            ),
-        )
-        return AdaptiveLength(costs, lengths[-1], stepwise=False, lengths=lengths)
-
-    def passes(width: int) -> None:
-        noise = cycle.rule.noise(B, 0, model.backbone.vocab_size, token_B.device)
-        read_BK = token_B[:, None].expand(B, width)
-        h_BKD = cycle.cache.read(read_BK)
-        logits_BKV = model.next_token_logits(model.objective.output_states(h_BKD, read_BK))
-        model.objective.drafting_states(h_BKD, read_BK)
-        finish(cycle.rule.draw(logits_BKV[:, -1].float(), noise, 0).tokens)
-
-    def draft() -> None:
-        noise = cycle.rule.noise(B, 1, model.backbone.vocab_size, token_B.device)
-        _, logits_BV = model.objective.draft(state_BS, token_B)
-        cycle.rule.draw(logits_BV.float(), noise, 0).tokens.sum().item()
-
-    return AdaptiveLength(measure(passes, draft, longest), longest, stepwise=device.type == "cpu")
-
-
-def _check_finite(target: Sequence[Any], drafter: Sequence[Any]) -> None:
-    for row, (good, drafter_good) in enumerate(zip(target, drafter, strict=True)):
-        if not good:
+def _check_finite(verdicts: Sequence[Verdict], rows: Sequence[Row]) -> None:
+    for b, (verdict, row) in enumerate(zip(verdicts, rows, strict=True)):
+        if row.ended:
+            continue
+        if not verdict.finite:
             raise NextLatError(
-                f"the model gives logits that are not finite in row {row}: check its weights, or use a wider dtype"
+                f"the model gives logits that are not finite in row {b}: check its weights, or use "
+                "a wider dtype"
             )
-        if not drafter_good:
+        if not verdict.drafter_finite:
             raise NextLatError(
-                f"the drafter gives logits that are not finite in row {row}: check its weights, or use draft_length=0"
+                f"the drafter gives logits that are not finite in row {b}: check its weights, or "
+                "use draft_length=0"
             )

@@ -2,44 +2,50 @@
 test of speculative sampling.
 
 Temperature, truncation, penalties and the like are `transformers`' own logits processors.
-Everything here is vectorised over rows and reads nothing back to the host. A *rule* (`Greedy` or
-`Sampling`) is how one call of `generate` chooses tokens; the drafter and the verification use the
-same rule, so the q of the acceptance test is always what the draft was really drawn from.
+Everything else here is vectorised over rows and reads nothing back to the host. A *sampler*
+(`Greedy` or `Sampling`) is how one call of `generate` chooses tokens. Drafter and verification use
+the same one, so that the q of the acceptance test is always what the draft was really drawn from.
 
 Shapes: B rows, K drafted tokens, V vocabulary. p is the target's distribution, q the drafter's.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process as library
 
 # Processors that look at the scores alone; every other kind is shown each position's own prefix.
-STATELESS = tuple(
-    getattr(library, name)
-    for name in (
-        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TopHLogitsWarper",
-        "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor",
-        "InfNanRemoveLogitsProcessor", "LogitNormalization",
-    )
-    if hasattr(library, name)
-)  # fmt: skip
+STATELESS = re.compile(
+    r"transformers\.generation\.logits_process\."
+    r"((Temperature|TopK|TopP|MinP|TopH|Typical|Epsilon|Eta)LogitsWarper"
+    r"|SuppressTokensLogitsProcessor|InfNanRemoveLogitsProcessor|LogitNormalization)"
+)
 
 
 @dataclass(frozen=True)
-class Past:
-    """What the rows have read when they choose: `rows[b]` (T_b,), then `read_BK[b, : k + 1]` at
-    position k."""
+class Prefixes:
+    """What the rows have read when they choose a token.
 
-    rows: Sequence[Tensor]
-    read_BK: Tensor
+    Attributes:
+        texts: (T_b,) of each row, up to its first token in `read`.
+        read: (B,) each, the tokens read since; at position k a row has read the first k + 1.
+    """
 
-    def upto(self, row: int, position: int) -> Tensor:
-        return torch.cat([self.rows[row], self.read_BK[row, : position + 1]])
+    texts: Sequence[Tensor]
+    read: Sequence[Tensor]
+
+    @cached_property
+    def _read_BK(self) -> Tensor:
+        return torch.stack(list(self.read), dim=1)
+
+    def at(self, row: int, position: int) -> Tensor:
+        """(T,) tokens that a row has read at a position."""
+        return torch.cat([self.texts[row], self._read_BK[row, 1 : position + 1]])
 
 
 class Scores:
@@ -47,39 +53,37 @@ class Scores:
 
     Args:
         processors: prepared by `generate`, warpers for sampling included.
-        batch, first: rows that they were prepared for, and which of those the first row here is.
+        batch: number of rows that they were prepared for.
+        first: which of those the first row here is.
 
     Attributes:
-        need_past: whether any of them looks at the tokens before; those are run row by row and
+        need_prefixes: whether any of them looks at the tokens before; those are run row by row and
             position by position.
     """
 
     def __init__(self, processors: Sequence[Any] = (), batch: int = 1, first: int = 0) -> None:
         self._processors: Any = LogitsProcessorList(processors)
         self._batch, self._first = batch, first
-        self.need_past = not all(type(processor) in STATELESS for processor in self._processors)
+        kinds = {f"{type(each).__module__}.{type(each).__name__}" for each in processors}
+        self.need_prefixes = not all(map(STATELESS.fullmatch, kinds))
 
-    def __call__(self, logits_BKV: Tensor, past: Past | None = None) -> Tensor:
-        """(B, K, V) fp32; the K positions are the last ones of `past.read_BK`."""
+    def __call__(self, logits_BKV: Tensor, prefixes: Prefixes) -> Tensor:
+        """(B, K, V) fp32, for the last K positions of `prefixes`."""
         scores = logits_BKV.float()
         if not self._processors:
             return scores
         B, K, V = scores.shape
-        if not self.need_past:
-            return self._processors(
-                scores.new_empty(B * K, 0, dtype=torch.long), scores.flatten(0, 1)
-            ).view(B, K, V)
-        assert past is not None
-        first = past.read_BK.shape[1] - K
-        out = torch.empty_like(scores)
+        if not self.need_prefixes:
+            nothing = torch.empty(B * K, 0, dtype=torch.long, device=scores.device)
+            return self._processors(nothing, scores.flatten(0, 1)).view(B, K, V)
+        first, out = len(prefixes.read) - K, torch.empty_like(scores)
         for b in range(B):
             for k in range(K):
-                # Whole batches of the same prefix, of which one row counts: processors may go by
-                # the row's number.
-                ids = past.upto(b, first + k).expand(self._batch, -1)
-                out[b, k] = self._processors(ids, scores[b, k].repeat(self._batch, 1))[
-                    self._first + b
-                ]
+                # Whole batches of one prefix, of which one row counts: processors may go by the
+                # number of the row.
+                ids = prefixes.at(b, first + k).expand(self._batch, -1)
+                batch = self._processors(ids, scores[b, k].repeat(self._batch, 1))
+                out[b, k] = batch[self._first + b]
         return out
 
 
@@ -106,8 +110,8 @@ def draw(weights: Tensor, times: Tensor) -> Tensor:
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """Normalised positive part of p - q, over the last dimension.
 
-    Where p and q agree to rounding nothing is left of the difference; a rejection there is itself a
-    rounding accident, and p is the right distribution to draw from.
+    Where p and q agree to rounding, nothing is left of the difference; a rejection there is itself
+    an accident of rounding, and p is the right distribution to draw from.
     """
     rest = (p - q).clamp_min(0)
     mass = rest.sum(dim=-1, keepdim=True)
@@ -115,69 +119,60 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def verify(
-    p: Tensor,
-    q: Tensor,
-    drafted: Tensor,
-    uniform: Tensor,
-    times: Tensor,
-    most: Tensor | None = None,
+    p_BKV: Tensor,
+    q_BKV: Tensor,
+    drafted_BK: Tensor,
+    uniform_BK: Tensor,
+    times_BV: Tensor,
+    limits_B: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): the output follows p
     exactly, whatever q is.
 
     Args:
-        p: (B, K + 1, V) target distributions at the K drafted positions and at the one behind them.
-        q: (B, K, V) distributions that the drafted tokens were drawn from.
-        drafted: (B, K) drafted tokens.
-        uniform: (B, K) numbers in [0, 1). times: (B, V), see `race`.
-        most: (B,) how many of a row's drafted tokens are looked at, decided before they were drawn;
-            None = all.
+        p_BKV: (B, K + 1, V) target distributions at the K drafted positions and the one after them.
+        q_BKV: (B, K, V) distributions that the drafted tokens were drawn from.
+        drafted_BK: the drafted tokens.
+        uniform_BK: numbers in [0, 1).
+        times_BV: see `race`.
+        limits_B: how many of a row's drafted tokens are looked at, decided before they were drawn.
 
     Returns:
         accepted (B,): how many leading drafted tokens are kept; each is kept with probability
-        min(1, p / q). following (B,): the token behind them: from the residual distribution at the
-        first rejected position, or from p at the last position when all were accepted.
+        min(1, p / q). bonus (B,): the token after them, from the residual distribution at the first
+        rejected position, or from p if none was rejected.
     """
-    B, K = drafted.shape
-    index = drafted.unsqueeze(-1)
-    p_drafted = p[:, :-1].gather(-1, index).squeeze(-1)
-    q_drafted = q.gather(-1, index).squeeze(-1)
-    kept = uniform * q_drafted < p_drafted
-    # Behind an entirely accepted draft q is zero, and the residual of (p, 0) is p.
-    q_BKV = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
-    if most is not None:
-        looked_at = torch.arange(K + 1, device=p.device) < most[:, None]
-        kept, q_BKV = kept & looked_at[:, :-1], q_BKV * looked_at.unsqueeze(-1)
-    accepted = kept.long().cumprod(dim=-1).sum(dim=-1)
-    row = torch.arange(B, device=p.device)
-    return accepted, draw(residual(p[row, accepted], q_BKV[row, accepted]), times)
+    index = drafted_BK.unsqueeze(-1)
+    p_drafted, q_drafted = (x.gather(-1, index).squeeze(-1) for x in (p_BKV[:, :-1], q_BKV))
+    accepted_B, looked_at = _leading(uniform_BK * q_drafted < p_drafted, limits_B)
+    # After the last drafted token q is zero, and the residual of (p, 0) is p.
+    q_BKV = torch.cat([q_BKV * looked_at.unsqueeze(-1), torch.zeros_like(p_BKV[:, :1])], dim=1)
+    rows = torch.arange(len(p_BKV), device=p_BKV.device)
+    return accepted_B, draw(residual(p_BKV[rows, accepted_B], q_BKV[rows, accepted_B]), times_BV)
 
 
-def verify_greedy(
-    choices: Tensor, drafted: Tensor, most: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Greedy counterpart of `verify`: keep drafted tokens (B, K) while they equal the target's
-    choices (B, K + 1)."""
-    kept = choices[:, :-1] == drafted
-    if most is not None:
-        kept = kept & (torch.arange(drafted.shape[1], device=drafted.device) < most[:, None])
-    accepted = kept.long().cumprod(dim=-1).sum(dim=-1)
-    return accepted, choices.gather(-1, accepted.unsqueeze(-1)).squeeze(-1)
+def _leading(kept_BK: Tensor, limits_B: Tensor) -> tuple[Tensor, Tensor]:
+    """How many leading tokens within the row's limit are kept, and which are within it."""
+    looked_at = torch.arange(kept_BK.shape[1], device=kept_BK.device) < limits_B[:, None]
+    return (kept_BK & looked_at).long().cumprod(dim=-1).sum(dim=-1), looked_at
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The randomness of one cycle: `uniform` (B, K) for the acceptance test, `times(i)` (B, V) for
-    the i-th draw."""
+    """The randomness of one cycle.
 
-    uniform: Tensor
-    times: Callable[[int], Tensor]
+    Attributes:
+        uniform_BK: for the acceptance test.
+        times: i, V -> (B, V), for the i-th draw.
+    """
+
+    uniform_BK: Tensor
+    times: Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One token per row, as a rule drew it: `tokens` (B,), and `q` (B, V), what it was drawn from,
-    None when greedy."""
+    """One token per row: `tokens` (B,), and `q` (B, V), what it was drawn from; None if greedy."""
 
     tokens: Tensor
     q: Tensor | None
@@ -189,27 +184,28 @@ class Greedy:
 
     scores: Scores = field(default_factory=Scores)
 
-    def noise(self, rows: int, drafts: int, vocabulary: int, device: torch.device) -> None:
+    def noise(self, rows: int, drafts: int, device: torch.device) -> None:
         """Nothing is left to chance."""
 
-    def draw(self, scores_BV: Tensor, noise: Noise | None, place: int) -> Draw:
-        """The token at the `place`-th draw of the cycle."""
+    def draw(self, scores_BV: Tensor, noise: Noise | None, index: int) -> Draw:
+        """The token of the cycle's draw number `index`."""
         return Draw(scores_BV.argmax(dim=-1), None)
 
     def verify(
-        self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor
+        self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, limits_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most`
-        as in `verify`."""
-        choices = scores_BKV.argmax(dim=-1)
+        """As the function `verify`, from the target's scores (B, K + 1, V)."""
+        choices_BK = scores_BKV.argmax(dim=-1)
         if not drafts:
-            return torch.zeros_like(choices[:, 0]), choices[:, 0]
-        return verify_greedy(choices, torch.stack([draft.tokens for draft in drafts], dim=1), most)
+            return torch.zeros_like(choices_BK[:, 0]), choices_BK[:, 0]
+        drafted_BK = torch.stack([draft.tokens for draft in drafts], dim=1)
+        accepted_B, _ = _leading(choices_BK[:, :-1] == drafted_BK, limits_B)
+        return accepted_B, choices_BK.gather(-1, accepted_B.unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draws from the softmax of the scores; with K drafts verified by `verify`.
+    """Draws from the softmax of the scores; drafts are verified by `verify`.
 
     Args:
         scores: with temperature and truncation among its processors.
@@ -219,27 +215,30 @@ class Sampling:
     scores: Scores = field(default_factory=Scores)
     generator: torch.Generator | None = None
 
-    def noise(self, rows: int, drafts: int, vocabulary: int, device: torch.device) -> Noise:
-        uniform = torch.rand(rows, drafts, generator=self.generator, device=device)
-        return Noise(uniform, lambda i: race((rows, vocabulary), device, self.generator))
+    def noise(self, rows: int, drafts: int, device: torch.device) -> Noise:
+        """Randomness for a cycle with so many drafts."""
+        uniform_BK = torch.rand(rows, drafts, generator=self.generator, device=device)
+        return Noise(uniform_BK, lambda _, size: race((rows, size), device, self.generator))
 
-    def draw(self, scores_BV: Tensor, noise: Noise | None, place: int) -> Draw:
-        """The token at the `place`-th draw of the cycle."""
+    def draw(self, scores_BV: Tensor, noise: Noise | None, index: int) -> Draw:
+        """The token of the cycle's draw number `index`."""
         assert noise is not None
         q_BV = scores_BV.softmax(dim=-1)
-        return Draw(draw(q_BV, noise.times(place)), q_BV)
+        return Draw(draw(q_BV, noise.times(index, q_BV.shape[-1])), q_BV)
 
     def verify(
-        self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, most: Tensor
+        self, scores_BKV: Tensor, drafts: Sequence[Draw], noise: Noise | None, limits_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Accepted counts (B,) and following tokens (B,) from target scores (B, K + 1, V); `most`
-        as in `verify`."""
-        assert noise is not None
-        p_BKV, times_BV = scores_BKV.softmax(dim=-1), noise.times(len(drafts))
+        """As the function `verify`, from the target's scores (B, K + 1, V)."""
         if not drafts:
-            return torch.zeros(len(p_BKV), dtype=torch.long, device=p_BKV.device), draw(
-                p_BKV[:, 0], times_BV
-            )
+            bonus_B = self.draw(scores_BKV[:, 0], noise, 0).tokens
+            return torch.zeros_like(bonus_B), bonus_B
+        assert noise is not None
+        p_BKV, k = scores_BKV.softmax(dim=-1), len(drafts)
         q_BKV = torch.stack([draft.q for draft in drafts if draft.q is not None], dim=1)
         drafted_BK = torch.stack([draft.tokens for draft in drafts], dim=1)
-        return verify(p_BKV, q_BKV, drafted_BK, noise.uniform[:, : len(drafts)], times_BV, most)
+        times_BV = noise.times(k, p_BKV.shape[-1])
+        return verify(p_BKV, q_BKV, drafted_BK, noise.uniform_BK[:, :k], times_BV, limits_B)
+
+
+Sampler = Greedy | Sampling

@@ -9,13 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from nextlat.decoding.generate import generate
-from nextlat.decoding.known import Decodable
+from nextlat.decoding.generate import Decodable, generate
 from nextlat.decoding.stats import GenerationStats
 from nextlat.errors import NextLatError
 
@@ -32,8 +33,9 @@ class Timing:
 
     Attributes:
         seconds: by repetition, of every batch of prompts.
-        tokens: new tokens of every batch. stats: what its drafts did, for every batch. outputs: new
-            tokens of every prompt.
+        tokens: new tokens of every batch.
+        stats: what its drafts did, for every batch.
+        outputs: new tokens of every prompt.
     """
 
     seconds: list[list[float]] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Timing:
 
     @property
     def total(self) -> GenerationStats:
+        """The stats of all batches together."""
         return sum(self.stats, GenerationStats())
 
     def rates(self, batches: Sequence[int] | None = None) -> list[float]:
@@ -55,6 +58,7 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
+        """Median over repetitions."""
         return statistics.median(self.rates())
 
     def against(self, other: "Timing", batches: Sequence[int] | None = None) -> list[float]:
@@ -80,17 +84,20 @@ def compare_decoding(
     round.
 
     Args:
-        prompts: token ids (T,) each. draft_lengths: of our own decoding; 0 is plain.
-            max_new_tokens: per prompt.
+        model: an `ObjectiveModel`.
+        prompts: token ids (T,) each.
+        draft_lengths: of our own decoding; 0 is plain.
+        max_new_tokens: per prompt.
         batch: prompts decoded at a time, padded on the left.
-        temperature: 0 = greedy; else sampling from the whole distribution, every way from a
-            generator with the same seed.
-        compile: our own ways as one graph per cycle. static_baseline: also `transformers` with its
-            static cache.
+        repetitions: timed rounds.
+        temperature: 0 = greedy; else sampling from the whole distribution.
+        seed: every way samples with a generator of its own from this seed.
+        compile: our own ways as one graph per cycle.
+        static_baseline: also `transformers` with its static cache.
         progress: called after every way of every round.
 
     Returns:
-        A `Timing` for each draft length and for `TRANSFORMERS`.
+        A `Timing` for each draft length and baseline.
 
     Raises:
         NextLatError: no prompts.
@@ -110,14 +117,11 @@ def compare_decoding(
                 out, stats = decode(ids, mask)
                 new = out[:, ids.shape[1] :].tolist()  # waits for the device
                 seconds.append(time.perf_counter() - start)
-                done.append((new, stats))
+                done.append(([_cut(row, _ends(model)) for row in new], stats))
             if repetition:
                 timing.seconds.append(seconds)
-            else:
-                ends = _ends(model)
-                each = [[_cut(row, ends) for row in new] for new, _ in done]
-                timing.outputs = [row for rows in each for row in rows]
-                timing.tokens = [sum(map(len, rows)) for rows in each]
+            timing.outputs = [row for rows, _ in done for row in rows]
+            timing.tokens = [sum(map(len, rows)) for rows, _ in done]
             timing.stats = [stats for _, stats in done if stats]
             if progress:
                 progress()
@@ -126,11 +130,8 @@ def compare_decoding(
 
 def _padded(prompts: Sequence[Tensor], model: Decodable) -> tuple[Tensor, Tensor]:
     """(B, T) ids and mask of prompts padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad([*prompts]), pad([torch.ones_like(prompt) for prompt in prompts])
     return ids.to(model.lm.device), mask.to(model.lm.device)
 
 
@@ -140,7 +141,7 @@ def _ends(model: Decodable) -> set[int]:
 
 
 def _cut(row: list[int], ends: set[int]) -> list[int]:
-    """Up to its end: what follows is padding."""
+    """Up to its end: the rest is padding."""
     return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 
 
@@ -150,37 +151,27 @@ Decode = Callable[[Tensor, Tensor], tuple[Tensor, GenerationStats | None]]
 def _way(
     model: Decodable, way: Way, max_new_tokens: int, temperature: float, seed: int, compile: bool
 ) -> Decode:
-    # top_k=0: the whole distribution, not the 50 tokens that are transformers' default.
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
-    sampling |= {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature:
+        # top_k=0: the whole distribution, not the 50 tokens that are transformers' default.
+        options |= {"temperature": temperature, "top_k": 0}
     if model.lm.generation_config.pad_token_id is None:
-        sampling |= {"pad_token_id": min(_ends(model), default=0)}
+        options["pad_token_id"] = min(_ends(model), default=0)
     if way in (TRANSFORMERS, STATIC):
-        static = {"cache_implementation": "static"} if way == STATIC else {}
+        if way == STATIC:
+            options["cache_implementation"] = "static"
 
         def theirs(ids: Tensor, mask: Tensor) -> tuple[Tensor, GenerationStats | None]:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                return model.lm.generate(ids, attention_mask=mask, **sampling, **static), None
+                return model.lm.generate(ids, attention_mask=mask, **options), None
 
         return theirs
 
     generator = torch.Generator(model.lm.device).manual_seed(seed) if temperature else None
 
     def ours(ids: Tensor, mask: Tensor) -> tuple[Tensor, GenerationStats | None]:
-        return generate(
-            model,
-            ids,
-            mask,
-            draft_length=way,
-            generator=generator,
-            compile=compile,
-            return_stats=True,
-            **sampling,
-        )
+        own: dict[str, Any] = {"draft_length": way, "generator": generator, "compile": compile}
+        return generate(model, ids, mask, return_stats=True, **own, **options)
 
     return ours

@@ -3,17 +3,20 @@ time went."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """What one forward pass of the transformer brought to one row: `tokens` = the `accepted`
-    leading `drafted` ones and, unless the output ends before it, one of the transformer's own.
+    """What one forward pass of the transformer brought to one row.
 
-    `scores` and `logits`, (tokens, V), are there when they were asked for: processed, and as the
-    model gave them.
+    Attributes:
+        drafted: tokens.
+        accepted: how many of them, from the first, are in the output.
+        tokens: those and, unless the output ends before it, one of the transformer's own.
+        scores, logits: (tokens, V), processed and as the model gave them, where asked for.
     """
 
     drafted: tuple[int, ...]
@@ -25,8 +28,12 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass over the whole batch: a `Cycle` for each row, None for rows that had ended
-    before; and its seconds."""
+    """One forward pass over the whole batch.
+
+    Attributes:
+        cycles: one for each row, None for rows that had ended before.
+        prefill, draft, verify, measure: seconds, see `GenerationStats`.
+    """
 
     cycles: tuple[Cycle | None, ...]
     prefill: float = 0.0
@@ -44,18 +51,18 @@ class GenerationStats:
         tokens: new tokens returned; an end-of-sequence token counts, padding does not.
         passes: forward passes of the transformer after the prefill, each over all rows that were
             decoded together.
-        cycles: the same counted for every row: one that has ended takes part in a pass no more.
+        cycles: the same counted for every row, as long as it has not ended.
         drafted: drafted tokens that were verified.
         accepted: drafted tokens that are in the output.
         drafted_by_position: cycles that drafted an i-th token (index i - 1); drafts get shorter
             near the end.
-        accepted_by_position: cycles whose i-th drafted token is in the output, so all before it
-            too.
+        accepted_by_position: cycles whose i-th drafted token is in the output, and so all before
+            it.
         tried_by_position: cycles that drafted an i-th token and kept all before it.
         seconds: wall-clock time of everything.
-        prefill_seconds, draft_seconds, verify_seconds: of reading the prompts, drafting, and the
-            passes with the acceptance tests; a compiled cycle is one piece, counted as
-            verification.
+        prefill_seconds: of reading the prompts.
+        draft_seconds: of drafting; a compiled cycle is one piece, counted as verification.
+        verify_seconds: of the passes with the acceptance tests.
         measure_seconds: of timing the machine for draft_length="auto", once for a setting. The rest
             is `overhead_seconds`.
     """
@@ -84,51 +91,45 @@ class GenerationStats:
         `accepted_per_cycle`. They are this minus one, except that a cycle which a drafted
         end-of-sequence token closes has no token of the transformer's own.
         """
-        return (self.tokens - self.sequences) / self.cycles if self.cycles else 0.0
+        return _ratio(self.tokens - self.sequences, self.cycles)
 
     @property
     def accepted_per_cycle(self) -> float:
-        """Accepted drafted tokens per cycle, the transformer's own token not counted (0 without a
-        cycle)."""
-        return self.accepted / self.cycles if self.cycles else 0.0
+        """Accepted drafted tokens per cycle, the transformer's own token not counted."""
+        return _ratio(self.accepted, self.cycles)
 
     @property
     def drafted_per_cycle(self) -> float:
-        return self.drafted / self.cycles if self.cycles else 0.0
+        """Drafted tokens per cycle."""
+        return _ratio(self.drafted, self.cycles)
 
     @property
     def acceptance_rate(self) -> float:
         """Accepted / drafted (0 where nothing was drafted)."""
-        return self.accepted / self.drafted if self.drafted else 0.0
+        return _ratio(self.accepted, self.drafted)
 
     @property
     def acceptance_by_position(self) -> list[float]:
         """Share of the i-th drafted tokens that were accepted; not conditional on those before,
-        hence never rising by much where the length is fixed. With an adaptive length, later places
-        are only drafted where they are likely."""
-        return [
-            kept / made
-            for kept, made in zip(self.accepted_by_position, self.drafted_by_position, strict=True)
-        ]
+        hence never rising by much where the length is fixed. With an adaptive length, later
+        positions are only drafted where acceptance is likely."""
+        return [*map(_ratio, self.accepted_by_position, self.drafted_by_position)]
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """Share of the i-th drafted tokens that were accepted, among those whose predecessors were."""
-        return [
-            kept / max(n, 1)
-            for kept, n in zip(self.accepted_by_position, self.tried_by_position, strict=True)
-        ]
+        """The same share among those whose predecessors were accepted."""
+        return [*map(_ratio, self.accepted_by_position, self.tried_by_position)]
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """New tokens per second of everything."""
+        return _ratio(self.tokens, self.seconds)
 
     @property
     def overhead_seconds(self) -> float:
-        known = (
-            self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.measure_seconds
-        )
-        return max(0.0, self.seconds - known)
+        """Of everything that is not accounted for."""
+        parts = self.prefill_seconds, self.draft_seconds, self.verify_seconds, self.measure_seconds
+        return max(0.0, self.seconds - sum(parts))
 
     def count(self, done: Pass) -> None:
         """Add one pass after the prefill."""
@@ -137,19 +138,18 @@ class GenerationStats:
         self.verify_seconds += done.verify
         self.measure_seconds += done.measure
         for cycle in filter(None, done.cycles):
+            drafted, accepted = len(cycle.drafted), cycle.accepted
             self.cycles += 1
             self.tokens += len(cycle.tokens)
-            self.drafted += len(cycle.drafted)
-            self.accepted += cycle.accepted
-            self.drafted_by_position = _add(self.drafted_by_position, [1] * len(cycle.drafted))
-            self.accepted_by_position = _add(self.accepted_by_position, [1] * cycle.accepted)
-            tried = min(len(cycle.drafted), cycle.accepted + 1)
-            self.tried_by_position = _add(
-                self.tried_by_position, [1] * tried + [0] * (len(cycle.drafted) - tried)
-            )
-        self.accepted_by_position += [0] * (
-            len(self.drafted_by_position) - len(self.accepted_by_position)
-        )
+            self.drafted += drafted
+            self.accepted += accepted
+            for name, count in {
+                "drafted_by_position": drafted,
+                "accepted_by_position": accepted,
+                "tried_by_position": min(drafted, accepted + 1),
+            }.items():
+                ones = [int(i < count) for i in range(drafted)]
+                setattr(self, name, _add(getattr(self, name), ones))
 
     def count_prefill(self, done: Pass) -> None:
         """Add the pass that read the prompts, which gives every row its first token."""
@@ -165,9 +165,9 @@ class GenerationStats:
         return total
 
 
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
 def _add(a: Sequence[int], b: Sequence[int]) -> list[int]:
-    length = max(len(a), len(b))
-    return [
-        x + y
-        for x, y in zip([*a, *[0] * (length - len(a))], [*b, *[0] * (length - len(b))], strict=True)
-    ]
+    return [x + y for x, y in zip_longest(a, b, fillvalue=0)]

@@ -1,5 +1,4 @@
-"""What became of the drafts, drawn into the text that they led to, and how that text is printed as
-it comes.
+"""The text of a generation as it comes, with what became of the drafts drawn into it.
 
 A cycle is drawn in the order in which it happened: the drafted tokens that were accepted, those
 that were not, and the token of the transformer's own.
@@ -32,8 +31,8 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first by
 
 
 class TokenText:
-    """The text that tokens add to those before them, so that all that `add` and `rest` gave is
-    `decode` of all tokens.
+    """The text that tokens add to those before them: all that `add` and `rest` gave, put together,
+    is `decode` of all tokens.
 
     A token that ends within a character adds nothing; the one that completes the character adds all
     of it.
@@ -45,10 +44,10 @@ class TokenText:
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        # Decoding all of them anew for each would take ever longer: the latest with any text are
-        # enough, as all that the text of a token depends on is whether one stands before it, and
-        # whether that left a character open.
-        self._known: list[int] = []
+        # Decoding all tokens anew for each would take ever longer. The latest with any text are
+        # enough: what a token adds depends only on whether one stands before it, and whether that
+        # left a character open.
+        self._latest: list[int] = []
         self._open: list[int] = []
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -57,28 +56,27 @@ class TokenText:
         text = self._new()
         if not text or text.endswith(INCOMPLETE):
             return ""
-        self._known, self._open = self._open, []
+        self._latest, self._open = self._open, []
         return text
 
     def rest(self) -> str:
         """What is still open at the end of the text."""
         text = self._new()
-        self._known, self._open = [*self._known, *self._open], []
+        self._latest, self._open = [*self._latest, *self._open], []
         return text
 
     def _new(self) -> str:
-        return (
-            self._decode(self._known + self._open)[len(self._decode(self._known)) :]
-            if self._open
-            else ""
-        )
+        if not self._open:
+            return ""
+        return self._decode(self._latest + self._open)[len(self._decode(self._latest)) :]
 
 
 def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
-    """The pieces of one cycle, at most one of each kind. But for the rejected ones, they are the
+    """The pieces of one cycle, at most one of each kind. Without the rejected ones, they are the
     text of its tokens.
 
     Args:
+        cycle: what to draw.
         text: of everything before the cycle; the tokens of the cycle are added to it.
     """
     accepted, own = cycle.tokens[: cycle.accepted], cycle.tokens[cycle.accepted :]
@@ -99,23 +97,24 @@ def draw(cycle: Cycle, text: TokenText) -> list[Piece]:
 
 def coloured(pieces: Sequence[Piece]) -> str:
     """For a terminal; every piece resets its colour itself."""
-    return "".join(
-        STYLES[kind].render(text, color_system=ColorSystem.STANDARD) for text, kind in pieces
-    )
+    system = ColorSystem.STANDARD
+    return "".join(STYLES[kind].render(text, color_system=system) for text, kind in pieces)
 
 
 def marked(pieces: Sequence[Piece]) -> str:
     """Without colours: [+accepted] and [-rejected], and the transformer's own tokens as they are."""
-    return "".join(
-        {"accepted": f"[+{text}]", "rejected": f"[-{text}]"}.get(kind, text)
-        for text, kind in pieces
-    )
+    marks = {"accepted": "[+{}]", "rejected": "[-{}]"}
+    return "".join(marks.get(kind, "{}").format(text) for text, kind in pieces)
 
 
 def legend(*, colours: bool, styled: bool = False) -> str:
     """One line that says what is what: of the colours, drawn in them if `styled`, or of the marks."""
     if not colours:
-        return f"{marked([('drafted and accepted', 'accepted'), ('drafted and rejected', 'rejected')])} the transformer's own"
+        drafted: list[Piece] = [
+            ("drafted and accepted", "accepted"),
+            ("drafted and rejected", "rejected"),
+        ]
+        return f"{marked(drafted)} the transformer's own"
     named: list[Piece] = [
         ("drafted and accepted (green)", "accepted"),
         ("drafted and rejected (red)", "rejected"),
@@ -126,11 +125,16 @@ def legend(*, colours: bool, styled: bool = False) -> str:
 
 
 class Stream:
-    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left
-    clean however it ends.
+    """Standard output while a text is decoded: the prompt, then every cycle as it happens. The
+    terminal is left clean however that ends.
 
     Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown
     by marks.
+
+    Args:
+        tokenizer: of the model.
+        ids: the prompt.
+        drafts: whether to show what became of them.
     """
 
     def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
@@ -147,7 +151,7 @@ class Stream:
 
     def show(self, done: Pass) -> None:
         """One pass of the one prompt."""
-        if not self._begun:  # not before: whatever is wrong with a request has been said by now
+        if not self._begun:  # whatever is wrong with a request has been said by now
             if self._drafts:
                 print(legend(colours=self._colours, styled=self._coloured_legend), file=sys.stderr)
             self._write(self._text.add(self._ids))

@@ -1,50 +1,45 @@
-"""BST: the belief state transformer (Hu et al., arXiv 2410.23506; in our words: spec METHOD section
-5).
+"""BST: the belief state transformer (Hu et al., arXiv 2410.23506).
 
 Shapes: B rows, T tokens, N = B*T positions, D width, V vocabulary, G documents, P pairs, M of them
     in one chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextlat.backbone import Backbone
 from nextlat.batch import IGNORE, Batch
 from nextlat.errors import NextLatError
-from nextlat.losses import Losses, Term, cross_entropy, one_by_one
+from nextlat.losses import Counts, Losses, Term, cross_entropy, one_by_one
 from nextlat.objectives.flops import TRAINING, head_weights, transformer_flops, weights
+from nextlat.objectives.latent_dynamics import INIT_STD
 from nextlat.objectives.objective import Objective
+from nextlat.validation import Settings
 
-CHUNK = 4096  # pairs that are held at a time: two states and the text head's activations for each
+CHUNK = 4096  # pairs held at a time: two states and the text head's activations for each
 NEXT, PREVIOUS = 0, 1
 
 
-@dataclass(frozen=True)
-class BSTConfig:
+class BSTConfig(Settings):
     """Settings of the belief state transformer.
 
     Attributes:
-        pair_share: share of the (prefix, suffix) pairs that is trained on, above 0 and at most 1
-            (0.1 for the training speed in arXiv 2511.05963). Whether a pair is among them is a hash
-            of its document's tokens and of where it cuts
-            the document: the same in every epoch, packing, micro-batch and resumed run.
+        pair_share: share of the (prefix, suffix) pairs that is trained on (0.1 for the training
+            speed in arXiv 2511.05963). Whether a pair is among them is a hash of its document's
+            tokens and of where it cuts the document: the same in every epoch, packing, micro-batch
+            and resumed run.
 
     Raises:
         NextLatError: a value outside its range.
     """
 
-    pair_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.pair_share <= 1:
-            raise NextLatError(
-                f"BSTConfig.pair_share is {self.pair_share}: it must be above 0 and at most 1."
-            )
+    pair_share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class TextHead(nn.Module):
@@ -59,7 +54,7 @@ class TextHead(nn.Module):
         self.read = nn.Linear(2 * width, 2 * width, bias=False)
         self.write = nn.Linear(2 * width, 2 * width, bias=False)
         for layer in (self.read, self.write):
-            nn.init.normal_(layer.weight, std=0.02)  # as the backbone: weights ~ N(0, 0.02)
+            nn.init.normal_(layer.weight, std=INIT_STD)
 
     def forward(self, f: Tensor, b: Tensor) -> Tensor:
         """(..., D), (..., D) -> (..., 2, D): next, previous."""
@@ -68,13 +63,15 @@ class TextHead(nn.Module):
         return self.write(F.gelu(self.read(x))).unflatten(-1, (2, -1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """P pairs of a prefix x_1..x_t and a suffix x_{t+k}..x_T of one document, k >= 1.
 
-    `prefix` and `suffix` are the positions that F and B have read last, N for the empty prefix and
-    the empty suffix. `targets` (P, 2) are the labels of x_{t+1} and x_{t+k-1}; -100 where the
-    document has no such token or it has no label.
+    Attributes:
+        prefix: (P,) the position that F has read last, N for the empty prefix.
+        suffix: (P,) the position that B has read last, N for the empty suffix.
+        targets: (P, 2) the labels of x_{t+1} and x_{t+k-1}; -100 where the document has no such
+            token, or it has no label.
     """
 
     prefix: Tensor
@@ -83,33 +80,36 @@ class Pairs:
 
     @classmethod
     def of(cls, batch: Batch, share: float = 1.0) -> "Pairs":
-        """All pairs of a batch, or a share of them, that have anything to predict."""
+        """The pairs of a batch that have anything to predict, or a share of them."""
         start, length = batch.documents()
         N, device = batch.input_ids.numel(), batch.input_ids.device
-        # The n + 1 places at which a document of n tokens can be cut, those of all documents in one
-        # vector: i tokens before it.
-        document = torch.arange(len(start), device=device).repeat_interleave(length + 1)
-        i = torch.arange(len(document), device=device) - _before(length + 1)[document]
-        # A pair is a place for the prefix to end, and one from there on for the suffix to begin.
-        following = length[document] - i + 1
-        end = torch.arange(len(document), device=device).repeat_interleave(following)
-        begin = end + torch.arange(len(end), device=device) - _before(following)[end]
+        # The n + 1 cuts of a document of n tokens, those of all documents in one vector: which
+        # document, and how many of its tokens come before the cut.
+        document, i = _groups(length + 1)
+        # A pair is a cut where the prefix ends, and one from there on where the suffix begins.
+        end, further = _groups(length[document] - i + 1)
+        begin = end + further
         if share < 1:
-            kept = _chance(_hashes(batch, start, length)[document[end]], i[end], i[begin]) < share
+            hashes = _hashes(batch, start, length)
+            kept = _chance(hashes[document[end]], i[end], i[begin]) < share
             end, begin = end[kept], begin[kept]
-        # `at` is the token right behind a place, `at - 1` the one right before it.
-        at, first, last = start[document] + i, i == 0, i == length[document]
+        after = start[document] + i  # the token right after a cut; the one before is after - 1
+        after = torch.where(i == length[document], N, after)
+        before = torch.where(i == 0, N, start[document] + i - 1)
         labels = torch.cat([batch.labels.flatten(), torch.full((1,), IGNORE, device=device)])
-        next_token = labels[torch.where(last, N, at)][end]
-        previous_token = labels[torch.where(first, N, at - 1)][begin]
-        targets = torch.stack([next_token, previous_token], dim=1)
+        targets = torch.stack([labels[after][end], labels[before][begin]], dim=1)
         some = (targets != IGNORE).any(dim=1)
-        prefix, suffix = torch.where(first, N, at - 1)[end], torch.where(last, N, at)[begin]
-        return cls(prefix[some], suffix[some], targets[some])
+        return cls(before[end][some], after[begin][some], targets[some])
 
-    def counts(self) -> Tensor:
-        """(2,) next and previous tokens to predict."""
-        return (self.targets != IGNORE).sum(dim=0)
+    def counts(self) -> Counts:
+        """(1,) next and (1,) previous tokens to predict."""
+        next_tokens, previous_tokens = (self.targets != IGNORE).sum(dim=0).split(1)
+        return {"pairs_next": next_tokens, "pairs_previous": previous_tokens}
+
+    def chunks(self) -> list["Pairs"]:
+        """At most `CHUNK` of them each."""
+        parts = (x.split(CHUNK) for x in (self.prefix, self.suffix, self.targets))
+        return [Pairs(*part) for part in zip(*parts, strict=True) if len(part[0])]
 
 
 class BST(Objective):
@@ -118,83 +118,68 @@ class BST(Objective):
 
     F is the LM's own transformer, B a second one that reads documents from their end. Every pair
     (t, t + k) of a document with k >= 1 is trained on, with the empty prefix and the empty suffix,
-    whose states are learned vectors. Each mean is over the pairs
-    whose document has such a token, with a label: prompt tokens are read from both sides and
-    predicted from neither.
+    whose states are learned vectors. Each mean is over the pairs whose document has such a token,
+    with a label: prompt tokens are read from both sides and predicted from neither.
     """
 
-    name: ClassVar[str] = "bst"
-    needed_at_inference: ClassVar[bool] = (
-        True  # the next token is predicted by the text head, from F and the empty suffix
-    )
+    name = "bst"
+    title = published_as = "BST"
+    parts: ClassVar[Mapping[str, str]] = {
+        "pairs": "Pairs: next and previous token",
+        "pairs_next": "Pairs: next token, nats",
+        "pairs_previous": "Pairs: previous token, nats",
+    }
+    # The next token is predicted by the text head, from F and the empty suffix.
+    needed_at_inference = True
 
     def __init__(self, config: BSTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.config: BSTConfig = config
         self.backward_encoder = backbone.twin()
         self.text_head = TextHead(backbone.width)
-        self.empty_prefix = nn.Parameter(0.02 * torch.randn(backbone.width))
-        self.empty_suffix = nn.Parameter(0.02 * torch.randn(backbone.width))
+        self.empty_prefix = nn.Parameter(INIT_STD * torch.randn(backbone.width))
+        self.empty_suffix = nn.Parameter(INIT_STD * torch.randn(backbone.width))
 
-    def counts(self, batch: Batch) -> Tensor:
-        """(3,): pairs with a next token to predict, pairs with a previous one, scored positions."""
-        return torch.cat(
-            [Pairs.of(batch, self.config.pair_share).counts(), batch.scored().sum().view(1)]
-        ).float()
+    def counts(self, batch: Batch) -> Counts:
+        """Besides `next_token`, the pairs with a next and with a previous token to predict."""
+        return super().counts(batch) | Pairs.of(batch, self.config.pair_share).counts()
 
-    def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
+    def loss(self, batch: Batch, counts: Counts | None = None) -> Losses:
         pairs = Pairs.of(batch, self.config.pair_share)
-        counts = self.counts(batch) if counts is None else counts
+        counts = counts or super().counts(batch) | pairs.counts()
         # F and B run once; then the pairs, chunk by chunk, on their detached states; then one
-        # backward through each.
+        # backward pass through each.
         f_ND = self.backbone.hidden(batch).flatten(0, 1)
         b_ND = self.backbone.hidden(batch.reversed(), self.backward_encoder).flip(1).flatten(0, 1)
         states = [_with(f_ND, self.empty_prefix), _with(b_ND, self.empty_suffix)]
-        divisors = counts[:2].clamp(min=1)
-        chunks = zip(
-            *(x.split(CHUNK) for x in (pairs.prefix, pairs.suffix, pairs.targets)), strict=True
-        )
-        pieces = [self._piece(Pairs(*chunk), divisors) for chunk in chunks if len(chunk[0])]
+        divisors = torch.cat([counts["pairs_next"], counts["pairs_previous"]]).clamp(min=1)
+        pieces = [self._piece(chunk, divisors) for chunk in pairs.chunks()]
         output_head = self.backbone.lm.get_output_embeddings()
-        total, parts = one_by_one(
-            pieces, states, [*self.text_head.parameters(), *output_head.parameters()]
-        )
-        parts = parts.expand(2)
-        one = torch.ones_like(counts[:1])
+        learning = [*self.text_head.parameters(), *output_head.parameters()]
+        total, parts = one_by_one(pieces, states, learning)
+        next_tokens, previous_tokens = parts.expand(2).split(1)
+        once, next_token = torch.ones_like(counts["next_token"]), self._next_token(f_ND, batch)
         return Losses(
             {
-                "pairs": Term(total.view(1), one),
+                "pairs": Term(total.view(1), once),
                 # Not part of the sum, for the log alone:
-                "next_token": Term(self._next_token(f_ND.detach(), batch), counts[2:], weight=0.0),
-                "pairs_next": Term(parts[NEXT:][:1], one, weight=0.0),
-                "pairs_previous": Term(parts[PREVIOUS:], one, weight=0.0),
+                "next_token": Term(next_token, counts["next_token"], weight=0.0),
+                "pairs_next": Term(next_tokens, once, weight=0.0),
+                "pairs_previous": Term(previous_tokens, once, weight=0.0),
             }
         )
-
-    def flops(self, batch: Batch) -> dict[str, float]:
-        pairs = Pairs.of(batch, self.config.pair_share)
-        return {
-            "backward encoder": transformer_flops(self.backbone, batch),
-            "text head": TRAINING * weights(self.text_head) * len(pairs.prefix),
-            "head": TRAINING * head_weights(self.backbone) * int(pairs.counts().sum()),
-        }
 
     def _piece(self, pairs: Pairs, divisors: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """The share of some pairs in both means, as a function of the states of F and B."""
 
         def piece(f_XD: Tensor, b_XD: Tensor) -> Tensor:
-            states_M2D = self.text_head(
-                f_XD.index_select(0, pairs.prefix), b_XD.index_select(0, pairs.suffix)
-            )
+            f_MD, b_MD = f_XD.index_select(0, pairs.prefix), b_XD.index_select(0, pairs.suffix)
+            states_M2D = self.text_head(f_MD, b_MD)
             sums = []
             for which in (NEXT, PREVIOUS):
                 scored = (pairs.targets[:, which] != IGNORE).nonzero().squeeze(1)
                 states = states_M2D[:, which].index_select(0, scored)
-                sums.append(
-                    cross_entropy(self.backbone.head, states, pairs.targets[scored, which])
-                    if len(scored)
-                    else states.sum()
-                )
+                targets, head = pairs.targets[scored, which], self.backbone.head
+                sums.append(cross_entropy(head, states, targets) if len(scored) else states.sum())
             return torch.stack(sums) / divisors
 
         return piece
@@ -203,8 +188,17 @@ class BST(Objective):
     def _next_token(self, f_ND: Tensor, batch: Batch) -> Tensor:
         """(1,) sum of the cross-entropies of plain next-token prediction, as other objectives
         report them."""
-        scored = batch.scored().nonzero().squeeze(1)
-        return cross_entropy(self.next_token_logits, f_ND[scored], batch.targets()[scored]).view(1)
+        scored = batch.scored_positions
+        return cross_entropy(self.next_token_logits, f_ND[scored], batch.targets[scored]).view(1)
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        pairs = Pairs.of(batch, self.config.pair_share)
+        targets = sum(int(count) for count in pairs.counts().values())
+        return {
+            "backward encoder": transformer_flops(self.backbone, batch),
+            "text head": TRAINING * weights(self.text_head) * len(pairs.prefix),
+            "head": TRAINING * head_weights(self.backbone) * targets,
+        }
 
     def next_token_logits(self, h: Tensor) -> Tensor:
         return self.backbone.head(self.text_head(h, self.empty_suffix.to(h.dtype))[..., NEXT, :])
@@ -213,14 +207,16 @@ class BST(Objective):
     def generate_towards(
         self, prefix_ids: Tensor, suffix_ids: Tensor, max_new_tokens: int
     ) -> Tensor:
-        """Greedy tokens behind a prefix, each chosen in view of a suffix that is to follow sooner
-        or later (a goal).
+        """Greedy tokens after a prefix, each chosen in view of a suffix that is to come sooner or
+        later (a goal).
 
-        The number of tokens between the two is not part of what the text head is given: look for
-        the suffix in what comes back.
+        How many tokens lie between the two is not something the text head is told: look for the
+        suffix in what comes back.
 
         Args:
-            prefix_ids: (B, T), T >= 0. suffix_ids: (B, S), S >= 0. max_new_tokens: per row.
+            prefix_ids: (B, T), T >= 0.
+            suffix_ids: (B, S), S >= 0.
+            max_new_tokens: per row.
 
         Returns:
             (B, max_new_tokens) tokens.
@@ -231,11 +227,11 @@ class BST(Objective):
         if max_new_tokens < 1:
             raise NextLatError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         rows = len(prefix_ids)
-        b_BD = self.empty_suffix.expand(rows, -1)
+        f_BD, b_BD = self.empty_prefix.expand(rows, -1), self.empty_suffix.expand(rows, -1)
         if suffix_ids.shape[1]:
             suffix = Batch.from_inputs(suffix_ids, suffix_ids).reversed()
             b_BD = self.backbone.hidden(suffix, self.backward_encoder)[:, -1]
-        f_BD, cache, ids, made = self.empty_prefix.expand(rows, -1), None, prefix_ids, []
+        cache, ids, made = None, prefix_ids, []
         for _ in range(max_new_tokens):
             if ids.shape[1]:
                 f_BTD, cache = self.backbone.step(ids, cache)
@@ -250,9 +246,11 @@ def _with(states_ND: Tensor, empty_D: Tensor) -> Tensor:
     return torch.cat([states_ND, empty_D[None].to(states_ND.dtype)])
 
 
-def _before(sizes: Tensor) -> Tensor:
-    """How many elements come before each of several groups of the given sizes."""
-    return sizes.cumsum(0) - sizes
+def _groups(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The elements of several groups in one vector: the group of each, and its index there."""
+    group = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    before = sizes.cumsum(0) - sizes
+    return group, torch.arange(len(group), device=sizes.device) - before[group]
 
 
 # ---- a random share of the pairs without a random state ----
@@ -267,10 +265,9 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _hashes(batch: Batch, start: Tensor, length: Tensor) -> Tensor:
     """(G,) one number for each document, from its tokens and their order."""
-    document = torch.arange(len(start), device=start.device).repeat_interleave(length)
-    place = torch.arange(len(document), device=start.device) - _before(length)[document]
-    tokens = batch.input_ids.flatten()[start[document] + place]
-    return torch.zeros_like(start).index_add(0, document, _mixed(_mixed(tokens) + place))
+    document, i = _groups(length)
+    tokens = batch.input_ids.flatten()[start[document] + i]
+    return torch.zeros_like(start).index_add(0, document, _mixed(_mixed(tokens) + i))
 
 
 def _chance(hashes: Tensor, end: Tensor, begin: Tensor) -> Tensor:

@@ -2,32 +2,25 @@
 
 Counted as everywhere: a product of (M, K) and (K, N) matrices is 2 M K N operations, only matrix
 products count, the half of the attention that the causal mask hides counts too, and what is
-recomputed to save memory does not (it is no part of the method).
-Backward costs twice what forward does: once for the inputs, once for the weights (in attention, for
-both factors). A frozen transformer has none; what drafts from it then costs is counted for NextLat
-alone.
+recomputed to save memory does not (it is no part of the method). The backward pass costs twice the
+forward pass: once for the inputs, once for the weights (in attention, for both factors). A frozen
+transformer has none; the cost of what drafts from it is then counted for NextLat alone.
 
-What an objective adds to the transformer it says itself: `Objective.flops`. Here is what all of
-them are made of.
+What an objective adds to the transformer is its own to say: `Objective.flops`. These are the parts
+to say it with.
 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
+from nextlat.objectives.objective import Objective
 
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
-
-FORWARD, TRAINING = (
-    2.0,
-    6.0,
-)  # operations of a product per weight and vector: forward alone, and with backward
+FORWARD = 2.0  # operations of a product per weight and vector
+TRAINING = 6.0  # with the backward pass
 
 
 def per_weight(backbone: Backbone) -> float:
@@ -56,33 +49,21 @@ def attention_flops(backbone: Backbone, layers: int, batch: Batch) -> float:
 
 
 def transformer_flops(backbone: Backbone, batch: Batch) -> float:
-    """All layers of the LM, its head left out."""
+    """All layers of the LM, without its head."""
     layers = backbone.lm.config.num_hidden_layers
     products = per_weight(backbone) * weights(backbone.lm.base_model) * batch.input_ids.numel()
     return products + attention_flops(backbone, layers, batch)
 
 
-def step_flops(
-    model: "ObjectiveModel",
-    input_ids: Tensor,
-    labels: Tensor,
-    position_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> dict[str, float] | None:
-    """Operations of the forward and backward pass of one batch, given as to the model: {"backbone",
-    ...} by part.
-
-    Returns:
-        None for an objective that has no formula.
-    """
-    batch = Batch.from_inputs(input_ids, labels, position_ids, attention_mask)
-    own = model.objective.flops(batch)
-    return None if own is None else {"backbone": transformer_flops(model.backbone, batch), **own}
+def step_flops(objective: Objective, batch: Batch) -> dict[str, float] | None:
+    """Operations of the forward and backward pass of one batch, {"backbone": ..., ...} by part;
+    None for an objective that has no formula."""
+    own = objective.flops(batch)
+    return own and {"backbone": transformer_flops(objective.backbone, batch), **own}
 
 
-def training_flops(model: "ObjectiveModel", length: int) -> dict[str, float] | None:
-    """Operations per token of `step_flops`, where every row is one document of `length` labelled
-    tokens."""
+def training_flops(objective: Objective, length: int) -> dict[str, float] | None:
+    """`step_flops` per token, where every row is one document of `length` labelled tokens."""
     row = torch.zeros(1, length, dtype=torch.long)
-    parts = step_flops(model, row, row)
+    parts = step_flops(objective, Batch.from_inputs(row, row))
     return parts and {name: value / length for name, value in parts.items()}

@@ -1,8 +1,9 @@
 """Latent dynamics models p_psi: the state after reading one more token, from the state before it
 and the token's embedding.
 
-No attention, no cache: everything about the past is in the state. Shapes: D width of the state, E
-width of the embedding.
+No attention, no cache: everything about the past is in the state.
+
+Shapes: D width of the state, E width of the embedding.
 """
 
 from itertools import pairwise
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-INIT_STD = 0.02  # as the backbone: weights ~ N(0, 0.02)
+INIT_STD = 0.02  # as in the backbone: weights ~ N(0, 0.02)
 
 
 class LatentDynamics(nn.Module):
@@ -22,7 +23,10 @@ class LatentDynamics(nn.Module):
     state.
 
     Args:
-        width, embedding_width: D, E. hidden_size: of f; None = E + D. num_layers: of f.
+        width: D.
+        embedding_width: E.
+        hidden_size: of f; None = E + D.
+        num_layers: of f.
         separate_norms: [ LayerNorm(E(x_{t+1})) ; LayerNorm(h_t) ] instead, so that neither drowns
             the other.
         zero_init: the last layer of f starts at zero, so that p_psi starts as the identity on h_t.
@@ -46,15 +50,12 @@ class LatentDynamics(nn.Module):
             self.norm_e, self.norm_h = nn.LayerNorm(embedding_width), nn.LayerNorm(width)
         else:
             self.norm = nn.LayerNorm(sizes[0])
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out, bias=False), nn.GELU()]
-        self.f = nn.Sequential(*layers[:-1])
-        for layer in self.f:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=INIT_STD)
+        linear = [nn.Linear(fan_in, fan_out, bias=False) for fan_in, fan_out in pairwise(sizes)]
+        for layer in linear:
+            nn.init.normal_(layer.weight, std=INIT_STD)
         if zero_init:
-            nn.init.zeros_(self.f[-1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(linear[-1].weight)
+        self.f = nn.Sequential(*(x for layer in linear for x in (layer, nn.GELU())))[:-1]
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """(..., D) states and (..., E) embeddings of the tokens read in them -> (..., D) predicted
@@ -69,14 +70,18 @@ class LatentDynamics(nn.Module):
 
 
 class GRUDynamics(nn.Module):
-    """p_psi as one GRU cell of width D that reads E(x_{t+1}); there is no residual but the cell's
-    own update gate z.
+    """p_psi as one GRU cell of width D that reads E(x_{t+1}); its only residual is the update gate.
 
         r, z = sigmoid( W_r e + U_r h + b ),  sigmoid( W_z e + U_z h + b )
         n = tanh( W_n e + b + r * (U_n h + b') )          h_hat = (1 - z) * n + z * h
 
-    The equations, names and order of the gates are those of `torch.nn.GRUCell`, whose weights fit;
-    written out, because that cell would round the running state to half precision under autocast.
+    The equations, names and order of the gates are those of `torch.nn.GRUCell`, whose weights fit.
+    They are written out because that cell would round the running state to half precision under
+    autocast.
+
+    Args:
+        width: D.
+        embedding_width: E.
     """
 
     def __init__(self, width: int, embedding_width: int) -> None:
@@ -86,14 +91,12 @@ class GRUDynamics(nn.Module):
         self.bias_ih, self.bias_hh = (nn.Parameter(torch.zeros(3 * width)) for _ in range(2))
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """(..., D) states and (..., E) embeddings of the tokens read in them -> (..., D) predicted
-        next states."""
-        dtype = self.weight_hh.dtype
-        read_r, read_z, read_n = (
-            F.linear(e.to(dtype), self.weight_ih, self.bias_ih).to(h.dtype).chunk(3, dim=-1)
-        )
-        kept_r, kept_z, kept_n = (
-            F.linear(h.to(dtype), self.weight_hh, self.bias_hh).to(h.dtype).chunk(3, dim=-1)
-        )
-        r, z = torch.sigmoid(read_r + kept_r), torch.sigmoid(read_z + kept_z)
-        return torch.lerp(torch.tanh(read_n + r * kept_n), h, z)
+        """As that of `LatentDynamics`."""
+
+        def gates(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            return F.linear(x.to(weight.dtype), weight, bias).to(h.dtype).chunk(3, dim=-1)
+
+        r_e, z_e, n_e = gates(e, self.weight_ih, self.bias_ih)
+        r_h, z_h, n_h = gates(h, self.weight_hh, self.bias_hh)
+        r, z = torch.sigmoid(r_e + r_h), torch.sigmoid(z_e + z_h)
+        return torch.lerp(torch.tanh(n_e + r * n_h), h, z)

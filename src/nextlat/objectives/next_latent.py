@@ -1,236 +1,204 @@
-"""NextLat: next-latent prediction (Teoh et al., arXiv 2511.05963; in our words: spec METHOD section
-1).
+"""NextLat: next-latent prediction (Teoh et al., arXiv 2511.05963).
+
+    h_hat_t  = h_t,    h_hat_{t+i} = p_psi( h_hat_{t+i-1}, x_{t+i} )            for i = 1..d
+    L_next_h = mean_t 1/d sum_i SmoothL1( h_hat_{t+i}, sg[h_{t+i}] )
+    L_KL     = mean_t 1/d sum_i KL( softmax(sg[W h_{t+i}]) || softmax(sg[W] h_hat_{t+i}) )
+    L        = L_next_token + lambda_next_h * L_next_h + lambda_KL * L_KL
 
 Shapes: B rows, T tokens, N = B*T positions, D width, E embedding width, V vocabulary, d horizon.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
-from nextlat.errors import NextLatError
-from nextlat.losses import Losses, Term, cross_entropy, kl_divergence, mse, same_head_kl, smooth_l1
+from nextlat.losses import (
+    Counts,
+    Losses,
+    Term,
+    cross_entropy,
+    kl_divergence,
+    mse,
+    same_head_kl,
+    smooth_l1,
+)
 from nextlat.objectives.flops import FORWARD, TRAINING, head_weights, weights
 from nextlat.objectives.latent_dynamics import GRUDynamics, LatentDynamics
 from nextlat.objectives.next_token import NextToken
+from nextlat.validation import Count, CountOrZero, NotNegative, Settings
 
 NEXT_H_LOSSES = {"smooth_l1": smooth_l1, "mse": mse}
-CHOICES = {
-    "next_h_loss": (*NEXT_H_LOSSES,),
-    "kl_loss": ("kl", "cross_entropy"),
-    "dynamics": ("mlp", "gru"),
-    **dict.fromkeys(
-        [
-            "stop_gradient_target",
-            "stop_gradient_teacher",
-            "stop_gradient_head",
-            "separate_norms",
-            "zero_init",
-        ],
-        (True, False),
-    ),
-}
 
 
-@dataclass(frozen=True)
-class NextLatConfig:
+class NextLatConfig(Settings):
     """Settings of next-latent prediction, in the paper's terms. The defaults are the paper's
     method.
 
     Attributes:
         horizon: d, steps of the rollout (paper: 1, 2, 4 or 8; arm length - 2 on Path-Star). The
             theorem needs no more than 1.
-        lambda_next_h: weight of the Smooth L1 between predicted and true state (paper: 1; 2 on
-            Countdown).
-        lambda_kl: weight of the KL between the token distributions at both (paper: 1; 0.1 on
-            Manhattan, 0 on A5).
+        lambda_next_h: weight of L_next_h (paper: 1; 2 on Countdown).
+        lambda_kl: weight of L_KL (paper: 1; 0.1 on Manhattan, 0 on A5).
         hidden_size: hidden width of the latent dynamics model; None = the width of its input, E + D
             (A5 in the paper's table).
         num_layers: linear layers of the latent dynamics model (paper: 3).
-
-    Ablations, each taking one choice of the paper back:
-        next_h_loss: between the states; "mse" is the plain squared difference, without Smooth L1's
-            factor of one half.
-        kl_loss: between the tokens; "cross_entropy" asks of the predicted state the true next
-            token, not the model's distribution.
-        stop_gradient_target: sg[h_{t+i}], the true state that the predicted one is compared with.
-        stop_gradient_teacher: sg[W h_{t+i}], the distribution at the true state in the KL, both its
-            W and its h.
-        stop_gradient_head: sg[W], the head through which the predicted state is read.
-        dynamics: "gru" is one GRU cell of width D on E(x), see `latent_dynamics`.
-
-    Variants of ours, off by default:
-        warmup_steps: both lambdas grow linearly to their values over so many optimiser steps; 0 =
-            from the start, as published. Recommended for language, over a third or more of the
-            steps: it halves what NextLat costs the next token, and drafts are accepted as often.
-            Not for planning: on Path-Star the shortcut is learned while the lambdas are small
-            (docs/log.md).
-        separate_norms, zero_init: of the latent dynamics model, see
-            `latent_dynamics.LatentDynamics`.
+        next_h_loss: ablation, the loss between the states; "mse" is the plain squared difference,
+            without Smooth L1's factor of one half.
+        kl_loss: ablation, the loss between the tokens; "cross_entropy" asks of the predicted state
+            the true next token, not the model's distribution.
+        stop_gradient_target: ablation, sg[h_{t+i}], the state that the predicted one is compared
+            with.
+        stop_gradient_teacher: ablation, sg[W h_{t+i}], the distribution at the true state in L_KL,
+            both its W and its h.
+        stop_gradient_head: ablation, sg[W], the head through which the predicted state is read.
+        dynamics: ablation; "gru" is one GRU cell of width D on E(x), see `latent_dynamics`.
+        warmup_steps: variant of ours, off by default. Both lambdas grow linearly to their values
+            over so many optimiser steps; 0 = from the start, as published. Recommended for
+            language, over a third or more of the steps: it halves what NextLat costs the next
+            token, and drafts are accepted as often. Not for planning: on Path-Star the shortcut is
+            learned while the lambdas are small (docs/log.md).
+        separate_norms: variant of ours, see `latent_dynamics.LatentDynamics`.
+        zero_init: variant of ours, see there.
 
     Raises:
-        NextLatError: a value outside its range, or settings of which one leaves the other without
-            meaning.
+        NextLatError: a value outside its range, or a setting that another leaves without meaning.
     """
 
-    horizon: int = 1
-    lambda_next_h: float = 1.0
-    lambda_kl: float = 1.0
-    hidden_size: int | None = None
-    num_layers: int = 3
+    horizon: Count = 1
+    lambda_next_h: NotNegative = 1.0
+    lambda_kl: NotNegative = 1.0
+    hidden_size: Count | None = None
+    num_layers: Count = 3
     next_h_loss: Literal["smooth_l1", "mse"] = "smooth_l1"
     kl_loss: Literal["kl", "cross_entropy"] = "kl"
     stop_gradient_target: bool = True
     stop_gradient_teacher: bool = True
     stop_gradient_head: bool = True
     dynamics: Literal["mlp", "gru"] = "mlp"
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     separate_norms: bool = False
     zero_init: bool = False
 
-    def __post_init__(self) -> None:
-        least = {
-            "horizon": 1,
-            "lambda_next_h": 0,
-            "lambda_kl": 0,
-            "hidden_size": 1,
-            "num_layers": 1,
-            "warmup_steps": 0,
-        }
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= bound:
-                raise NextLatError(f"NextLatConfig.{name} is {value}: it must be at least {bound}.")
-        for name, valid in CHOICES.items():
-            value = getattr(self, name)
-            if value not in valid:
-                raise NextLatError(
-                    f"NextLatConfig.{name} is {value!r}: it must be one of {', '.join(map(repr, valid))}."
-                )
+    @model_validator(mode="after")
+    def _no_setting_is_without_meaning(self) -> Self:
         if self.kl_loss != "kl" and not self.stop_gradient_teacher:
-            raise NextLatError(
-                f"NextLatConfig.stop_gradient_teacher is False, but kl_loss '{self.kl_loss}' has no teacher: leave it out."
+            raise ValueError(
+                f"stop_gradient_teacher is False, but kl_loss '{self.kl_loss}' has no teacher: "
+                "leave it out"
             )
-        of_mlp = {"hidden_size": None, "num_layers": 3, "separate_norms": False, "zero_init": False}
-        idle = [name for name, default in of_mlp.items() if getattr(self, name) != default]
-        if self.dynamics == "gru" and idle:
-            raise NextLatError(
-                f"NextLatConfig.{idle[0]} has no meaning with dynamics 'gru', one cell of width D: leave it out."
-            )
+        of_mlp = ("hidden_size", "num_layers", "separate_norms", "zero_init")
+        for name in of_mlp if self.dynamics == "gru" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} has no meaning with dynamics 'gru', one cell of width D: leave it out"
+                )
+        return self
 
 
 class NextLat(NextToken):
     """L = L_next_token + lambda_next_h * L_next_h + lambda_KL * L_KL"""
 
-    name: ClassVar[str] = "nextlat"
-    max_draft_length = (
-        None  # p_psi is recurrent: it drafts any number of tokens, whatever d it was trained with
-    )
+    name = "nextlat"
+    title = published_as = "NextLat"
+    parts: ClassVar[Mapping[str, str]] = {
+        "next_h": "Next latent state (Smooth L1)",
+        "kl": "KL of predicted and true next token",
+        "cross_entropy": "Next token at the predicted state, nats",
+    }
+    # p_psi is recurrent: it drafts any number of tokens, whatever d it was trained with.
+    max_draft_length = None
 
     def __init__(self, config: NextLatConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.config: NextLatConfig = config
-        self.dynamics = (
-            GRUDynamics(backbone.width, backbone.embedding_width)
-            if config.dynamics == "gru"
-            else LatentDynamics(
-                backbone.width,
-                backbone.embedding_width,
+        D, E = backbone.width, backbone.embedding_width
+        if config.dynamics == "gru":
+            self.dynamics: GRUDynamics | LatentDynamics = GRUDynamics(D, E)
+        else:
+            self.dynamics = LatentDynamics(
+                D,
+                E,
                 config.hidden_size,
                 config.num_layers,
                 separate_norms=config.separate_norms,
                 zero_init=config.zero_init,
             )
-        )
 
-    def counts(self, batch: Batch) -> Tensor:
-        """(1 + 2 d,): scored positions; states reached at each step; of those, the ones with a
+    def counts(self, batch: Batch) -> Counts:
+        """Besides `next_token`: (d,) states reached at each step, and (d,) those of them with a
         next-token loss of their own."""
-        steps = list(batch.rollout(self.horizon))
-        sizes = [len(step.state) for step in steps] + [len(step.scored) for step in steps]
-        rest = torch.tensor(sizes, dtype=torch.float32, device=batch.input_ids.device)
-        return torch.cat([super().counts(batch), rest])
+        steps, tensor = batch.rollout(self.horizon), batch.input_ids.new_tensor
+        return super().counts(batch) | {
+            "next_h": tensor([len(step.state) for step in steps]),
+            self.config.kl_loss: tensor([len(step.scored) for step in steps]),
+        }
 
-    def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
-        config, d = self.config, self.horizon
-        counts = self.counts(batch) if counts is None else counts
+    def loss(self, batch: Batch, counts: Counts | None = None) -> Losses:
+        config, counts = self.config, counts or self.counts(batch)
         h_ND = self.backbone.hidden(batch).flatten(0, 1)
         e_NE = self.backbone.embed(batch.input_ids).flatten(0, 1)
-        # sg[h]: the states are pulled towards nothing, only what predicts them moves
-        target_ND = h_ND.detach() if config.stop_gradient_target else h_ND
+        target_ND = h_ND.detach() if config.stop_gradient_target else h_ND  # sg[h]
 
-        # The rollout: h_hat_t = h_t (not detached), then h_hat_{t+i} = p_psi(h_hat_{t+i-1},
-        # x_{t+i}) on its own predictions. The running state is kept in fp32 under mixed precision:
-        # rounding would be of the size of the error being learned.
+        # The start is not detached, and the running state stays in fp32 under mixed precision:
+        # rounding would be as large as the error being learned.
         h_hat = h_ND.to(torch.promote_types(h_ND.dtype, torch.float32))
         next_h, kl = [], []
-        for step in batch.rollout(d):
-            h_hat = torch.index_select(h_hat, 0, step.kept)
-            h_hat = self.dynamics(h_hat, torch.index_select(e_NE, 0, step.state))
-            next_h.append(
-                NEXT_H_LOSSES[config.next_h_loss](
-                    h_hat, torch.index_select(target_ND, 0, step.state)
-                )
-            )
+        for step in batch.rollout(self.horizon):
+            h_hat, e = h_hat.index_select(0, step.kept), e_NE.index_select(0, step.state)
+            h_hat = self.dynamics(h_hat, e)
+            h = target_ND.index_select(0, step.state)
+            next_h.append(NEXT_H_LOSSES[config.next_h_loss](h_hat, h))
             if config.lambda_kl > 0:
-                kl.append(
-                    self.token_loss(
-                        torch.index_select(h_hat, 0, step.scored),
-                        h_ND,
-                        step.state[step.scored],
-                        batch,
-                    )
-                )
+                predicted, state = h_hat.index_select(0, step.scored), step.state[step.scored]
+                kl.append(self._token_loss(predicted, h_ND, state, batch))
 
-        ramp = self.ramp()
+        ramp, token_loss = self._ramp(), config.kl_loss
         terms = {
-            "next_token": self.next_token_term(h_ND, batch, counts[:1]),
-            "next_h": Term(torch.stack(next_h), counts[1 : 1 + d], ramp * config.lambda_next_h),
+            "next_token": self.next_token_term(h_ND, batch, counts),
+            "next_h": Term(torch.stack(next_h), counts["next_h"], ramp * config.lambda_next_h),
         }
         if kl:
-            terms[config.kl_loss] = Term(torch.stack(kl), counts[1 + d :], ramp * config.lambda_kl)
+            weight = ramp * config.lambda_kl
+            terms[token_loss] = Term(torch.stack(kl), counts[token_loss], weight)
         return Losses(terms)
 
-    def token_loss(self, h_hat: Tensor, h_ND: Tensor, state: Tensor, batch: Batch) -> Tensor:
-        """Sum over the predicted states h_hat (K, D) of positions `state` (K,) of what their next
-        tokens miss: L_KL, or an ablation."""
+    def _token_loss(self, h_hat_KD: Tensor, h_ND: Tensor, state_K: Tensor, batch: Batch) -> Tensor:
+        """Sum over K predicted states, which stand for those at positions `state_K`: L_KL, or an
+        ablation of it."""
         config, backbone = self.config, self.backbone
         student = backbone.frozen_head if config.stop_gradient_head else backbone.head
         if config.kl_loss == "cross_entropy":
-            return cross_entropy(student, h_hat, batch.targets()[state])
-        h = torch.index_select(h_ND, 0, state)
-        if config.stop_gradient_teacher and config.stop_gradient_head:
-            return same_head_kl(student, h_hat, h)
-        if config.stop_gradient_teacher:
-            return kl_divergence(backbone.frozen_head, student, h.detach(), h_hat)
-        return kl_divergence(backbone.head, student, h, h_hat)
+            return cross_entropy(student, h_hat_KD, batch.targets[state_K])
+        h_KD = h_ND.index_select(0, state_K)
+        if not config.stop_gradient_teacher:
+            return kl_divergence(backbone.head, student, h_KD, h_hat_KD)
+        if not config.stop_gradient_head:
+            return kl_divergence(backbone.frozen_head, student, h_KD.detach(), h_hat_KD)
+        return same_head_kl(student, h_hat_KD, h_KD)
 
-    def flops(self, batch: Batch) -> dict[str, float]:
-        d, config, counts = self.horizon, self.config, self.counts(batch).tolist()
-        # Products with W that the token-level loss of one predicted state needs: 3 in the paper's
-        # form.
-        student = (
-            2 if config.stop_gradient_head else 3
-        )  # forward, gradient to h_hat, and to W where W moves
-        teacher = (
-            0 if config.kl_loss == "cross_entropy" else 1 if config.stop_gradient_teacher else 3
-        )
-        products = student + teacher if config.lambda_kl else 0
-        return super().flops(batch) | {
-            "dynamics": TRAINING * weights(self.dynamics) * sum(counts[1 : 1 + d]),
-            "kl": FORWARD * products * head_weights(self.backbone) * sum(counts[1 + d :]),
-        }
-
-    def ramp(self) -> float:
+    def _ramp(self) -> float:
         """What both lambdas are multiplied by at the optimiser step under way: step n of the
         warm-up has n / warmup_steps of them."""
         if not (self.training and self.step and self.config.warmup_steps):
             return 1.0
         return min(1.0, self.step / self.config.warmup_steps)
+
+    def flops(self, batch: Batch) -> dict[str, float]:
+        config, counts = self.config, self.counts(batch)
+        # Products with W at one predicted state: forward, gradient to h_hat, and to W where W
+        # moves. In the paper's form they are 3.
+        student = 2 if config.stop_gradient_head else 3
+        teacher = 1 if config.stop_gradient_teacher else 3
+        products = student + (teacher if config.kl_loss == "kl" else 0) if config.lambda_kl else 0
+        states, scored = int(counts["next_h"].sum()), int(counts[config.kl_loss].sum())
+        return super().flops(batch) | {
+            "dynamics": TRAINING * weights(self.dynamics) * states,
+            "kl": FORWARD * products * head_weights(self.backbone) * scored,
+        }
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         state = self.dynamics(state, self.backbone.embed(token))

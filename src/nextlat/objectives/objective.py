@@ -1,6 +1,7 @@
 """The contract of a training objective: what it adds to an unmodified causal LM, its loss, and how
 it drafts."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -9,29 +10,39 @@ from transformers import PreTrainedConfig
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.losses import Losses
+from nextlat.losses import Counts, Losses, Term, cross_entropy
 
 
 class Objective(nn.Module):
     """One objective around one backbone. Its parameters are its own; those of the LM stay with the
     LM.
 
+    Decoding reads a forward pass of the transformer, which gives h_BTD for tokens input_ids_BT
+    (with or without a cache), in two ways:
+
+        next_token_logits(output_states(h, input_ids))      what the model says, at every position
+        draft(drafting_states(h, input_ids)[:, t], token)   what is drafted after `token`, which
+                                                            was chosen at position t
+
     Class attributes:
-        name: as in recipes and run directories.
+        name: in recipes and run directories.
+        title: in reports.
+        published_as: what the paper calls it.
+        parts: titles of the loss parts that it logs besides `next_token`, by name.
         max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
-        needed_at_inference: True when the LM alone does not define the model (JTP, BST).
+        needed_at_inference: whether the LM alone is not the model (JTP, BST).
 
     Attributes:
+        config: its settings.
+        backbone: of the LM.
         step: number of the optimiser step under way, from 1, set by the trainer for losses that
-            change over time; None = none is.
-
-    From a forward pass of the transformer, which gives h_BTD for tokens input_ids_BT (with or
-    without a cache), follow
-        next_token_logits(output_states(h, input_ids))       what the model says, at every position
-        draft(drafting_states(h, input_ids)[:, t], token)   what the objective drafts behind `token`, which was chosen at position t
+            change over time; None outside of one.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    published_as: ClassVar[str]
+    parts: ClassVar[Mapping[str, str]] = {}
     max_draft_length: int | None = 0
     needed_at_inference: ClassVar[bool] = False
     step: int | None = None
@@ -47,34 +58,48 @@ class Objective(nn.Module):
         prediction."""
         return getattr(self.config, "horizon", 0)
 
-    def counts(self, batch: Batch) -> Tensor:
-        """Number of valid positions behind every normalised mean of the loss, as one fp32 vector;
-        needs no forward pass.
+    # ---- training ----
+
+    def counts(self, batch: Batch) -> Counts:
+        """Number of valid positions in every mean of the loss; needs no forward pass.
 
         Summed over the micro-batches (and ranks) of an optimiser step it is what `loss` divides by,
         so that gradient accumulation gives exactly the loss of the undivided batch.
         """
+        return {"next_token": batch.scored.sum().view(1)}
+
+    def loss(self, batch: Batch, counts: Counts | None = None) -> Losses:
+        """The loss parts on a batch.
+
+        Args:
+            batch: rows of documents.
+            counts: what to divide by; None = those of this batch.
+        """
         raise NotImplementedError
 
-    def loss(self, batch: Batch, counts: Tensor | None = None) -> Losses:
-        """The loss parts on a batch; `counts` defaults to `self.counts(batch)`."""
-        raise NotImplementedError
+    def next_token_term(self, h_ND: Tensor, batch: Batch, counts: Counts) -> Term:
+        """L_next_token = mean_t CE(W h_t, x_{t+1}), which every objective shares."""
+        scored = batch.scored_positions
+        if len(scored) == 0:
+            return Term(h_ND.sum().view(1) * 0, counts["next_token"])
+        h_ND, targets = h_ND.index_select(0, scored), batch.targets[scored]
+        return Term(cross_entropy(self.backbone.head, h_ND, targets).view(1), counts["next_token"])
 
     def flops(self, batch: Batch) -> dict[str, float] | None:
         """Floating-point operations of a training step besides those of the transformer's layers,
-        by part; see `flops`.
-
-        None where nobody has counted them: the cost is then only measured.
+        by part (see the module `flops`); None = there is no formula, and the cost is only measured.
         """
         return None
 
+    # ---- decoding ----
+
     def output_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
-        """(B, T, D) hidden states and the (B, T) tokens read last in each -> what
+        """(B, T, D) hidden states and the (B, T) tokens read last in each -> the states that
         `next_token_logits` takes; h itself by default."""
         return h
 
     def next_token_logits(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the distribution of the next token given a state (see
+        """(..., D) -> (..., V): the distribution of the next token in a state (see
         `output_states`)."""
         return self.backbone.head(h)
 
@@ -85,15 +110,15 @@ class Objective(nn.Module):
         return self.backbone.cache_config()
 
     def drafting_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
-        """(B, T, D), (B, T) -> (B, T, S): where drafts behind each position start; h itself by
+        """(B, T, D), (B, T) -> (B, T, S): where drafts after each position start; h itself by
         default.
 
-        To be called right after the forward pass that gave h, and before anything is rolled back
-        from its cache.
+        To be called right after the forward pass that gave h, before anything is taken back from
+        its cache.
         """
         return h
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """One draft step: the state after reading `token` (B,) in `state` (B, S), and the logits
-        (B, V) of what follows."""
+        (B, V) of the next token there."""
         raise NextLatError(f"the objective '{self.name}' cannot draft tokens: use draft_length=0.")

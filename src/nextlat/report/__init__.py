@@ -1,23 +1,38 @@
-"""Reports: evaluated run directories become tables, plots, maps, one self-contained HTML page, and
+"""Reports: evaluated run directories become tables, figures, maps, one self-contained HTML page, and
 Markdown.
 
-runs.py and models.py read and order them; comparison.py, solving.py and reproduction.py compare;
-glossary.py, published.py, facts.py and wording.py say it; tables.py and pictures.py (drawing.py,
-plots.py, task_plots.py) are what there is to show; terminal.py, page.py and markdown.py show it;
-writing.py writes it. Nothing here measures anything: all numbers come from the files that
-`evaluation` wrote.
+runs.py reads them and groups them into models; comparison.py, claims.py and published.py find out
+what can be said; figures.py, pictures.py and maps.py draw; document.py puts all of it together out of
+elements.py; render.py turns that into a page, Markdown and what a terminal shows; output.py writes
+it. Nothing here measures anything, and nothing knows a task, a metric or an objective: numbers and
+words come from the files that training and evaluation wrote.
 """
 
-from nextlat.report.comparison import Comparison, compare
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+
+from nextlat.report.claims import Claim, claims
+from nextlat.report.comparison import TaskComparison, compare
+from nextlat.report.document import digest
+from nextlat.report.output import write_report
+from nextlat.report.render import terminal
 from nextlat.report.runs import Run, read_runs
-from nextlat.report.terminal import terminal_table
-from nextlat.report.wording import Claim, claims
-from nextlat.report.writing import write_report
+
+
+def terminal_table(tasks: Sequence[TaskComparison]) -> RenderableType:
+    """The measurements of every task, for rich to print.
+
+    Args:
+        tasks: what `compare` found.
+    """
+    return terminal(digest(tasks))
+
 
 __all__ = [
     "Claim",
-    "Comparison",
     "Run",
+    "TaskComparison",
     "claims",
     "compare",
     "read_runs",

@@ -11,37 +11,41 @@ rows: every model meets the same ones). A verdict is given by this rule and no o
   standard error over items too: seeds share the items;
 - all else is within the noise.
 
-Nothing is claimed about a metric whose direction is not known, nor about the speed of drafts that
-changed the output.
+Nothing is claimed about a metric of which neither direction is better.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from nextlat.errors import NextLatError
-from nextlat.report.glossary import describe, higher_is_better, order
-from nextlat.report.models import Models, caveats, first_run, group_models
-from nextlat.report.runs import Run
-from nextlat.report.solving import solving
-from nextlat.scores import Score, mean_score, paired_difference, share_interval
+from nextlat.report.runs import Models, Run, caveats, first_run, group_models
+from nextlat.results import Metric, Solved, TaskFacts
+from nextlat.scores import Score, mean_score, paired_difference
 
 Verdict = Literal["better", "worse", "within noise", "no claim"]
 
-BASELINE = "next-token"
+BASELINE = "next-token"  # name of the objective that the others are compared with
+NEXT_TOKEN = "next_token"  # name in metrics.jsonl of the part of the loss that every objective has
+HELD_OUT = f"eval_{NEXT_TOKEN}"
 ITEM_ERRORS = 2.0  # standard errors over items beyond which a difference counts
 CONFIDENCE = 0.95  # of the interval over seeds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of one model: the mean over its seeds, the standard error (over seeds; of one seed,
-    over items; None where it is unknown), each seed's (value, standard error over items), and of
-    shares of items each seed's 95 % interval."""
+    """A metric of one model.
+
+    Attributes:
+        value: mean over its seeds.
+        stderr: standard error over seeds; of one seed, over items; None where it is unknown.
+        seeds: seed -> (value, standard error over items).
+        intervals: seed -> 95 % interval, of shares of items.
+    """
 
     value: float
     stderr: float | None
@@ -51,8 +55,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """Model minus baseline at one seed, its standard error over items, and the verdict of this seed
-    by itself."""
+    """The difference at one seed, its standard error over items, and the verdict of this seed by
+    itself."""
 
     value: float
     stderr: float | None
@@ -64,10 +68,13 @@ class Difference:
     """Model minus baseline over the seeds that both have.
 
     Attributes:
-        value: mean difference. ours, theirs: the means that it is the difference of.
+        value: mean difference.
+        ours: mean of the model.
+        theirs: mean of the baseline, or the fixed value that stands for it.
         stderr: of the mean difference: over seeds if there are several, over items if there is one;
             None where it is unknown.
-        item_stderr: over items, whatever the seeds; None without items. items: how many there are.
+        item_stderr: over items, whatever the seeds; None without items.
+        items: how many there are.
         against: what is on the other side.
         seeds: the differences of the seeds.
         verdict: see the module.
@@ -88,10 +95,18 @@ class Difference:
 class MetricComparison:
     """One metric of all models (by label) and what it differs by from the baseline's."""
 
-    name: str
-    higher_is_better: bool | None
+    metric: Metric
     estimates: dict[str, Estimate]
     differences: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class SeedSolving:
+    """Whether a seed solves the task, and the step of the first evaluation from which on all
+    held-out losses say so (None: never, or no evaluation shows it)."""
+
+    solved: bool
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -99,72 +114,41 @@ class TaskComparison:
     """All models of one task.
 
     Attributes:
-        task: its name. fingerprint: of its world.
-        models: label -> runs by seed; the baseline first. baseline: its label, None where there is
-            no such run.
-        metrics: in the order of the glossary.
+        task: what is known of it.
+        fingerprint: of its world.
+        models: label -> runs by seed; the baseline first.
+        baseline: its label, None where there is no such run.
+        metrics: in the order of the task.
+        solving: label -> seed -> whether it solves the task; empty where that is no question.
         caveats: what else differs between the models than the objective, or is missing, one
             sentence each.
     """
 
-    task: str
+    task: TaskFacts
     fingerprint: str
     models: Models
     baseline: str | None
     metrics: list[MetricComparison]
+    solving: dict[str, dict[int, SeedSolving]]
     caveats: list[str]
 
+    @property
+    def runs(self) -> list[Run]:
+        """Those of all models."""
+        return [run for group in self.models.values() for run in group.values()]
 
-@dataclass(frozen=True)
-class Comparison:
-    """The tasks of a report."""
-
-    tasks: list[TaskComparison]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: numbers that are not finite are None."""
-        return {
-            "tasks": [
-                {
-                    "task": task.task,
-                    "fingerprint": task.fingerprint,
-                    "baseline": task.baseline,
-                    "models": {
-                        label: [
-                            {
-                                "seed": seed,
-                                "objective": run.objective,
-                                "horizon": run.horizon,
-                                "run": str(run.directory),
-                            }
-                            for seed, run in runs.items()
-                        ]
-                        for label, runs in task.models.items()
-                    },
-                    "caveats": task.caveats,
-                    **_solving(task),
-                    "metrics": [_finite(asdict(metric)) for metric in task.metrics],
-                }
-                for task in self.tasks
-            ]
-        }
+    @property
+    def seeds(self) -> list[int]:
+        """Those of all models."""
+        return sorted({run.result.seed for run in self.runs})
 
 
-def _solving(task: TaskComparison) -> dict[str, Any]:
-    found = solving(task.task, task.models)
-    return (
-        {}
-        if found is None
-        else {
-            "solving": {k: {str(s): asdict(one) for s, one in v.items()} for k, v in found.items()}
-        }
-    )
-
-
-def compare(runs: Sequence[Run], baseline: str = BASELINE) -> Comparison:
+def compare(runs: Sequence[Run], baseline: str = BASELINE) -> list[TaskComparison]:
     """Compare the runs of each task with those of the baseline objective (where there are any).
 
-    Runs that differ in their seed alone are one model.
+    Args:
+        runs: of one task or several; those that differ in their seed alone are one model.
+        baseline: name of the objective that the others are compared with.
 
     Raises:
         NextLatError: no runs; two runs of one recipe and seed; two recipes of the baseline
@@ -172,86 +156,86 @@ def compare(runs: Sequence[Run], baseline: str = BASELINE) -> Comparison:
     """
     if not runs:
         raise NextLatError("there are no runs to compare: name at least one run directory.")
-    tasks = list(dict.fromkeys(run.task for run in runs))
-    return Comparison(
-        [_compare_task([run for run in runs if run.task == task], baseline) for task in tasks]
-    )
+    tasks = dict.fromkeys(run.result.task.name for run in runs)
+    return [
+        _compare_task([run for run in runs if run.result.task.name == task], baseline)
+        for task in tasks
+    ]
 
 
 def _compare_task(runs: list[Run], baseline: str) -> TaskComparison:
     models = group_models(runs, baseline)
     base = next(
-        (label for label, group in models.items() if first_run(group).objective == baseline), None
+        (k for k, group in models.items() if first_run(group).result.objective.name == baseline),
+        None,
     )
-    metrics = [
-        _compare_metric(name, models, base)
-        for name in sorted({name for run in runs for name in run.metrics}, key=order)
-    ]
-    fingerprint = runs[0].record["task"]["fingerprint"]
-    return TaskComparison(runs[0].task, fingerprint, models, base, metrics, caveats(models, base))
+    facts = runs[0].result.task
+    return TaskComparison(
+        task=facts,
+        fingerprint=runs[0].record["task"]["fingerprint"],
+        models=models,
+        baseline=base,
+        metrics=[_compare_metric(key, models, base) for key in _merged(runs)],
+        solving={} if facts.solved is None else _solving(facts.solved, models),
+        caveats=caveats(models, base),
+    )
 
 
-def _compare_metric(name: str, models: Models, base: str | None) -> MetricComparison:
-    term = describe(name)
-    estimates = {
-        label: _estimate({seed: run for seed, run in runs.items() if name in run.metrics}, name)
+def _merged(runs: list[Run]) -> list[str]:
+    """The keys of all metrics, in an order that agrees with that of every run."""
+    keys: list[str] = []
+    for run in runs:
+        place = 0
+        for key in run.metrics:
+            if key not in keys:
+                keys.insert(place, key)
+            place = keys.index(key) + 1
+    return keys
+
+
+def _compare_metric(key: str, models: Models, base: str | None) -> MetricComparison:
+    having = {
+        label: measured
         for label, runs in models.items()
-        if any(name in run.metrics for run in runs.values())
+        if (measured := {seed: run for seed, run in runs.items() if key in run.metrics})
     }
-    _check_items(name, models, term.counterpart)
+    # A run may declare that its value proves nothing (a speed bought with another output).
+    declared = [run.metrics[key] for runs in having.values() for run in runs.values()]
+    metric = next((m for m in declared if m.higher_is_better is not None), declared[0])
+    _check_items({key, metric.counterpart or key}, models)
+    fixed = metric.reference is not None
+    against = metric.reference_name if fixed else f"{metric.counterpart_name} {base}".strip()
+    theirs = models.get(base or "", {})
     found: dict[str, Difference] = {}
-    for label, runs in models.items():
-        if label == base:
-            continue
-        ours = {seed: run for seed, run in runs.items() if name in run.metrics}
-        if term.reference is not None:
-            pairs = {seed: _against_number(run, name, term.reference) for seed, run in ours.items()}
-            against = term.reference_name
-        elif base is not None:
-            other = term.counterpart or name
-            theirs = {seed: run for seed, run in models[base].items() if other in run.metrics}
-            pairs = {
-                seed: _against_run(run, name, theirs[seed], other)
-                for seed, run in ours.items()
-                if seed in theirs
-            }
-            against = f"the transformer of {base}" if term.counterpart else base
-        else:
-            continue
-        if pairs:
-            void = name.startswith("decoding_speedup") and any(
-                run.decoding.get("identical") is False for run in ours.values()
-            )
-            found[label] = _difference(pairs, against, None if void else higher_is_better(name))
-    return MetricComparison(name, higher_is_better(name), estimates, found)
+    for label, runs in having.items():
+        beside = {seed: _pair(run, metric, theirs.get(seed)) for seed, run in runs.items()}
+        pairs = {seed: pair for seed, pair in beside.items() if pair is not None}
+        if pairs and label != base:
+            clear = all(runs[seed].metrics[key].higher_is_better is not None for seed in pairs)
+            found[label] = _difference(pairs, against, metric.higher_is_better if clear else None)
+    return MetricComparison(metric, {k: _estimate(v, key) for k, v in having.items()}, found)
 
 
-def _check_items(name: str, models: Models, counterpart: str | None) -> None:
+def _check_items(keys: set[str], models: Models) -> None:
     """Whatever is paired must have been measured on the same items."""
     runs = [run for group in models.values() for run in group.values()]
     sizes = {
-        len(run.scores[key].per_item): run
-        for run in runs
-        for key in (name, counterpart)
-        if key in run.scores
+        len(run.scores[key].per_item): run for run in runs for key in keys if key in run.scores
     }
     if len(sizes) > 1:
         first, second, *_ = sizes.values()
         raise NextLatError(
-            f"{first.directory} and {second.directory} were measured on different items ({name}): "
-            "run 'nextlat evaluate' on both again."
+            f"{first.directory} and {second.directory} were measured on different items "
+            f"({min(keys)}): run 'nextlat evaluate' on both again."
         )
 
 
-def _estimate(runs: dict[int, Run], name: str) -> Estimate:
-    seeds = {seed: (run.metrics[name], _known(run.stderr.get(name))) for seed, run in runs.items()}
-    values = [value for value, _ in seeds.values()]
-    over_seeds = mean_score(values)
-    error = _known(over_seeds.stderr) if len(values) > 1 else next(iter(seeds.values()))[1]
+def _estimate(runs: dict[int, Run], key: str) -> Estimate:
+    seeds = {seed: (run.value(key), run.metrics[key].stderr) for seed, run in runs.items()}
+    over_seeds = mean_score([value for value, _ in seeds.values()])
+    error = known(over_seeds.stderr) if len(seeds) > 1 else next(iter(seeds.values()))[1]
     intervals = {
-        s: ends
-        for s, run in runs.items()
-        if name in run.scores and (ends := share_interval(run.scores[name]))
+        seed: ends for seed, run in runs.items() if (ends := run.metrics[key].interval) is not None
     }
     return Estimate(over_seeds.value, error, seeds, intervals)
 
@@ -259,39 +243,32 @@ def _estimate(runs: dict[int, Run], name: str) -> Estimate:
 Pair = tuple[float, float, Score | None]  # our value, theirs, and the difference over items
 
 
-def _against_number(run: Run, name: str, reference: float) -> Pair:
-    score = run.scores.get(name)
-    return (
-        run.metrics[name],
-        reference,
-        None if score is None else mean_score(score.per_item - reference),
-    )
-
-
-def _against_run(run: Run, name: str, other: Run, counterpart: str) -> Pair:
-    if name not in run.scores or counterpart not in other.scores:
-        return run.metrics[name], other.metrics[counterpart], None
-    return (
-        run.metrics[name],
-        other.metrics[counterpart],
-        paired_difference(run.scores[name], other.scores[counterpart]),
-    )
+def _pair(run: Run, metric: Metric, other: Run | None) -> Pair | None:
+    """A run beside the fixed value of a metric, or else beside a run of the baseline."""
+    ours, counterpart = run.scores.get(metric.key), metric.counterpart or metric.key
+    if metric.reference is not None:
+        score = None if ours is None else mean_score(ours.per_item - metric.reference)
+        return run.value(metric.key), metric.reference, score
+    if other is None or counterpart not in other.metrics:
+        return None
+    theirs = other.scores.get(counterpart)
+    score = None if ours is None or theirs is None else paired_difference(ours, theirs)
+    return run.value(metric.key), other.value(counterpart), score
 
 
 def _difference(pairs: dict[int, Pair], against: str, direction: bool | None) -> Difference:
     seeds = {}
     for seed, (ours, theirs, score) in pairs.items():
-        error = None if score is None else _known(score.stderr)
-        seeds[seed] = SeedDifference(
-            ours - theirs, error, verdict(ours - theirs, [(error, ITEM_ERRORS)], direction)
-        )
+        error = None if score is None else known(score.stderr)
+        found = verdict(ours - theirs, [(error, ITEM_ERRORS)], direction)
+        seeds[seed] = SeedDifference(ours - theirs, error, found)
     per_item = [score.per_item for _, _, score in pairs.values() if score is not None]
     joint = mean_score(np.mean(per_item, axis=0)) if len(per_item) == len(pairs) else None
-    item_stderr = None if joint is None else _known(joint.stderr)
+    item_stderr = None if joint is None else known(joint.stderr)
     mean = mean_score([difference.value for difference in seeds.values()])
     stderr, tests = item_stderr, [(item_stderr, ITEM_ERRORS)]
     if len(pairs) > 1:
-        stderr = _known(mean.stderr)
+        stderr = known(mean.stderr)
         tests = [(stderr, seed_errors(len(pairs))), *(tests if item_stderr is not None else [])]
     return Difference(
         value=mean.value,
@@ -299,7 +276,7 @@ def _difference(pairs: dict[int, Pair], against: str, direction: bool | None) ->
         theirs=float(np.mean([theirs for _, theirs, _ in pairs.values()])),
         stderr=stderr,
         item_stderr=item_stderr,
-        items=0 if joint is None else len(joint.per_item),
+        items=0 if joint is None or item_stderr is None else len(joint.per_item),
         against=against,
         seeds=seeds,
         verdict=verdict(mean.value, tests, direction),
@@ -332,13 +309,35 @@ def verdict(
     return "better" if (value > 0) == direction else "worse"
 
 
-def _known(error: float | None) -> float | None:
-    return error if error is not None and math.isfinite(error) else None
+def _solving(solved: Solved, models: Models) -> dict[str, dict[int, SeedSolving]]:
+    found: dict[str, dict[int, SeedSolving]] = {}
+    for label, runs in models.items():
+        for seed, run in runs.items():
+            if solved.metric in run.metrics:
+                enough = run.value(solved.metric) >= solved.at_least
+                one = SeedSolving(enough, solved_at(run, solved.loss_below))
+                found.setdefault(label, {})[seed] = one
+    return found
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def solved_at(run: Run, loss_below: float | None) -> int | None:
+    """The step of the first evaluation from which on all held-out losses are below a limit.
+
+    Args:
+        run: whose metrics.jsonl is looked at.
+        loss_below: the limit, in nats; None = there is none, and no step.
+    """
+    if loss_below is None:
+        return None
+    step = None
+    for at, loss in run.curve(HELD_OUT).T:
+        if loss >= loss_below:
+            step = None
+        elif step is None:
+            step = int(at)
+    return step
+
+
+def known(error: float) -> float | None:
+    """A standard error, or None where it is unknown."""
+    return error if math.isfinite(error) else None

@@ -1,158 +1,224 @@
 """The pictures of a report: which are drawn of a task, what they show, and where they lie."""
 
+import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure as Canvas
+from pydantic import model_validator
 
 from nextlat.errors import NextLatError
-from nextlat.report import drawing, plots, task_plots
+from nextlat.report import figures
 from nextlat.report.comparison import TaskComparison
-from nextlat.report.maps import draw_maps
-from nextlat.report.runs import MAP, Run
-from nextlat.tasks.streets.map import ReconstructedMap, read_map_record
-from nextlat.tasks.streets.network import StreetNetwork
-
-MAPS_TITLE = "The city in the model's head"
-MAPS_TEXT = (
-    "Rebuilt from the rides that each model generates between places it has never seen paired. A red street does not exist; it bends "
-    "from the direction the model took to where it must lead for the ride to make sense."
+from nextlat.report.elements import (
+    Details,
+    Element,
+    Figure,
+    Heading,
+    Paragraph,
+    SideBySide,
+    plain,
 )
+from nextlat.report.maps import draw_maps
+from nextlat.report.runs import Run, first_run
+from nextlat.results import Picture
+from nextlat.tasks.streets.map import read_map_record
+from nextlat.validation import Settings, read_json
 
-CityMap = tuple[StreetNetwork, ReconstructedMap]
+CORNERS = np.array(
+    [[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]]
+)  # of the simplex of three states
+CORNER_COLORS = np.array([to_rgb(color) for color in figures.PALETTE[:3]])
+FILE_NAME = 80  # characters of one
+
+Content = TypeVar("Content")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One PNG: its file, what it shows (for those who do not see it), and the line below it."""
-
-    path: Path
-    alt: str
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of one task.
+class Simplex(Settings, extra="ignore"):
+    """What the file of a picture of the kind "simplex" holds, as far as it is drawn.
 
     Attributes:
-        maps: of each seed, one per model. together: of each seed, all models side by side. figures:
-            the others.
+        true: exact beliefs about the hidden states, one for each position.
+        decoded: those read off the model at the same positions.
+        r2: share of variance explained.
     """
 
-    maps: dict[int, list[Picture]]
-    together: dict[int, Picture]
-    figures: list[Picture]
+    true: list[list[float]]
+    decoded: list[list[float]]
+    r2: float
+
+    @model_validator(mode="after")
+    def _check(self) -> "Simplex":
+        shapes = [[len(belief) for belief in beliefs] for beliefs in (self.true, self.decoded)]
+        if shapes[0] != shapes[1] or len({*shapes[0]}) != 1:
+            raise ValueError("true and decoded beliefs are not of one shape")
+        return self
 
 
-def draw(task: TaskComparison, folder: Path, suffix: str) -> Pictures:
-    """Draw all pictures of a task into a folder; `suffix` keeps those of several tasks apart.
+class Drawer:
+    """Draws the pictures of one task into a folder, each into a file of its own.
 
-    Raises:
-        NextLatError: a map.json is corrupt.
+    Args:
+        task: the comparison.
+        folder: an existing directory.
+        suffix: of the names, to keep the pictures of several tasks apart.
     """
-    labels = ", ".join(task.models)
-    drawn: list[tuple[str, Callable[[TaskComparison], Figure | None], str, str]] = [
-        (
+
+    def __init__(self, task: TaskComparison, folder: Path, suffix: str = "") -> None:
+        self._task, self._folder, self._suffix = task, folder, suffix
+
+    def of_models(self) -> list[Element]:
+        """How each model sees its world, with headings.
+
+        Raises:
+            NextLatError: the file of a picture is missing or corrupt.
+        """
+        kinds = {"map": self._maps, "simplex": self._simplexes}
+        pictures = {one.file: one for run in self._task.runs for one in run.result.pictures}
+        found: list[Element] = []
+        for picture in pictures.values():
+            drawn = kinds[picture.kind](picture) if picture.kind else []
+            if drawn and picture.title:
+                found.append(Heading(picture.title, 3))
+            if drawn and picture.text:
+                found.append(Paragraph(picture.text))
+            found += drawn
+        return found
+
+    def of_comparison(self) -> list[Element]:
+        """The figures of all models together, with a heading."""
+        metrics = [one.metric for one in self._task.metrics if one.metric.headline]
+        fixed = dict.fromkeys(m.reference_name for m in metrics if m.reference is not None)
+        found = self._save(
             "metrics",
-            plots.metric_panel,
-            f"Every metric for {labels}; the numbers are in the table.",
-            "Points: seeds with one standard error over test items; broad bars: means over seeds; dashes: plain decoding.",
-        ),
-        (
-            "beliefs",
-            task_plots.beliefs,
-            f"Exact beliefs about the three hidden states as points of a triangle, and those read off the states of {labels}.",
-            "Corners: certainty of one hidden state; colour: the exact belief. Read by a linear probe on held-out sequences; "
-            "the first seed of each model.",
-        ),
-        (
-            "accuracy",
-            task_plots.accuracy_by_position,
-            f"Accuracy of {labels} by the number of elements read.",
-            "",
-        ),
-        (
-            "accuracy",
-            task_plots.path_accuracy,
-            f"Accuracy of {labels} by node of the path.",
-            "One line per seed; each node is predicted after the true ones before it.",
-        ),
-        (
-            "equations",
-            task_plots.equation_accuracy,
-            f"Share of true equations of {labels} by their place.",
-            "One line per seed.",
-        ),
-        (
-            "probes",
-            task_plots.probe_curves,
-            f"Cross-entropy of linear probes of {labels} by the number of tokens ahead, minus that of {task.baseline}.",
-            "One line per seed, each minus the baseline of the same seed; below zero the state tells more about what is to come.",
-        ),
-        (
-            "learning-curves",
-            plots.learning_curves,
-            f"Losses of {labels} over the optimiser steps.",
-            "One line per seed.",
-        ),
-        (
-            "acceptance",
-            plots.acceptance,
-            f"Share of drafted tokens accepted by place in the draft, {labels}.",
-            "One line per seed.",
-        ),
-    ]
-    figures = []
-    for name, make, alt, caption in drawn:
-        figure = make(task)
-        if figure is not None:
-            path = folder / f"{name}{suffix}.png"
-            drawing.save(figure, path)
-            figures.append(Picture(path, alt, caption))
-    return Pictures(*_draw_maps(task, folder, suffix), figures)
+            figures.metric_panel(self._task),
+            "Every metric for {models}; the numbers are in the table.",
+            "Points: seeds with one standard error over test items; broad bars: means over seeds"
+            f"{'; dashes: ' * bool(fixed)}{', '.join(fixed)}.",
+        )
+        charts = {k: one for run in self._task.runs for k, one in figures.charts(run).items()}
+        for name, one in charts.items():
+            found += self._save(name, figures.chart(self._task, name), one.alt, one.caption)
+        curves = figures.learning_curves(self._task)
+        alt = "Losses of {models} over the optimiser steps."
+        found += self._save("learning-curves", curves, alt)
+        return [Heading("Figures", 3), *found] if found else []
 
+    def _path(self, name: str, more: str = "") -> Path:
+        """A file that does not exist yet."""
+        words = re.findall(r"[a-z0-9]+", f"{name} {self._suffix} {more}".lower())
+        path = self._folder / f"{'-'.join(words)[:FILE_NAME] or 'figure'}.png"
+        while path.exists():
+            path = path.with_stem(f"{path.stem}-2")
+        return path
 
-def _draw_maps(
-    task: TaskComparison, folder: Path, suffix: str
-) -> tuple[dict[int, list[Picture]], dict[int, Picture]]:
-    """One picture per model and seed, and for each seed one with all models side by side."""
-    single: dict[int, list[Picture]] = {}
-    together: dict[int, Picture] = {}
-    for seed in sorted({seed for runs in task.models.values() for seed in runs}):
-        maps = {
-            label: _map(runs[seed])
-            for label, runs in task.models.items()
-            if seed in runs and runs[seed].map is not None
+    def _save(self, name: str, canvas: Canvas | None, alt: str, caption: str = "") -> list[Figure]:
+        """Write what was drawn, if anything was."""
+        if canvas is None:
+            return []
+        path, alt = self._path(name), alt.replace("{models}", ", ".join(self._task.models))
+        figures.save(canvas, path)
+        return [Figure(path, alt, caption or "One line per seed.")]
+
+    def _maps(self, picture: Picture) -> list[Element]:
+        """One map per model and seed, and for each seed one with all models side by side."""
+        shown: dict[int, SideBySide] = {}
+        for seed in self._task.seeds:
+            maps = {
+                label: _read(runs[seed], picture, read_map_record)
+                for label, runs in self._task.models.items()
+                if seed in runs and _has(runs[seed], picture)
+            }
+            single = []
+            for label, city in maps.items():
+                counts = city[1].counts()
+                path = draw_maps(self._path("map", f"{label} s{seed}"), {_no_formula(label): city})
+                alt = (
+                    f"Street map rebuilt from the rides of {label}, seed {seed}: "
+                    f"{counts['true_used']} true streets used, {counts['invented']} invented."
+                )
+                single.append(Figure(path, alt))
+            if not single:
+                continue
+            together = single[0]
+            if len(single) > 1:
+                path = draw_maps(
+                    self._path("maps", f"s{seed}"),
+                    {_no_formula(label): city for label, city in maps.items()},
+                )
+                together = Figure(path, " ".join(figure.alt for figure in single))
+            shown[seed] = SideBySide(single, together)
+        if not shown:
+            return []
+        (first, beside), *others = shown.items()
+        folded = [Details(f"Seed {seed}", [more]) for seed, more in others]
+        return [Paragraph(f"Seed {first}."), beside, *folded] if others else [beside]
+
+    def _simplexes(self, picture: Picture) -> list[Element]:
+        """Exact beliefs about three hidden states and those read off each model, as points of the
+        triangle whose corners are certainty of one state (as in Shai et al., arXiv 2405.15943)."""
+        found = {
+            label: known
+            for label, runs in self._task.models.items()
+            if _has(run := first_run(runs), picture)
+            and len((known := _read(run, picture, Simplex.from_json)).true[0]) == len(CORNERS)
         }
-        for label, city in maps.items():
-            path = folder / f"map{suffix}-{_file_name(label)}-s{seed}.png"
-            counts = city[1].counts()
-            alt = (
-                f"Street map rebuilt from the rides of {label}, seed {seed}: {counts['true_used']} true streets used, "
-                f"{counts['invented']} invented."
-            )
-            single.setdefault(seed, []).append(Picture(draw_maps(path, {label: city}), alt))
-        if len(maps) == 1:
-            [together[seed]] = single[seed]
-        elif maps:
-            alt = " ".join(picture.alt for picture in single[seed])
-            together[seed] = Picture(draw_maps(folder / f"maps{suffix}-s{seed}.png", maps), alt)
-    return single, together
+        if not found:
+            return []
+        alt = (
+            "Exact beliefs about the three hidden states as points of a triangle, and those read "
+            "off the states of {models}."
+        )
+        caption = (
+            "Corners: certainty of one hidden state; colour: the exact belief. The first seed of "
+            "each model."
+        )
+        return [*self._save(Path(picture.file).stem, draw_simplexes(found), alt, caption)]
 
 
-def _map(run: Run) -> CityMap:
-    assert run.map is not None
+def _has(run: Run, picture: Picture) -> bool:
+    return picture.file in {one.file for one in run.result.pictures}
+
+
+def _read(run: Run, picture: Picture, read: Callable[[Any, str], Content]) -> Content:
+    path = run.directory / Path(picture.file).name
+    again = f"run 'nextlat evaluate {run.directory}' again"
     try:
-        return read_map_record(run.map)
-    except (KeyError, TypeError, ValueError) as error:
-        place = run.directory / MAP
-        raise NextLatError(
-            f"{place} is corrupt ({error}): run 'nextlat evaluate {run.directory}' again."
-        ) from error
+        return read(read_json(path, again), f"{path} is corrupt, {again}")
+    except FileNotFoundError as error:
+        raise NextLatError(f"{path} is missing: {again}.") from error
 
 
-def _file_name(label: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+def _no_formula(label: str) -> str:
+    """For a map, in whose title what stands between dollar signs would be a formula."""
+    return plain(label).replace("$", r"\$")
+
+
+def draw_simplexes(found: Mapping[str, Simplex]) -> Canvas:
+    """The exact beliefs, and those read off every model (by label), each in its triangle and in the
+    colour of the exact one."""
+    exact = np.array(next(iter(found.values())).true)  # the positions are the same for all
+    panels = [(f"exact\n{len(exact):,} positions", exact, exact)]
+    for label, one in found.items():
+        title = f"{figures.wrapped(label, figures.PANEL_LINE)}\nR\N{SUPERSCRIPT TWO} = {one.r2:.3f}"
+        panels.append((title, np.array(one.decoded), np.array(one.true)))
+    columns = min(figures.PANELS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    canvas = figures.new_figure(2.15 * rows)
+    grid = canvas.add_gridspec(rows, columns)
+    drawn = np.concatenate([CORNERS, *(points @ CORNERS for _, points, _ in panels)])
+    (left, low), (right, high) = drawn.min(axis=0) - 0.02, drawn.max(axis=0) + 0.02
+    for place, (title, beliefs_PS, true_PS) in enumerate(panels):
+        ax = canvas.add_subplot(grid[divmod(place, columns)])
+        ax.plot(*np.array([*CORNERS, CORNERS[0]]).T, color="#b5b5b5", linewidth=0.8, zorder=1)
+        colors = (true_PS @ CORNER_COLORS).clip(0, 1)
+        x, y = (beliefs_PS @ CORNERS).T
+        ax.scatter(x, y, s=2.5, c=colors, linewidths=0, zorder=2)
+        ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")  # so that triangles are alike
+        ax.set_axis_off()
+        ax.set_title(title, size=figures.TITLE, color=figures.INK)
+    return canvas

@@ -1,147 +1,144 @@
-"""What the paper reports, task by task: figures, and what it says in words. Of another scale than
-anything measured here."""
+"""What reproduces: does a method differ from the baseline in the direction that a paper reports?
+
+Directions only, since the scales differ. A published difference has one whenever its two figures
+are not equal (the paper gives no errors); ours has one if the verdict of the comparison is better
+or worse.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from nextlat.report.glossary import NEXTLAT
+from nextlat.report.comparison import Difference, Estimate, MetricComparison, TaskComparison
+from nextlat.report.runs import first_run
+from nextlat.results import Metric, ObjectiveFacts, Published
 
-SOURCE = f"{NEXTLAT}v4"
+Outcome = Literal[
+    "same direction",
+    "opposite",
+    "within noise here",
+    "no claim here",
+    "no difference published",
+    "in words only",
+]
+RULE = (
+    "Directions only: the published figures are of another scale and come without errors, so that "
+    "any difference between them counts; one here counts if it is better or worse beyond the noise."
+)
 
 
 @dataclass(frozen=True)
-class Saying:
-    """What the paper says of some methods without a figure for each, and the pattern of our metrics
-    that it is about ("" = none)."""
-
-    methods: tuple[str, ...]
-    text: str
-    metrics: str = ""
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a paper reports on one task.
+class Reproduction:
+    """One metric of one model beside what is published of its method.
 
     Attributes:
-        setting: of what. source: from where.
-        rows: method, or method and horizon -> metrics, each with an entry in the glossary. sayings:
-            what has no row.
-        ours: metric of the rows -> ours that measure the same, where they bear other names.
+        metric: ours.
+        model: label of ours.
+        published: (the method's figure, the baseline's), or what the paper says in words.
+        estimate: of this model.
+        difference: to the baseline; None of the baseline itself.
+        outcome: of the two directions.
+        horizon: of the method's figure, if it is not ours.
     """
 
-    setting: str
-    rows: dict[str, dict[str, float]]
-    sayings: tuple[Saying, ...] = ()
-    ours: dict[str, tuple[str, ...]] | None = None
-    source: str = SOURCE
+    metric: Metric
+    model: str
+    published: tuple[float, float] | str
+    estimate: Estimate
+    difference: Difference | None
+    outcome: Outcome
+    horizon: int | None = None
 
 
-def _manhattan(
-    test: float, valid: float, compression: float, rank: float | None, detours: float
-) -> dict[str, float]:
-    row = {
-        "next_token_test": test,
-        "valid_trajectories": valid,
-        "sequence_compression": compression,
-        "detour_robustness": detours,
+def reference(task: TaskComparison) -> str | None:
+    """What the paper calls the baseline; None where there is no baseline."""
+    return None if task.baseline is None else _objective(task, task.baseline).published_as
+
+
+def reproduction(task: TaskComparison) -> list[Reproduction]:
+    """All that can be set beside each other, metric by metric: figures, then words.
+
+    A method whose figures are published by horizon is compared at the horizon nearest to ours.
+    """
+    published, base = task.task.published or Published(setting="", source=""), reference(task) or ""
+    found: list[Reproduction] = []
+    for one in task.metrics:
+        figures = published.figures.get(one.metric.published or "")
+        by_method = figures.by_method if figures is not None else {}
+        for label, difference in one.differences.items() if base in by_method else ():
+            figure, horizon = _figure(by_method, _objective(task, label))
+            if figure is not None:
+                pair = (figure, by_method[base])
+                outcome, ours = _outcome(pair, one, difference), one.estimates[label]
+                row = Reproduction(one.metric, label, pair, ours, difference, outcome, horizon)
+                found.append(row)
+    for saying in published.sayings:
+        for one in task.metrics:
+            about = saying.of is not None and one.metric.published == saying.of
+            for label, ours in one.estimates.items() if about else ():
+                if _objective(task, label).published_as in saying.methods:
+                    change, words = one.differences.get(label), saying.text
+                    row = Reproduction(one.metric, label, words, ours, change, "in words only")
+                    found.append(row)
+    return found
+
+
+def _objective(task: TaskComparison, label: str) -> ObjectiveFacts:
+    return first_run(task.models[label]).result.objective
+
+
+def _figure(
+    by_method: dict[str, float], objective: ObjectiveFacts
+) -> tuple[float | None, int | None]:
+    """The figure of a method, and the horizon of it where that is another than the model's."""
+    method = objective.published_as
+    if method in by_method:
+        return by_method[method], None
+    horizons = [
+        int(horizon)
+        for name in by_method
+        if (horizon := name.removeprefix(f"{method} d=")) != name and horizon.isdecimal()
+    ]
+    if not horizons:
+        return None, None
+    nearest = min(horizons, key=lambda horizon: (abs(horizon - objective.horizon), horizon))
+    return by_method[f"{method} d={nearest}"], nearest if nearest != objective.horizon else None
+
+
+def _outcome(
+    published: tuple[float, float], one: MetricComparison, difference: Difference
+) -> Outcome:
+    ours, theirs = published
+    if ours == theirs:
+        return "no difference published"
+    if difference.verdict == "within noise":
+        return "within noise here"
+    if difference.verdict == "no claim":
+        return "no claim here"
+    better = (ours > theirs) == one.metric.higher_is_better
+    return "same direction" if better == (difference.verdict == "better") else "opposite"
+
+
+def reproduction_summary(task: TaskComparison) -> str:
+    """How many published differences came out which way; "" if nothing is published that was
+    measured here."""
+    outcomes = [one.outcome for one in reproduction(task)]
+    if not outcomes:
+        return ""
+    if {*outcomes} == {"in words only"}:
+        return "The paper gives words here, and no figures."
+    words: dict[Outcome, str] = {
+        "same direction": "in the same direction here",
+        "opposite": "in the opposite one",
+        "within noise here": "within the noise",
+        "no claim here": "without an error here",
     }
-    return row if rank is None else {**row, "effective_latent_rank": rank}
-
-
-def _language(held_out: float, wikitext: float, lambada: float) -> dict[str, float]:
-    return {
-        "perplexity": held_out,
-        "lm_eval_wikitext_word_perplexity": wikitext,
-        "lm_eval_lambada_standard_perplexity": lambada,
-    }
-
-
-def _by_horizon(method: str, metric: str, values: dict[int, float]) -> dict[str, dict[str, float]]:
-    return {f"{method} d={horizon}": {metric: value} for horizon, value in values.items()}
-
-
-PUBLISHED: dict[str, Published] = {
-    "streets": Published(
-        "all of Manhattan, random walks, 91 million sequences, 48 layers of width 384, horizon 8",
-        {
-            "GPT": _manhattan(1.0, 0.970, 0.65, 160.1, 0.850),
-            "MTP": _manhattan(1.0, 0.981, 0.64, 57.7, 0.950),
-            "JTP": _manhattan(1.0, 0.971, 0.32, 215.8, 0.870),
-            "NextLat": _manhattan(1.0, 0.987, 0.71, 52.7, 0.950),
-            "true world model": _manhattan(1.0, 1.0, 1.0, None, 1.0),
-        },
-    ),
-    "path-star": Published(
-        "200,000 training graphs of 100 names, 12 layers of width 384, horizon of the arm length minus 2, five seeds",
-        {},
-        (
-            Saying(
-                ("NextLat",), "near 100 % on G(2, 10), G(5, 5) and G(7, 7)", "exact_path_accuracy"
-            ),
-            Saying(
-                ("BST",),
-                "solves the first two and starts to fail on G(7, 7)",
-                "exact_path_accuracy",
-            ),
-            Saying(("GPT", "MTP", "JTP"), "failed", "exact_path_accuracy"),
-        ),
-    ),
-    "countdown": Published(
-        "four numbers, three equations, 500,000 problems, 12 layers of width 768, three seeds",
-        {
-            "GPT": {"solved": 0.331},
-            "BST": {"solved": 0.423},
-            **_by_horizon("MTP", "solved", {1: 0.392, 4: 0.497, 8: 0.573}),
-            **_by_horizon("JTP", "solved", {1: 0.390, 4: 0.494, 8: 0.550}),
-            **_by_horizon("NextLat", "solved", {1: 0.548, 4: 0.576, 8: 0.587}),
-        },
-        (
-            Saying(
-                ("NextLat",),
-                "54.8 % of the last equations are valid at d=1, of the next best method 42.3 %",
-            ),
-        ),
-        {"solved": ("solved_seen", "solved_held_out")},
-    ),
-    "word-problem": Published(
-        "A5, one million sequences of 12 elements, 2 layers of width 512, horizon 1",
-        {},
-        (
-            Saying(
-                ("NextLat",),
-                "the dynamics model alone stays above 95 % at 36 elements, three times the training length",
-                r"dynamics_accuracy_\d+",
-            ),
-            Saying(
-                ("GPT", "NextLat"),
-                "the transformer fails beyond the training length (12)",
-                r"transformer_accuracy_\d+",
-            ),
-            Saying(("GPT",), "trained on 36 elements it fails too"),
-        ),
-    ),
-    "text": Published(
-        "FineWeb-Edu, 1.3 billion parameters, 100 billion tokens, GPT-2's vocabulary; linear probes: TinyStories, 8 layers of width 768",
-        {
-            "GPT": _language(10.52, 17.93, 20.26),
-            "JTP d=1": _language(11.08, 19.28, 21.88),
-            "JTP d=2": _language(11.18, 19.60, 22.11),
-            "MTP d=1": _language(10.90, 18.82, 20.23),
-            "MTP d=2": _language(11.00, 18.61, 18.34),
-            "NextLat d=1": _language(10.83, 18.39, 19.77),
-            "NextLat d=2": _language(10.88, 18.44, 17.83),
-        },
-        (
-            Saying(
-                ("NextLat",),
-                "linear probes are as good as GPT's one token ahead, and the best of all at long offsets for d=1 and d=8",
-            ),
-            Saying(("BST", "MTP", "JTP"), "linear probes are worse than GPT's at offset 1"),
-            Saying(("MTP", "JTP"), "linear probes fall behind quickly with the offset"),
-            Saying(
-                ("GPT", "JTP", "MTP", "NextLat"),
-                "average zero-shot accuracy 58.8 %, 58.8 and 58.6 % (d=1, 2), 58.8 and 58.7 %, 58.8 and 59.2 %",
-            ),
-        ),
-    ),
-}
+    counts = [
+        f"{outcomes.count(name)} {text}"
+        for name, text in words.items()
+        if name != "no claim here" or name in outcomes
+    ]
+    total = sum(outcome in words for outcome in outcomes)
+    if not total:
+        return f"No difference to {reference(task)} is published."
+    differences = f"{total} published difference{'s' * (total > 1)}"
+    return f"Of {differences} to {reference(task)}: {', '.join(counts)}."

@@ -1,33 +1,22 @@
-"""Finished, evaluated run directories read into memory: everything that tables, plots and the page
-are made of."""
+"""Finished, evaluated run directories read into memory, checked, and grouped into models: runs that
+differ in their seed alone."""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from nextlat.errors import NextLatError
-from nextlat.evaluation import RESULTS, SCORES, read_results
-from nextlat.scores import Score, mean_score
-from nextlat.tasks.hmm import BELIEFS
+from nextlat.objectives import OBJECTIVES
+from nextlat.results import RESULTS, SCORES, MeasuredMetric, Result, read_results, read_scores
+from nextlat.scores import Score
+from nextlat.training.recipe import differences
 from nextlat.training.run_directory import read_metrics, read_record
-
-MAP = "map.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Beliefs:
-    """beliefs.json: `true` and `decoded` (places, states) beliefs, and the share of variance
-    explained (R\N{SUPERSCRIPT TWO})."""
-
-    true: np.ndarray
-    decoded: np.ndarray
-    r2: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,38 +24,53 @@ class Run:
     """One run directory.
 
     Attributes:
-        directory: where it lies. task, objective, horizon, seed: as in results.json.
-        record: run.json. log: the lines of metrics.jsonl.
-        metrics: name -> value; stderr: name -> standard error over items, where it is known.
-        scores: name -> `Score` with what every item contributed, for the metrics that have items.
-        curves, decoding: as in results.json. map: the content of map.json. beliefs: that of
-            beliefs.json. None where there is none.
+        directory: where it lies.
+        record: run.json.
+        log: the lines of metrics.jsonl.
+        result: its entry in results.json.
+        scores: key of a metric -> what every item contributed, for the metrics that have items.
     """
 
     directory: Path
-    task: str
-    objective: str
-    horizon: int
-    seed: int
     record: dict[str, Any]
     log: list[dict[str, Any]]
-    metrics: dict[str, float]
-    stderr: dict[str, float]
-    scores: dict[str, Score]
-    curves: dict[str, list[float]]
-    decoding: dict[str, Any]
-    map: dict[str, Any] | None
-    beliefs: Beliefs | None
+    result: Result
+    scores: Mapping[str, Score]
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The recipe as `Recipe.to_dict` gave it."""
         return self.record["recipe"]
 
+    @cached_property
+    def metrics(self) -> dict[str, MeasuredMetric]:
+        """Key -> metric, in the order of results.json."""
+        return {metric.key: metric for metric in self.result.metrics}
+
+    def value(self, key: str) -> float:
+        """Of a metric, NaN where it is not finite."""
+        value = self.metrics[key].value
+        return math.nan if value is None else value
+
+    def curve(self, name: str) -> np.ndarray:
+        """(2, points) steps and values of what metrics.jsonl logged under a name."""
+        points = [
+            (line["step"], line[name])
+            for line in self.log
+            if isinstance(line.get(name), int | float)
+        ]
+        return np.array(points, dtype=np.float64).reshape(-1, 2).T
+
+
+Models = dict[str, dict[int, Run]]  # label -> seed -> run
+
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Read run directories; one that is named twice counts once. The logs that a comparison leaves
     beside its runs are passed over, so that `runs/*` names them all.
+
+    Args:
+        paths: of the directories.
 
     Raises:
         NextLatError: none is given; one is no run, not finished, not evaluated or corrupt; or they
@@ -81,19 +85,13 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         raise NextLatError("there are no runs to report on: name at least one run directory.")
     runs = [_read_run(path) for path in places.values()]
     for run in runs:
-        first = next(other for other in runs if other.task == run.task)
+        first = next(other for other in runs if other.result.task.name == run.result.task.name)
+        both = f"{first.directory} and {run.directory} were"
         if run.record["task"]["fingerprint"] != first.record["task"]["fingerprint"]:
+            raise NextLatError(f"{both} trained in different worlds: report on them separately.")
+        if keys := differences(first.recipe["task"], run.recipe["task"], "task"):
             raise NextLatError(
-                f"{first.directory} and {run.directory} were trained in different worlds: report on them separately."
-            )
-        if keys := [
-            key
-            for key, value in first.recipe["task"].items()
-            if run.recipe["task"].get(key) != value
-        ]:
-            raise NextLatError(
-                f"{first.directory} and {run.directory} were measured differently (task.{', task.'.join(keys)}): "
-                "report on them separately."
+                f"{both} measured differently ({', '.join(keys)}): report on them separately."
             )
     return runs
 
@@ -106,85 +104,118 @@ def _read_run(path: Path) -> Run:
         )
     if record["status"] != "finished":
         raise NextLatError(
-            f"the run {path} is not finished: give the command that started it again, then 'nextlat evaluate {path}'."
+            f"the run {path} is not finished: give the command that started it again, then "
+            f"'nextlat evaluate {path}'."
         )
     again = f"run 'nextlat evaluate {path}' again"
-    try:
-        [entry] = read_results(path)
-        values = {name: float(value) for name, value in entry["metrics"].items()}
-        run = Run(
-            directory=path,
-            task=str(entry["task"]),
-            objective=str(entry["objective"]),
-            horizon=int(entry["horizon"]),
-            seed=int(entry["seed"]),
-            record=record,
-            log=read_metrics(path),
-            metrics={name: value for name, value in values.items() if not name.endswith("_stderr")},
-            stderr={
-                name.removesuffix("_stderr"): value
-                for name, value in values.items()
-                if name.endswith("_stderr")
-            },
-            scores=_read_scores(path / SCORES),
-            curves={name: [float(x) for x in curve] for name, curve in entry["curves"].items()},
-            decoding=dict(entry["decoding"]),
-            map=_read_artifact(path / MAP),
-            beliefs=_read_beliefs(path / BELIEFS),
-        )
-        recipe = run.recipe
-        found, expected = (
-            (run.task, run.objective, run.seed),
-            (recipe["task"]["name"], recipe["objective"], recipe["seed"]),
-        )
-        fingerprint = record["task"]["fingerprint"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise NextLatError(
-            f"the results in {path} are corrupt ({type(error).__name__}: {error}): {again}."
-        ) from error
-    if found != expected or not isinstance(fingerprint, str):
+    results = read_results(path)
+    if len(results) != 1:
+        raise NextLatError(f"{path / RESULTS} is of {len(results)} runs and not of one: {again}.")
+    run = Run(path, record, read_metrics(path), results[0], read_scores(path))
+    recipe, result = run.recipe, run.result
+    expected = (recipe["task"]["name"], recipe["objective"], recipe["seed"])
+    if (result.task.name, result.objective.name, result.seed) != expected:
         raise NextLatError(f"{path / RESULTS} is of another run than {path / 'run.json'}: {again}.")
-    for name, score in run.scores.items():
-        if not np.isclose(score.value, run.metrics.get(name, np.nan), rtol=1e-6, atol=1e-9):
+    for key, score in run.scores.items():
+        value = run.value(key) if key in run.metrics else math.inf
+        if not np.isclose(score.value, value, rtol=1e-6, atol=1e-9, equal_nan=True):
             raise NextLatError(
-                f"{path / SCORES} and {path / RESULTS} do not belong together ({name} differs): {again}."
+                f"{path / SCORES} and {path / RESULTS} do not belong together ({key} differs): "
+                f"{again}."
             )
     return run
 
 
-def _read_scores(path: Path) -> dict[str, Score]:
-    if not path.exists():
-        return {}
-    try:
-        return {name: mean_score(items) for name, items in sorted(load_file(path).items())}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def group_models(runs: list[Run], baseline: str) -> Models:
+    """The models of one task, the baseline first, the others by objective and horizon.
+
+    A label is the title of the objective with its horizon and, where several models share that, the
+    settings in which their recipes differ.
+
+    Args:
+        runs: of one task.
+        baseline: name of the objective that the others are compared with.
+
+    Raises:
+        NextLatError: two runs of one recipe and seed; two recipes of the baseline objective.
+    """
+    order = [baseline, *OBJECTIVES]
+    groups: dict[str, dict[int, Run]] = {}
+    for run in sorted(runs, key=lambda run: _position(run, order)):
+        group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
+        if run.result.seed in group:
+            raise NextLatError(
+                f"{group[run.result.seed].directory} and {run.directory} are runs of one recipe "
+                "and seed: name one of them."
+            )
+        group[run.result.seed] = run
+    alike: dict[str, list[dict[int, Run]]] = {}
+    for group in groups.values():
+        objective = first_run(group).result.objective
+        horizon = f" d={objective.horizon}" if objective.horizon else ""
+        alike.setdefault(objective.title + horizon, []).append(group)
+    models: Models = {}
+    for name, found in alike.items():
+        recipes = [_model_recipe(first_run(group)) for group in found]
+        keys = dict.fromkeys(key for one in recipes[1:] for key in differences(recipes[0], one))
+        if len(found) > 1 and first_run(found[0]).result.objective.name == baseline:
+            raise NextLatError(
+                f"the {baseline} runs are of {len(found)} recipes (they differ in "
+                f"{', '.join(keys)}): name those of one."
+            )
+        for recipe, group in zip(recipes, found, strict=True):
+            apart = [f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys]
+            models[", ".join([name, *apart])] = group
+    return models
 
 
-def _read_artifact(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def _position(run: Run, order: list[str]) -> tuple[int, str, int, int]:
+    """Sorting key of runs: as objectives stand in `order`, others last."""
+    objective = run.result.objective
+    place = order.index(objective.name) if objective.name in order else len(order)
+    return place, objective.name, objective.horizon, run.result.seed
 
 
-def _read_beliefs(path: Path) -> Beliefs | None:
-    content = _read_artifact(path)
-    if content is None:
-        return None
-    try:
-        true, decoded = (np.array(content[name], dtype=np.float64) for name in ("true", "decoded"))
-        r2 = float(content["r2"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
-    if (
-        true.ndim != 2
-        or true.shape != decoded.shape
-        or not np.isfinite([*true.flat, *decoded.flat, r2]).all()
-    ):
-        raise ValueError(
-            f"{path.name}: true and decoded beliefs of shapes {true.shape} and {decoded.shape}"
-        )
-    return Beliefs(true, decoded, r2)
+def caveats(models: Models, base: str | None) -> list[str]:
+    """What keeps the comparison with the baseline from being one of objectives alone, or complete:
+    one sentence each.
+
+    Args:
+        models: of one task.
+        base: label of the baseline; None = there is none.
+    """
+    if base is None:
+        return ["There is no baseline run here, so nothing is compared."]
+    found = []
+    theirs = _model_recipe(first_run(models[base]))
+    for label, runs in models.items():
+        ours = _model_recipe(first_run(runs))
+        for key in differences(theirs, ours):
+            if not key.startswith("objective"):
+                a, b = _look_up(ours, key), _look_up(theirs, key)
+                found.append(f"Not trained alike: {key} is {a} for {label} and {b} for {base}.")
+        if alone := sorted(models[base].keys() ^ runs.keys()):
+            seeds = f"Seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
+            found.append(
+                f"{seeds} of {label} or {base} not on both sides: left out of the differences."
+            )
+    return found
+
+
+def first_run(runs: dict[int, Run]) -> Run:
+    """One run of a model, for what is the same in all."""
+    return next(iter(runs.values()))
+
+
+def _model_recipe(run: Run) -> dict[str, Any]:
+    """What defines a model: its recipe without the seed, and without what cannot change the result."""
+    left_out = ("seed", "gradient_accumulation", "run")
+    kept = {key: value for key, value in run.recipe.items() if key not in left_out}
+    return {**kept, "precision": run.recipe["run"]["precision"]}
+
+
+def _look_up(table: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = table
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

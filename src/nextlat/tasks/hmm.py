@@ -10,15 +10,16 @@ Shapes: P sequences, L tokens of a sequence, S hidden states, M symbols, D width
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
 from nextlat.results import Measurement, Metric, Picture
 from nextlat.scores import Score, mean_score, ratio_score
 from nextlat.tasks.hmm_process import HiddenMarkov
@@ -34,13 +35,9 @@ from nextlat.tasks.task import (
     TaskConfig,
     TestCount,
     check_size,
-    inference,
     word_tokenizer,
     world_fingerprint,
 )
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 BEGIN, FIRST_SYMBOL = FIRST_WORD, FIRST_WORD + 1
 ROWS_PER_CHUNK = 1024
@@ -84,6 +81,12 @@ TRANSITION_ERROR = _declare(
     source=f"{OURS}, after the theorem of {NEXTLAT}",
     unit="number",
     higher_is_better=False,
+)
+PICTURE = Picture(
+    kind="simplex",
+    file="beliefs.json",
+    title="Beliefs in the model's state",
+    text="Read off the state by a linear probe, on held-out sequences.",
 )
 
 
@@ -180,7 +183,7 @@ class HMM(Task):
         ids = torch.from_numpy(symbols.astype(np.int64)) + FIRST_SYMBOL
         return torch.nn.functional.pad(ids, (1, 0), value=BEGIN)
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self, seed: int) -> Stream:
         """Sequences of which none is held out.
 
         Raises:
@@ -208,7 +211,7 @@ class HMM(Task):
         ids = self.rows(symbols)
         return {"input_ids": ids, "labels": ids}
 
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
+    def eval_dataset(self) -> Rows:
         ids = self.rows(self._held_out)
         return Rows({"input_ids": ids}, prompt_length=1)  # every token but `begin` is predicted
 
@@ -236,16 +239,16 @@ class HMM(Task):
         """(P, L + 1, S) exact beliefs of the held-out sequences."""
         return self.process.beliefs(self._held_out)
 
-    def states(self, model: "ObjectiveModel") -> Tensor:
+    def states(self, model: ObjectiveModel) -> Tensor:
         """(P, L + 1, D) states of the transformer on the held-out sequences, from `begin` on, in
         fp32 on the CPU."""
         rows = self.rows(self._held_out).split(BATCH)
-        with inference(model):
+        with evaluation_mode(model):
             return torch.cat(
                 [model.backbone.step(ids.to(model.device))[0].float().cpu() for ids in rows]
             )
 
-    def belief_probe(self, model: "ObjectiveModel") -> tuple[Score, np.ndarray]:
+    def belief_probe(self, model: ObjectiveModel) -> tuple[Score, np.ndarray]:
         """Affine least-squares probe from h_t to the belief after x_1 .. x_t, t >= 1: fitted on the
         first half of the held-out sequences, read on the others, which are the items.
 
@@ -262,7 +265,7 @@ class HMM(Task):
         error = ((true - decoded) ** 2).sum(axis=(1, 2))
         return ratio_score(variation - error, variation), decoded
 
-    def distributions(self, model: "ObjectiveModel") -> list[Measurement]:
+    def distributions(self, model: ObjectiveModel) -> list[Measurement]:
         """KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1, where the model's
         distribution is that over its whole vocabulary; and the mean entropy of the exact
         distribution at the same positions. The items are the sequences."""
@@ -270,7 +273,7 @@ class HMM(Task):
         log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
         symbols = slice(FIRST_SYMBOL, FIRST_SYMBOL + p.shape[-1])
         log_q = []
-        with inference(model):
+        with evaluation_mode(model):
             for ids in self.rows(self._held_out)[:, :-1].split(BATCH):
                 h_BTD, _ = model.step(ids.to(model.device))
                 logits = model.next_token_logits(h_BTD).double().cpu()
@@ -282,7 +285,7 @@ class HMM(Task):
             Measurement(ENTROPY_FLOOR, mean_score(entropy.mean(axis=1))),
         ]
 
-    def transition_consistency(self, model: "ObjectiveModel") -> list[Measurement]:
+    def transition_consistency(self, model: ObjectiveModel) -> list[Measurement]:
         """How far the latent dynamics model misses, against how far the state moves; 0 = exact.
         Empty where there is no such model.
 
@@ -295,7 +298,7 @@ class HMM(Task):
             return []
         missed, moved = [], []
         rows, states = self.rows(self._held_out).split(BATCH), self.states(model).split(BATCH)
-        with inference(model):
+        with evaluation_mode(model):
             for ids, h in zip(rows, states, strict=True):
                 e = model.backbone.embed(ids[:, 1:].to(model.device))
                 predicted = dynamics(h[:, :-1].to(model.device), e).float().cpu()
@@ -304,7 +307,7 @@ class HMM(Task):
         score = ratio_score(torch.cat(missed).numpy(), torch.cat(moved).numpy())
         return [Measurement(TRANSITION_ERROR, score)]
 
-    def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """beliefs.json: true and decoded beliefs at 2,000 positions, with the symbol read last, to
         draw the simplex from."""
         r2, decoded = self.belief_probe(model)
@@ -317,4 +320,4 @@ class HMM(Task):
             "true": true.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
             "decoded": decoded.reshape(-1, true.shape[-1])[chosen].round(5).tolist(),
         }
-        return [(Picture(kind="simplex", file="beliefs.json"), record)]
+        return [(PICTURE, record)]

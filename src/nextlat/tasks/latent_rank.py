@@ -3,19 +3,16 @@
 Shapes: R rows, T tokens, D width.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import Batch
+from nextlat.model import ObjectiveModel
 from nextlat.results import Metric
 from nextlat.scores import Score, effective_rank, jackknife_score, triangular_factor
-from nextlat.tasks.task import NEXTLAT, inference
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
+from nextlat.tasks.task import NEXTLAT
 
 EFFECTIVE_LATENT_RANK = Metric(
     name="effective_latent_rank",
@@ -31,7 +28,7 @@ EFFECTIVE_LATENT_RANK = Metric(
 
 
 def latent_rank(
-    model: "ObjectiveModel",
+    model: ObjectiveModel,
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -46,7 +43,6 @@ def latent_rank(
     is a jackknife over groups of rows.
 
     Args:
-        model: a model.
         input_ids: (R, T) rows as a dataset packs them.
         position_ids: (R, T), likewise.
         attention_mask: (R, T), likewise.
@@ -58,7 +54,7 @@ def latent_rank(
     """
     groups = min(groups, len(input_ids))
     factors = []
-    with inference(model):
+    with evaluation_mode(model):
         for group in np.array_split(np.arange(len(input_ids)), groups):
             states = []
             for first in range(0, len(group), batch_size):

@@ -17,14 +17,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from nextlat.model import ObjectiveModel
 from nextlat.results import Chart, Line, Mark, Measurement, Metric, Published, Saying, Solved
 from nextlat.scores import mean_score
 from nextlat.tasks.answers import (
@@ -46,9 +46,6 @@ from nextlat.tasks.task import (
     check_size,
     world_fingerprint,
 )
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 SYMBOLS = ("|", "/", "=")
 BAR, SLASH, EQUALS = (FIRST_SYMBOL + i for i in range(3))
@@ -271,10 +268,10 @@ class PathStar(Task):
         config = self.config
         return draw_stars(config, config.graphs, self._random(1), refused=self._test_keys)[0]
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self, seed: int) -> Rows:
         return Rows({"input_ids": self._graphs}, seed=seed, prompt_length=self.prompt_length)
 
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
+    def eval_dataset(self) -> Rows:
         return Rows({"input_ids": self._tests[:LOSS_ROWS]}, prompt_length=self.prompt_length)
 
     def fingerprint(self) -> str:
@@ -295,7 +292,7 @@ class PathStar(Task):
             "accuracy by node": self.accuracy_by_node,
         }
 
-    def exact_paths(self, model: "ObjectiveModel", seed: int | None = None) -> Measurement:
+    def exact_paths(self, model: ObjectiveModel, seed: int | None = None) -> Measurement:
         """Share of test graphs whose whole path a model gives: greedily, or sampled at temperature
         1 (seed). What it says after the path does not count."""
         prompts, length = self._tests[:, : self.prompt_length], self.config.length
@@ -303,7 +300,7 @@ class PathStar(Task):
         exact = (given == self._tests[:, self.prompt_length : -1]).all(axis=1)
         return Measurement(EXACT_PATHS if seed is None else SAMPLED_PATHS, mean_score(exact))
 
-    def accuracy_by_node(self, model: "ObjectiveModel") -> list[Measurement | Chart]:
+    def accuracy_by_node(self, model: ObjectiveModel) -> list[Measurement | Chart]:
         """Share of test graphs whose i-th node a model gives after the true ones before it; chance
         at the branch is 1 / d."""
         given = forced_answers(model, self._tests[:, :-1], self.prompt_length)

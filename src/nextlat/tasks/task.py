@@ -8,10 +8,9 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,18 +18,15 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer, WhitespaceSplit
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import Batch
-from nextlat.losses import cross_entropy
+from nextlat.model import ObjectiveModel
 from nextlat.results import Chart, Measurement, Metric, Picture, Published, Solved
 from nextlat.scores import Score, ratio_score
 from nextlat.validation import Settings
-
-if TYPE_CHECKING:  # tasks know a model by what it does, and import none
-    from nextlat.model import ObjectiveModel
 
 PAD, UNK, FIRST_WORD = 0, 1, 2  # token ids of every word-level tokenizer
 
@@ -43,7 +39,7 @@ Length = Annotated[int, Field(ge=1, le=2**20)]
 Seed = Annotated[int, Field(ge=0, le=2**53)]
 MAX_TOKENS = 2**33  # of all rows of a task
 
-Measure = Callable[["ObjectiveModel"], Iterable[Measurement | Chart]]
+Measure = Callable[[ObjectiveModel], Iterable[Measurement | Chart]]
 
 
 class TaskConfig(Settings, ABC):
@@ -108,7 +104,7 @@ class Task(ABC):
         does not allow is left out.
         """
 
-    def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """Files beside results.json, with their JSON content, that a report draws from."""
         return ()
 
@@ -129,41 +125,21 @@ class SequenceModel(Protocol):
     def next_token_logits(self, h: Tensor, /) -> Tensor: ...
 
 
-@contextmanager
-def inference(model: object) -> Iterator[None]:
-    """No gradients and no dropout inside; the model's training mode is restored afterwards."""
-    trained = model if isinstance(model, nn.Module) and model.training else None
-    if trained is not None:
-        trained.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if trained is not None:
-            trained.train()
-
-
 def held_out_cross_entropy(
-    model: "ObjectiveModel", dataset: Dataset[dict[str, Tensor]], *, batch_size: int = 1
+    model: ObjectiveModel, dataset: Dataset[dict[str, Tensor]], *, batch_size: int = 1
 ) -> Score:
     """Cross-entropy in nats per scored token; the items are the rows.
 
     Args:
-        model: a model.
         dataset: held-out rows.
         batch_size: rows in a forward pass, of equal length if more than one.
     """
     sums, counts = [], []
-    with inference(model):
-        for rows in DataLoader(dataset, batch_size=batch_size):
-            batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
-            shape = batch.input_ids.shape
-            targets_BT, scored_BT = batch.targets().view(shape), batch.scored().view(shape)
-            states_BTD = model.hidden(batch)
-            for h_TD, y_T, scored_T in zip(states_BTD, targets_BT, scored_BT, strict=True):
-                loss = cross_entropy(model.next_token_logits, h_TD[scored_T], y_T[scored_T])
-                sums.append(loss.item())
-                counts.append(int(scored_T.sum()))
+    for rows in DataLoader(dataset, batch_size=batch_size):
+        batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
+        row_sums, row_counts = model.next_token_loss(batch)
+        sums += row_sums.tolist()
+        counts += row_counts.tolist()
     return ratio_score(sums, counts)
 
 

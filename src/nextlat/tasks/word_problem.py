@@ -14,16 +14,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
 from nextlat.results import (
     Chart,
     Line,
@@ -47,13 +48,9 @@ from nextlat.tasks.task import (
     TaskConfig,
     TestCount,
     check_size,
-    inference,
     word_tokenizer,
     world_fingerprint,
 )
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 BEGIN, END, FIRST_ELEMENT = FIRST_WORD, FIRST_WORD + 1, FIRST_WORD + 2
 VALIDATION_SHARE = 0.2  # of the distinct sequences (paper: 80 % train, 20 % validation)
@@ -210,10 +207,10 @@ class WordProblem(Task):
         labels[:, 2:] = self.products(words) + FIRST_ELEMENT
         return {"input_ids": ids, "labels": labels}
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self, seed: int) -> Rows:
         return Rows(self.rows(self._train), seed=seed)
 
-    def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
+    def eval_dataset(self) -> Rows:
         return Rows(self.rows(self._held_out[: self.config.tests]))
 
     def fingerprint(self) -> str:
@@ -231,13 +228,13 @@ class WordProblem(Task):
     def measures(self) -> Mapping[str, Measure]:
         return {"word problem": self.accuracies, "effective latent rank": self.latent_rank}
 
-    def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
+    def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
         """Effective rank of the states of the held-out rows of the training length."""
         ids = self.rows(self._held_out[: self.config.tests])["input_ids"][:, :-1]
         score = latent_rank(model, torch.from_numpy(ids.astype(np.int64)))
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
-    def accuracies(self, model: "ObjectiveModel") -> list[Measurement | Chart]:
+    def accuracies(self, model: ObjectiveModel) -> list[Measurement | Chart]:
         """Accuracy at the last position of test sequences of each length, and a chart of it by
         position at the longest: of the transformer, and, where the objective has one, of the latent
         dynamics model run alone, as an RNN, from the state at `begin` (arXiv 2511.05963, A5)."""
@@ -272,11 +269,11 @@ class WordProblem(Task):
         return [*found, chart]
 
     def _predictions(
-        self, model: "ObjectiveModel", input_ids: np.ndarray
+        self, model: ObjectiveModel, input_ids: np.ndarray
     ) -> dict[Predictor, np.ndarray]:
         """(S, n + 1) inputs -> the products (S, n) that each way to predict them gives."""
         ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
-        with inference(model):
+        with evaluation_mode(model):
             h, _ = model.step(ids)
             found: dict[Predictor, Tensor] = {"transformer": model.next_token_logits(h[:, 1:])}
             if model.objective.max_draft_length is None:

@@ -7,9 +7,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from nextlat.backbone import llama
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
-from nextlat.model import ObjectiveModel, attach, llama
+from nextlat.model import ObjectiveModel, attach
 from nextlat.tasks import Task
 from nextlat.training.recipe import Recipe
 from nextlat.training.trainer import no_library_bars

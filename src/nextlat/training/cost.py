@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from nextlat.batch import Batch
 from nextlat.model import ObjectiveModel
 from nextlat.objectives.flops import step_flops
 from nextlat.tasks import Task
 from nextlat.training.build import build_model
 from nextlat.training.recipe import Recipe
-from nextlat.training.train import FirstRows, collate, threads
-from nextlat.training.trainer import Item
+from nextlat.training.train import FirstRows, threads
+from nextlat.training.trainer import Item, collate
 
 BUDGET = 4.0  # seconds of matrix products that timing may take, the rest coming on top; longer steps are not tried
 TIMED_STEPS = 3  # after one that is not timed
@@ -73,7 +74,7 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
         batch = _first_batch(recipe, task)
         (rows, length), steps = batch["input_ids"].shape, recipe.steps
         tokens = int(batch.get("attention_mask", torch.ones(rows, length)).sum())
-        flops = step_flops(model, **batch)
+        flops = step_flops(model.objective, Batch.from_inputs(**batch))
         throughput = _matmul_flops_per_second(recipe, model)
         expected = (
             sum(flops.values()) / throughput if flops else _seconds_row_by_row(recipe, model, batch)

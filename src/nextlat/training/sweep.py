@@ -16,9 +16,9 @@ from pathlib import Path
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.evaluation import RESULTS, read_results
 from nextlat.files import write_errors, write_json
 from nextlat.objectives import OBJECTIVES
+from nextlat.results import RESULTS, Results, read_results
 from nextlat.tasks import Task
 from nextlat.training.build import check_trains
 from nextlat.training.recipe import Recipe, load_recipe, read_recipe_file
@@ -339,7 +339,6 @@ def _last_line(log: Path) -> str:
 
 def collect(done: Sequence[Job], out: Path) -> Path:
     """One results.json with the entries of all runs."""
-    entries = [entry for job in done for entry in read_results(job.directory)]
-    with write_errors(out):
-        write_json(out / RESULTS, entries)
+    results = Results(runs=[entry for job in done for entry in read_results(job.directory)])
+    write_json(out / RESULTS, results.model_dump(mode="json"))
     return out / RESULTS

@@ -42,7 +42,7 @@ from nextlat.training.run_directory import (
     sole_writer,
 )
 from nextlat.training.run_log import Progress, RunLog
-from nextlat.training.trainer import Item, NextLatTrainer
+from nextlat.training.trainer import Item, NextLatTrainer, collate
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +145,6 @@ class FirstRows(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         return self._dataset[index % self._size]
-
-
-def collate(items: list[Item]) -> Item:
-    """Rows of equal length to a batch; nothing is guessed or converted."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
 def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) -> Path:

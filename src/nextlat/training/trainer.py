@@ -6,20 +6,22 @@ the loop, optimiser, schedules, mixed precision, distribution and reporting are 
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as library_logging
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
+from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
 from nextlat.training.checkpoints import load_state, rotate_checkpoints
 
@@ -41,25 +43,32 @@ def no_library_bars() -> Iterator[None]:
             library_logging.enable_progress_bar()
 
 
-def evaluation_loss(model: ObjectiveModel, batches: DataLoader[Item]) -> dict[str, float]:
+def collate(items: list[Item]) -> Item:
+    """Rows of equal length to a batch; nothing is guessed or converted."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def evaluation_loss(
+    model: ObjectiveModel,
+    dataset: Dataset[Item],
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Item] = collate,
+) -> dict[str, float]:
     """Means of the objective and its named parts over a whole dataset, each over its own count
     (next_token: nats per token).
 
     The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
     their tokens.
     """
-    counts = torch.stack([model.counts(**batch) for batch in batches]).sum(0).to(model.device)
+    batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
+    counts = add_counts([model.counts(**batch) for batch in batches])
+    counts = {name: count.to(model.device) for name, count in counts.items()}
     sums: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
-                for name, value in {"loss": out.loss, **out.losses}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double()
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model):
+        for batch in batches:
+            out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
+            for name, value in {"loss": out.loss, **out.losses}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
     return {name: value.item() for name, value in sums.items()}
 
 
@@ -113,7 +122,7 @@ class NextLatMixin(_Base):
         if not batch_samples or not several:
             return None  # the batch is the whole step, whose own counts the loss takes anyway
         counts = [self.objective_model.counts(**batch) for batch in batch_samples]
-        total = torch.stack(counts).sum(0).to(device)
+        total = {name: count.to(device) for name, count in add_counts(counts).items()}
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
     def compute_loss(
@@ -201,10 +210,8 @@ class NextLatMixin(_Base):
             prefix = "_".join(filter(None, (metric_key_prefix, name)))
             ours = self.get_eval_dataloader(rows)
             # Not divided among the processes, where rows would be counted twice to make it even.
-            batches = DataLoader(
-                ours.dataset, self.args.per_device_eval_batch_size, collate_fn=ours.collate_fn
-            )
-            means = evaluation_loss(self.objective_model, batches)
+            size = self.args.per_device_eval_batch_size
+            means = evaluation_loss(self.objective_model, ours.dataset, size, ours.collate_fn)
             logs |= {f"{prefix}_{part}": value for part, value in means.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextlat.backbone import evaluation_mode
 from nextlat.scores import Score, mean_score, ratio_score
 from nextlat.tasks.streets.metrics import PAPER_PROBABILITY, DetourKind
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, Step, greedy, ride
 from nextlat.tasks.streets.walks import Walks
-from nextlat.tasks.task import SequenceModel, inference
+from nextlat.tasks.task import SequenceModel
 
 LOGIT_ELEMENTS = 1 << 24  # logits held at once while sequences are scored (64 MiB in fp32)
 
@@ -28,7 +29,7 @@ LOGIT_ELEMENTS = 1 << 24  # logits held at once while sequences are scored (64 M
 def legal_positions(
     model: SequenceModel, network: StreetNetwork, walks: Walks, *, stop: bool = False
 ) -> np.ndarray:
-    """(P, L + 1) for NEXT_TOKEN_TEST: 1 where the most likely token is legal, 0 where it is not, and
+    """(P, L + 1) for NEXT_TOKEN_TEST: 1 where the most likely token is legal, 0 where it is not,
     NaN beyond the end.
 
     A walk of n moves has n + 1 positions: before each move and after the last. Legal are the
@@ -43,7 +44,7 @@ def legal_positions(
     """
     prompts = Prompts(walks.source, walks.destination, walks.moves, walks.lengths)
     found = np.full(walks.nodes.shape, np.nan)
-    with inference(model):
+    with evaluation_mode(model):
         for rows, made, logits_MV in _forced_logits(model, prompts, prompts.lengths):
             token = logits_MV.argmax(-1).cpu().numpy()
             here = walks.nodes[rows, made]
@@ -223,7 +224,7 @@ def continuation_probabilities(model: SequenceModel, prompts: Prompts, told: Rid
     moves[row, prompts.lengths[row] + index] = told.tokens[row, index] - FIRST_DIRECTION
     whole = Prompts(prompts.source, prompts.destination, moves, prompts.lengths + told.lengths - 1)
     p = np.ones(told.tokens.shape)
-    with inference(model):
+    with evaluation_mode(model):
         for rows, made, logits_MV in _forced_logits(model, whole, told.lengths - 1):
             index = made - prompts.lengths[rows]
             token = torch.from_numpy(told.tokens[rows, index]).to(logits_MV.device)

@@ -13,8 +13,10 @@ from nextlat.tasks.task import NEXTLAT, OURS
 
 VAFA = "Vafa et al., arXiv 2406.03689"
 DYNAMICS = "latent dynamics model alone"
-NOTE = "The dynamics model run alone is compared with the transformer of the baseline at the same length."
-
+NOTE = (
+    "The dynamics model run alone is compared with the transformer of the baseline at the same "
+    "length."
+)
 PAPER_PROBABILITY = 0.75  # of a detour, arXiv 2511.05963
 
 MAP = Picture(
@@ -81,8 +83,9 @@ LEGAL_RIDES = Metric(
     name="legal_rides",
     title="Legal rides",
     noun="share of legal rides",
-    definition="Share of rides between unseen pairs, every token drawn among those of a probability "
-    "above 0.01, that take only streets which exist, and that end, if they do, at the destination.",
+    definition="Share of rides between unseen pairs, every token drawn among those of a "
+    "probability above 0.01, that take only streets which exist, and that end, if they do, at the "
+    "destination.",
     source=OURS,
     items="pairs",
 )

@@ -211,8 +211,8 @@ class StreetNetwork:
         if len(part) < 2:
             raise NextLatError(
                 f"{box} holds {int(inside.sum())} intersections and no two of them that reach each "
-                f"other: take a larger box (the network spans latitude {self.latitude.min():.4f} to "
-                f"{self.latitude.max():.4f}, longitude {self.longitude.min():.4f} to "
+                f"other: take a larger box (the network spans latitude {self.latitude.min():.4f} "
+                f"to {self.latitude.max():.4f}, longitude {self.longitude.min():.4f} to "
                 f"{self.longitude.max():.4f})."
             )
         return part

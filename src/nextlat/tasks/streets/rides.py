@@ -9,20 +9,19 @@ Shapes: P rides, B rides of the running batch, D width, V vocabulary, L the long
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
 from nextlat.tasks.streets.map import Ride
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
-from nextlat.tasks.task import PAD, SequenceModel, inference
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
+from nextlat.tasks.task import PAD, SequenceModel
 
 Driver = Literal["transformer", "dynamics"]
 BATCH = 256  # rides in lockstep
@@ -179,7 +178,7 @@ def ride(
     tokens, lengths = np.full((count, longest), PAD), np.zeros(count, dtype=np.int64)
     rides = Rides(tokens, lengths, np.zeros(count, dtype=bool), np.ones(count, dtype=bool))
     start = prompts.intersections(network)
-    with inference(model):
+    with evaluation_mode(model):
         for rows in prompts.batches():
             nodes, limit = start[rows], budget[rows]
             prefix, prompt_ids = prompts.lengths[rows], prompts[rows].tokens()
@@ -222,7 +221,7 @@ def ride(
     return rides
 
 
-def driver(model: "ObjectiveModel", who: Driver) -> SequenceModel | None:
+def driver(model: ObjectiveModel, who: Driver) -> SequenceModel | None:
     """Who drives: the transformer, or the latent dynamics alone; None if the model has none."""
     if who == "transformer":
         return model
@@ -245,7 +244,7 @@ class DynamicsAlone(nn.Module):
     its state there the dynamics alone go on, h' = p_psi(h, x) (arXiv 2511.05963, as in the word
     problem)."""
 
-    def __init__(self, model: "ObjectiveModel") -> None:
+    def __init__(self, model: ObjectiveModel) -> None:
         super().__init__()
         self.model = model
         self.training = model.training

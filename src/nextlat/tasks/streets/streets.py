@@ -4,7 +4,7 @@ four kinds of rides."""
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
 from nextlat.results import (
     Chart,
     Line,
@@ -57,9 +58,6 @@ from nextlat.tasks.streets.sources import download_place, generate_city, read_cs
 from nextlat.tasks.streets.walks import Walks, conditioned_walks, random_walks, stopping_rides
 from nextlat.tasks.task import Measure, Seed, SequenceModel, Task, TaskConfig, find_data
 from nextlat.validation import Share
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 MAP_RIDES = 1000  # at least so many are driven for the map
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
@@ -342,7 +340,7 @@ class Streets(Task):
         _, rides = self._sampled_rides(model, max_moves)
         return mean_score(rides.legal.reshape(-1, len(self.pairs)).mean(axis=0))
 
-    def legal_tokens(self, model: "ObjectiveModel") -> Iterable[Chart]:
+    def legal_tokens(self, model: ObjectiveModel) -> Iterable[Chart]:
         """The next-token test by position, on the longest rides."""
         multiple = self._multiples[-1]
         walks, lines = self._walks(multiple), []
@@ -361,7 +359,7 @@ class Streets(Task):
             marks=[Mark(text="trained up to here", x=self.config.max_moves)],
         )
 
-    def artifacts(self, model: "ObjectiveModel") -> Iterable[tuple[Picture, Any]]:
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """The city in the model's head, rebuilt from rides that it holds possible."""
         for who, multiple in self._variants:
             if at_the_wheel := driver(model, who):
@@ -378,7 +376,7 @@ class Streets(Task):
                 )
                 yield picture, map_record(self.network, reconstruct(self.network, sequences))
 
-    def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
+    def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
         length = max(LATENT_TOKENS, self.max_length)
         # Enough to fill the rows: 2 E(moves), and of rides that may be short, 4 tokens.
@@ -391,7 +389,7 @@ class Streets(Task):
 
 
 def _measure(
-    who: Driver, metrics: Sequence[Metric], scores: Scores, model: "ObjectiveModel"
+    who: Driver, metrics: Sequence[Metric], scores: Scores, model: ObjectiveModel
 ) -> Iterable[Measurement]:
     """Nothing where the model has no such driver."""
     at_the_wheel = driver(model, who)

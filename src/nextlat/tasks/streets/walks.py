@@ -259,8 +259,8 @@ def stopping_rides(
         count,
         draw,
         lambda ride: (
-            f"no ride of at most {max_moves} moves arrived, often as it was tried: raise max_moves, "
-            "or hold out pairs with a smaller max_hops."
+            f"no ride of at most {max_moves} moves arrived, often as it was tried: raise "
+            "max_moves, or hold out pairs with a smaller max_hops."
         ),
         tries=lambda pending, attempt: max(4, 512 // pending) if attempt else 1,
     )

@@ -11,20 +11,18 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
+from nextlat.model import ObjectiveModel
 from nextlat.results import Measurement, Metric
 from nextlat.scores import Score, exp_score, mean_score, ratio_score
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from nextlat.model import ObjectiveModel
+from nextlat.tasks.task import find_data
 
 METRICS = {  # of the harness -> in words; all others it may have are left out
     "acc": "accuracy",
@@ -72,8 +70,8 @@ def check_benchmarks(names: Sequence[str], files: str | None) -> None:
 
 
 def language_benchmark(
-    model: "ObjectiveModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: ObjectiveModel,
+    tokenizer: PreTrainedTokenizerBase,
     name: str,
     *,
     files: str | None = None,
@@ -83,10 +81,10 @@ def language_benchmark(
     2511.05963); the items are the documents.
 
     Args:
-        model: a model.
         tokenizer: of the model.
         name: of the harness ("piqa").
-        files: directory of further definitions, in its own YAML.
+        files: directory of further definitions, in its own YAML; relative to the working directory
+            or to $NEXTLAT_DATA.
         limit: documents of each, None = all.
 
     Raises:
@@ -154,7 +152,7 @@ def score(metric: str, items: Sequence[Any]) -> Score:
 class _WithLogits(nn.Module):
     """A model that needs its objective to predict, as the harness expects a causal LM to be."""
 
-    def __init__(self, model: "ObjectiveModel") -> None:
+    def __init__(self, model: ObjectiveModel) -> None:
         super().__init__()
         self.model = model
         self.config, self.device, self.name_or_path = model.config, model.device, ""
@@ -183,7 +181,13 @@ def _manager(files: str | None) -> Any:
             "task.lm_eval needs the LM Evaluation Harness, which is not installed: pip install "
             "'nextlat[lm-eval]', or set task.lm_eval= for none."
         ) from error
-    return TaskManager(include_path=files)
+    if files is None:
+        return TaskManager()
+    if (directory := find_data(files)) is None:
+        raise NextLatError(
+            f"there is no directory {files} (nor in $NEXTLAT_DATA): correct task.lm_eval_files."
+        )
+    return TaskManager(include_path=str(directory))
 
 
 @contextmanager

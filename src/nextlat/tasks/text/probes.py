@@ -17,7 +17,7 @@ CHUNK = 2**24  # probe logits held at a time where no gradient is needed
 def future_tokens(batch: Batch, offsets: int) -> Tensor:
     """(N, K) int64: the token 1, 2, ... K steps after each position; -100 where the document ends
     before it."""
-    ids, linked = batch.input_ids.flatten(), batch.linked()
+    ids, linked = batch.input_ids.flatten(), batch.linked
     reached = torch.ones_like(linked)
     columns = []
     for step in range(offsets):

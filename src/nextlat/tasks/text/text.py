@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.model import ObjectiveModel
 from nextlat.results import (
     Chart,
     Line,
@@ -40,9 +42,7 @@ from nextlat.tasks.task import (
     Task,
     TaskConfig,
     TestCount,
-    find_data,
     held_out_cross_entropy,
-    inference,
 )
 from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import (
@@ -60,9 +60,6 @@ from nextlat.tasks.text.tokens import (
     tokenize,
     trained_tokenizer,
 )
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +143,8 @@ class TextConfig(TaskConfig):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        for one, other, need in self._alternatives():
-            if one is not None and other is not None:
-                raise ValueError(need)
+        if problem := self._pair(given=2):
+            raise ValueError(problem)
         if self.validation is not None and self.validation_split is not None:
             raise ValueError(
                 "task.validation and task.validation_split both say what is held out: remove one"
@@ -168,18 +164,23 @@ class TextConfig(TaskConfig):
             )
         return self
 
-    def _alternatives(self) -> Iterator[tuple[Any, Any, str]]:
-        """Pairs of settings one of which must be given, in a recipe or on the command line."""
-        need = "the task text needs {} or {}, one of the two".format
-        train, dataset = "task.train (a file)", "task.dataset (of Hugging Face)"
-        yield self.train, self.dataset, need(train, dataset)
-        tokenizer, vocabulary = "task.tokenizer (one that exists)", "task.vocab_size"
-        yield self.tokenizer, self.vocab_size, need(tokenizer, vocabulary)
+    def _pair(self, *, given: int) -> str | None:
+        """What is needed where none or both of two settings are given, of which one must be, in a
+        recipe or on the command line."""
+        for pair, names in (
+            ((self.train, self.dataset), "task.train (a file) or task.dataset (of Hugging Face)"),
+            (
+                (self.tokenizer, self.vocab_size),
+                "task.tokenizer (one that exists) or task.vocab_size",
+            ),
+        ):
+            if sum(setting is not None for setting in pair) == given:
+                return f"the task text needs {names}, one of the two"
+        return None
 
     def build(self) -> "Text":
-        for one, other, need in self._alternatives():
-            if one is None and other is None:
-                raise NextLatError(f"{need}.")
+        if problem := self._pair(given=0):
+            raise NextLatError(f"{problem}.")
         return Text(self)
 
     def sources(self) -> tuple[Documents, Documents]:
@@ -210,27 +211,10 @@ class TextConfig(TaskConfig):
         """The names in `lm_eval`."""
         return [name.strip() for name in self.lm_eval.split(",") if name.strip()]
 
-    def benchmark_files(self) -> str | None:
-        """Where `lm_eval_files` is.
-
-        Raises:
-            NextLatError: nowhere.
-        """
-        if self.lm_eval_files is None:
-            return None
-        found = find_data(self.lm_eval_files)
-        if found is None:
-            raise NextLatError(
-                f"there is no directory {self.lm_eval_files} (nor in $NEXTLAT_DATA): correct "
-                "task.lm_eval_files."
-            )
-        return str(found)
-
 
 def _after(documents: Documents, count: int) -> Iterator[str]:
     rest = islice(documents, count, None)
-    first = next(rest, None)
-    if first is None:
+    if (first := next(rest, None)) is None:
         raise NextLatError(
             f"{documents.where} has no more documents than the {count} to be held out: set "
             "task.validation, or a smaller task.held_out."
@@ -270,26 +254,20 @@ class Text(Task):
         },
         sayings=[
             Saying(methods=methods, text=text)
-            for methods, text in (
-                (
-                    ("NextLat",),
-                    "linear probes are as good as GPT's one token ahead, and the best of all at "
-                    "long offsets for d=1 and d=8",
-                ),
-                (("BST", "MTP", "JTP"), "linear probes are worse than GPT's at offset 1"),
-                (("MTP", "JTP"), "linear probes fall behind quickly with the offset"),
-                (
-                    ("GPT", "JTP", "MTP", "NextLat"),
-                    "average zero-shot accuracy 58.8 %, 58.8 and 58.6 % (d=1, 2), 58.8 and 58.7 %, "
-                    "58.8 and 59.2 %",
-                ),
-            )
+            for methods, text in {
+                ("NextLat",): "linear probes are as good as GPT's one token ahead, and the best of "
+                "all at long offsets for d=1 and d=8",
+                ("BST", "MTP", "JTP"): "linear probes are worse than GPT's at offset 1",
+                ("MTP", "JTP"): "linear probes fall behind quickly with the offset",
+                ("GPT", "JTP", "MTP", "NextLat"): "average zero-shot accuracy 58.8 %, 58.8 and "
+                "58.6 % (d=1, 2), 58.8 and 58.7 %, 58.8 and 59.2 %",
+            }.items()
         ],
     )
 
     def __init__(self, config: TextConfig) -> None:
         if config.benchmarks:
-            check_benchmarks(config.benchmarks, config.benchmark_files())
+            check_benchmarks(config.benchmarks, config.lm_eval_files)
         train, held_out = config.sources()
         self.config = config
         self.max_length = config.max_length or config.row_length
@@ -306,7 +284,7 @@ class Text(Task):
                 documents.where, len(tokens), len(tokens.ids), documents.dropped,
             )  # fmt: skip
 
-    def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self, seed: int) -> PackedDocuments:
         return PackedDocuments(self.train, self.config.row_length, seed=seed)
 
     def eval_dataset(self) -> PackedDocuments:
@@ -344,24 +322,24 @@ class Text(Task):
             found["probes"] = self.probe_chart
         return found | {name: partial(self.benchmark, name) for name in self.config.benchmarks}
 
-    def perplexity(self, model: "ObjectiveModel") -> list[Measurement]:
+    def perplexity(self, model: ObjectiveModel) -> list[Measurement]:
         """exp of the mean cross-entropy of the held-out rows, per token of this vocabulary."""
         loss = held_out_cross_entropy(model, self.eval_dataset(), batch_size=ROWS_PER_BATCH)
         return [Measurement(PERPLEXITY, exp_score(loss))]
 
-    def benchmark(self, name: str, model: "ObjectiveModel") -> list[Measurement]:
+    def benchmark(self, name: str, model: ObjectiveModel) -> list[Measurement]:
         """One benchmark of the LM Evaluation Harness."""
-        files, limit = self.config.benchmark_files(), self.config.lm_eval_limit or None
+        files, limit = self.config.lm_eval_files, self.config.lm_eval_limit or None
         return language_benchmark(model, self.tokenizer, name, files=files, limit=limit)
 
-    def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
+    def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
         """Effective rank of the states of the first 256 held-out rows."""
         count = min(LATENT_ROWS, len(self.eval_dataset()))
         [rows] = DataLoader(Subset(self.eval_dataset(), range(count)), batch_size=count)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
-    def probe_chart(self, model: "ObjectiveModel") -> list[Chart]:
+    def probe_chart(self, model: ObjectiveModel) -> list[Chart]:
         """Held-out cross-entropy of a linear probe of the frozen states for the token 1, 2, ... K
         ahead (see `probes`), as far as a document reaches.
 
@@ -398,11 +376,11 @@ class Text(Task):
         return [chart]
 
     def _states(
-        self, model: "ObjectiveModel", rows: Dataset[dict[str, Tensor]]
+        self, model: ObjectiveModel, rows: Dataset[dict[str, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Rows -> h_ND and the tokens ahead, targets_NK, of the positions that have any."""
         states, targets = [], []
-        with inference(model):
+        with evaluation_mode(model):
             for part in DataLoader(rows, batch_size=ROWS_PER_BATCH):
                 batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in part.items()})
                 ahead_NK = future_tokens(batch, self.config.probes)

@@ -1,0 +1,139 @@
+"""What a request for decoding may be: everything that our loop cannot do as `transformers` does is
+refused by name, in one sentence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextlat.errors import NextLatError
+from nextlat.objectives import Objective
+
+AUTO = "auto"
+# What our loop does not do, and the values at which that makes no difference.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "watermarking_config": (None,),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "low_memory": (None, False),
+}
+# Arguments of `generate` beside its configuration, which are refused before it looks at them.
+REFUSED_ARGUMENTS = (
+    "assistant_model", "negative_prompt_ids", "inputs_embeds", "past_key_values", "synced_gpus",
+)  # fmt: skip
+MODEL_ARGUMENTS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+}  # fmt: skip
+
+
+def refuse(config: Any, model_arguments: dict[str, Any]) -> None:
+    for name, harmless in REFUSED.items():
+        value = getattr(config, name, None)
+        if value not in harmless:
+            raise NextLatError(
+                f"{name}={value!r} is not supported by self-speculative decoding: leave it out, or "
+                "use model.lm.generate"
+            )
+    given = {name for name, value in model_arguments.items() if value is not None}
+    if unknown := sorted(given - MODEL_ARGUMENTS):
+        raise NextLatError(
+            f"{', '.join(unknown)}: not supported by self-speculative decoding, leave it out"
+        )
+
+
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """What must hold before `transformers` looks at it."""
+    fractional = input_ids.is_floating_point() or input_ids.is_complex()
+    if input_ids.dim() != 2 or fractional or input_ids.dtype == torch.bool:
+        raise NextLatError(
+            f"input_ids must be integers of shape (rows, tokens), got {input_ids.dtype} of shape "
+            f"{tuple(input_ids.shape)}"
+        )
+    if 0 in input_ids.shape:
+        raise NextLatError("the prompt is empty: give at least one token to continue")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise NextLatError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids "
+            f"{tuple(input_ids.shape)}: they must agree"
+        )
+
+
+def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """(T,) rows without their left padding."""
+    if attention_mask is None:
+        return list(input_ids)
+    lengths = attention_mask.bool().sum(dim=1).tolist()
+    for row, length in enumerate(lengths):
+        if length == 0:
+            raise NextLatError(
+                f"the prompt in row {row} is empty, all of it is padding: give at least one token "
+                "to continue"
+            )
+        if not attention_mask[row, -length:].all():
+            raise NextLatError(
+                f"the padding of row {row} is not all on its left: use "
+                "tokenizer.padding_side='left'"
+            )
+    return [row[-length:] for row, length in zip(input_ids, lengths, strict=True)]
+
+
+def check_draft_length(objective: Objective, draft_length: int | str) -> None:
+    if draft_length == AUTO:
+        return
+    if not isinstance(draft_length, int):
+        raise NextLatError(f"draft_length must be a whole number or 'auto', got {draft_length!r}")
+    if draft_length < 0:
+        raise NextLatError(
+            f"draft_length must not be below zero, got {draft_length}: use 0 to decode without "
+            "drafts"
+        )
+    limit = objective.max_draft_length
+    if limit is not None and draft_length > limit:
+        cause = f"drafts at most {limit} tokens" if limit else "cannot draft"
+        raise NextLatError(
+            f"the objective '{objective.name}' {cause}: use draft_length={limit}"
+            f"{' or less' if limit else ''}"
+        )
+
+
+def check_request(
+    objective: Objective,
+    input_ids: Tensor,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    generator: torch.Generator | None,
+) -> None:
+    if max_new_tokens < 1:
+        raise NextLatError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    lm, device = objective.backbone.lm, input_ids.device.type
+    table: Any = lm.get_input_embeddings()
+    vocabulary, (low, high) = len(table.weight), input_ids.aminmax()
+    if low < 0 or high >= vocabulary:
+        raise NextLatError(
+            f"token {int(low if low < 0 else high)} is outside the model's {vocabulary} tokens: "
+            "check that the tokenizer is the model's own"
+        )
+    longest, text_config = max(map(len, prompts)), lm.config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise NextLatError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{positions} positions: shorten the prompt or lower max_new_tokens"
+        )
+    if generator is not None and generator.device.type != device:
+        raise NextLatError(
+            f"the generator is on {generator.device.type} but the model on {device}: make it with "
+            f"torch.Generator('{device}')"
+        )

@@ -1,0 +1,365 @@
+"""The report as a document: what a comparison found, put together once for every rendering."""
+
+import json
+import shlex
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nextlat.report.claims import (
+    claims,
+    difference_text,
+    estimate_text,
+    footnotes,
+    seed_text,
+    summary,
+    titled,
+    with_error,
+)
+from nextlat.report.comparison import (
+    BASELINE,
+    Difference,
+    SeedDifference,
+    TaskComparison,
+    Verdict,
+)
+from nextlat.report.elements import (
+    Bullet,
+    Bullets,
+    Cell,
+    Code,
+    Details,
+    Element,
+    Heading,
+    Mark,
+    Paragraph,
+    Table,
+)
+from nextlat.report.pictures import Drawer
+from nextlat.report.published import RULE, reference, reproduction, reproduction_summary
+from nextlat.report.runs import Run, first_run
+
+NONE = "\N{EN DASH}"
+INTRODUCTION = (
+    "The same transformer trained with different objectives, measured on what it knows about its "
+    "world. Each difference comes with its error; only what lies beyond the error is claimed."
+)
+ORIGIN = (
+    "Written by “nextlat report”, not by hand: what was measured here comes from the result files "
+    "of runs, and the commands that made them stand at the end of each section."
+)
+BY_ITEMS = (
+    "Errors and verdicts over test items; in brackets the 95 % interval (Wilson) of what is a "
+    "share of them."
+)
+MARKS: dict[Verdict, Mark] = {
+    "better": Mark("better", "▲", "good"),
+    "worse": Mark("worse", "▼", "bad"),
+    "within noise": Mark("within noise", "≈"),
+    "no claim": Mark("no claim"),
+}
+SCALE = 9  # so many of the facts about a run say how large it was
+LEFT_OUT = ("--out", "--progress", "--no-progress")  # of commands
+
+
+def headline(tasks: Sequence[TaskComparison]) -> str:
+    """Which objectives are compared with which."""
+    objectives = dict.fromkeys(run.result.objective.title for task in tasks for run in task.runs)
+    base = next((task.baseline for task in tasks if task.baseline is not None), None)
+    others = [name for name in objectives if name != base]
+    against = f" against {base}" if base is not None and others else ""
+    return ", ".join(others or objectives) + against
+
+
+def document(tasks: Sequence[TaskComparison], folder: Path) -> list[Element]:
+    """The whole report.
+
+    Args:
+        tasks: what was compared.
+        folder: an existing directory, into which its figures are drawn.
+
+    Raises:
+        NextLatError: the file of a picture is missing or corrupt.
+    """
+    parts: list[Element] = [
+        Heading(headline(tasks), 1),
+        Paragraph(INTRODUCTION, quiet=True),
+        Paragraph(ORIGIN, quiet=True),
+    ]
+    if len(tasks) > 1:
+        texts = {t.task.title: f"{summary(t)} {reproduction_summary(t)}" for t in tasks}
+        parts.append(Bullets([Bullet(text, title, link=True) for title, text in texts.items()]))
+    with warnings.catch_warnings():  # letters that the font lacks, labels that leave no room
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not", UserWarning)
+        for task in tasks:
+            parts += _task(task, Drawer(task, folder, task.task.name if len(tasks) > 1 else ""))
+    metrics = [one.metric for task in tasks for one in task.metrics if one.metric.definition]
+    defined = [
+        Bullet(m.definition + (f" ({m.source})" if m.source else ""), lead=m.title) for m in metrics
+    ]
+    return [*parts, Heading("What was measured", 2), Bullets([*dict.fromkeys(defined)])]
+
+
+def digest(tasks: Sequence[TaskComparison]) -> list[Element]:
+    """What a terminal shows of the report: the measurements of every task."""
+    parts: list[Element] = []
+    for task in tasks:
+        table, notes = _measurements(task)
+        parts += [Heading(task.task.title, 2), table, *_solving(task), notes]
+    return parts
+
+
+def _task(task: TaskComparison, drawer: Drawer) -> list[Element]:
+    return [
+        Heading(task.task.title, 2),
+        Paragraph(f"Scale: {_scale(task)}.", quiet=True),
+        *_findings(task),
+        *drawer.of_models(),
+        Heading("Measurements", 3),
+        *_measurements(task),
+        *_every_seed(task),
+        *_solving(task),
+        *drawer.of_comparison(),
+        *_reproduced(task),
+        *_published(task),
+        *_making(task),
+    ]
+
+
+def _notes(texts: Iterable[str]) -> Bullets:
+    return Bullets([Bullet(text) for text in texts], "notes")
+
+
+def _findings(task: TaskComparison) -> list[Element]:
+    """What is claimed; what is not, folded."""
+    said: list[Bullet] = []
+    unclear: list[Bullet] = []
+    for claim in claims(task):
+        bullet = Bullet(f"{claim.numbers}.", claim.lead, MARKS[claim.verdict])
+        (said if claim.verdict in ("better", "worse") else unclear).append(bullet)
+    if not said and not unclear:
+        return []
+    parts: list[Element] = [Heading("Findings", 3), Paragraph(summary(task))]
+    if said:
+        parts.append(Bullets(said, "findings"))
+    if unclear:
+        count = f"{len(unclear)} difference{'s' * (len(unclear) > 1)}"
+        folded = Bullets(unclear, "findings")
+        parts.append(Details(f"{count} from which nothing follows", [folded]))
+    return parts
+
+
+def _measurements(task: TaskComparison) -> tuple[Table, Bullets]:
+    """Every metric of every model, and what must be said below."""
+    rows = []
+    for one in task.metrics:
+        cells = []
+        for label in task.models:
+            estimate, difference = one.estimates.get(label), one.differences.get(label)
+            text = NONE if estimate is None else estimate_text(one.metric, estimate)
+            compared = difference is not None and one.metric.reference is None
+            change = difference_text(one.metric, difference) if difference and compared else ""
+            cells.append(Cell(text, change, _claimed(difference)))
+        rows.append(([titled(one.metric)], cells))
+    pinned = int(task.baseline is not None)
+    return Table(["metric"], list(task.models), rows, pinned), _notes(footnotes(task))
+
+
+def _every_seed(task: TaskComparison) -> list[Element]:
+    """Every metric of every run, if there is more than one seed."""
+    if len(task.seeds) < 2:
+        return []
+    rows = []
+    for one in task.metrics:
+        for label, estimate in one.estimates.items():
+            difference = one.differences.get(label)
+            by_seed = difference.seeds if difference is not None else {}
+            cells = [
+                Cell(
+                    seed_text(one.metric, estimate, seed) if seed in estimate.seeds else NONE,
+                    mark=_claimed(by_seed.get(seed)),
+                )
+                for seed in task.seeds
+            ]
+            rows.append(([one.metric.title, label], cells))
+    table = Table(["metric", "model"], [f"seed {seed}" for seed in task.seeds], rows)
+    return [Details("Every seed by itself", [Paragraph(BY_ITEMS, quiet=True), table])]
+
+
+def _claimed(difference: Difference | SeedDifference | None) -> Mark | None:
+    """In a table nothing is said where nothing is claimed."""
+    if difference is None or difference.verdict == "no claim":
+        return None
+    return MARKS[difference.verdict]
+
+
+def _solving(task: TaskComparison) -> list[Element]:
+    """Which seeds solve the task, and from which step on."""
+    if task.task.solved is None or not task.solving:
+        return []
+    seeds = sorted({seed for found in task.solving.values() for seed in found})
+    rows = []
+    for label, found in task.solving.items():
+        cells = [Cell(f"{sum(one.solved for one in found.values())} of {len(found)}")]
+        for seed in seeds:
+            one = found.get(seed)
+            if one is None:
+                cells.append(Cell(NONE))
+            elif not one.solved:
+                cells.append(Cell("not solved"))
+            else:
+                cells.append(Cell("solved" if one.step is None else f"from step {one.step:,}"))
+        rows.append(([label], cells))
+    head = ["solved", *(f"seed {seed}" for seed in seeds)]
+    return [
+        Heading("Which seeds solve it", 3),
+        Table(["model"], head, rows, pinned=1),
+        _notes([task.task.solved.definition]),
+    ]
+
+
+def _reproduced(task: TaskComparison) -> list[Element]:
+    """What is published beside what was measured here."""
+    rows = []
+    found = reproduction(task)
+    for one in found:
+        if isinstance(one.published, str):
+            published = one.published
+        else:
+            figures = (with_error(value, None, one.metric.unit) for value in one.published)
+            published = " against ".join(figures)
+        published += f" (d={one.horizon})" if one.horizon is not None else ""
+        change = "" if one.difference is None else difference_text(one.metric, one.difference)
+        here = Cell(estimate_text(one.metric, one.estimate), change)
+        rows.append(([one.metric.title, one.model], [Cell(published), here, Cell(one.outcome)]))
+    if not rows:
+        return []
+    head = [
+        f"published, against {reference(task)}" if reference(task) else "published",
+        f"here, and its difference to {task.baseline or BASELINE}",
+        "direction",
+    ]
+    return [
+        Heading("What reproduces", 3),
+        Paragraph(reproduction_summary(task)),
+        Table(["metric", "model"], head, rows, words=True),
+        _notes([RULE] if any(one.outcome != "in words only" for one in found) else []),
+    ]
+
+
+def _published(task: TaskComparison) -> list[Element]:
+    """What the paper reports: in figures, the metrics measured here first; and in words."""
+    published = task.task.published
+    if published is None:
+        return []
+    here = [one.metric.published for one in task.metrics]
+    keys = sorted(published.figures, key=lambda key: here.index(key) if key in here else len(here))
+    shown = [published.figures[key] for key in keys]
+    methods = dict.fromkeys(method for figures in shown for method in figures.by_method)
+    rows = []
+    for method in methods:
+        known = [(figures.by_method.get(method), figures.unit) for figures in shown]
+        texts = (NONE if x is None else with_error(x, None, unit) for x, unit in known)
+        rows.append(([method], [Cell(text) for text in texts]))
+    scale = (
+        f"Not comparable number by number, these are of {published.setting} ({published.source}). "
+        "What can be compared is which method is ahead."
+    )
+    content: list[Element] = [
+        Paragraph(scale),
+        Table(["method"], [figures.title for figures in shown], rows),
+        Bullets([Bullet(f"{one.text}.", ", ".join(one.methods)) for one in published.sayings]),
+    ]
+    return [Details("Published figures, on another scale", content)]
+
+
+def _making(task: TaskComparison) -> list[Element]:
+    """How the runs of every model were made."""
+    known = [_facts(runs.values()) for runs in task.models.values()]
+    rows = [([name], [Cell(facts[name]) for facts in known]) for name in known[0]]
+    commands = dict.fromkeys(
+        _command(run) for runs in task.models.values() for run in runs.values()
+    )
+    recipes = []
+    for label, runs in task.models.items():
+        text = json.dumps({**first_run(runs).recipe, "seed": list(runs)}, indent=2)
+        recipes.append(Details(f"Recipe of {label}", [Code(text)], page_only=True))
+    return [
+        Heading("How it was made", 3),
+        Table([""], list(task.models), rows, words=True),
+        Details("Commands", [Code("\n".join(commands))]),
+        *recipes,
+    ]
+
+
+def _facts(runs: Iterable[Run]) -> dict[str, str]:
+    """What to know of one model's runs; facts that differ between its seeds are all given."""
+    records = [
+        {
+            **run.record,
+            "seed": str(run.result.seed),
+            "commit": _commit(run.record["git"]),
+            "world": run.record["task"]["fingerprint"],
+            "versions": ", ".join(map(" ".join, run.record["versions"].items())),
+            **{name: run.recipe[name] for name in ("steps", "batch_size")},
+            **{f"{name} parameters": n for name, n in run.record["parameters"].items()},
+        }
+        for run in runs
+    ]
+    keys = {
+        "Recipe": "recipe_name",
+        "Optimiser steps": "steps",
+        "Rows per step": "batch_size",
+        "Training tokens": "tokens",
+        "Parameters, transformer": "lm parameters",
+        "Parameters, objective's own": "objective parameters",
+        "Seeds": "seed",
+        "Device": "device",
+        "Threads": "threads",
+        "Seconds of training": "seconds",
+        "Versions": "versions",
+        "Git commit": "commit",
+        "World": "world",
+    }
+    return {
+        name: ", ".join(dict.fromkeys(_fact(record.get(key)) for record in records))
+        for name, key in keys.items()
+    }
+
+
+def _fact(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, int | float) else value or NONE
+
+
+def _commit(name: str | None) -> str | None:
+    """Shortened; the plus sign of changed files stays."""
+    return name and name[:12] + "+" * name.endswith("+")
+
+
+def _scale(task: TaskComparison) -> str:
+    """How large the runs were, in one line; what differs between models is given for each value."""
+    found = {label: _facts(runs.values()) for label, runs in task.models.items()}
+    parts = []
+    for name in [*next(iter(found.values()))][:SCALE]:
+        owners: dict[str, list[str]] = {}
+        for label, facts in found.items():
+            owners.setdefault(facts[name], []).append(label)
+        values = [
+            value + (f" ({', '.join(labels)})" if len(owners) > 1 else "")
+            for value, labels in owners.items()
+        ]
+        parts.append(f"{name[0].lower()}{name[1:]}: {'; '.join(values)}")
+    return " \N{MIDDLE DOT} ".join(parts)
+
+
+def _command(run: Run) -> str:
+    """The command that trained a run, without where the run went and how it was watched, which
+    changes nothing and says where somebody keeps files."""
+    words = run.record["command"][1:]
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before != "--out" and word.partition("=")[0] not in LEFT_OUT
+    ]
+    return shlex.join(["nextlat", *kept]) if words else NONE

@@ -1,0 +1,146 @@
+"""What a document consists of.
+
+All text is plain text, of which a renderer escapes what it must: nothing here is markup.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A verdict: a word, the symbol before it, and how it is coloured."""
+
+    text: str
+    symbol: str = ""
+    tone: Literal["good", "bad", "quiet"] = "quiet"
+
+    def __str__(self) -> str:
+        return f"{self.symbol} {self.text}".strip()
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 1 to 6."""
+
+    text: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph; a quiet one is set in grey."""
+
+    text: str
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Bullet:
+    """An item of a list: `mark: lead: text`.
+
+    Attributes:
+        text: what it says.
+        lead: before it, in bold; "" = nothing.
+        mark: before both; None = none.
+        link: whether `lead` is the text of a heading, and leads there.
+    """
+
+    text: str
+    lead: str = ""
+    mark: Mark | None = None
+    link: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list; "findings" are set apart from one another, "notes" small."""
+
+    items: Sequence[Bullet]
+    kind: Literal["list", "findings", "notes"] = "list"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value or words, what the value differs by from another, and the verdict on that."""
+
+    text: str
+    change: str = ""
+    mark: Mark | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        names: heads of the columns that name a row.
+        head: of the other columns.
+        rows: (the names of a row, its cells).
+        pinned: how many cells of a row stand in every part of a table that is taken apart because
+            it is too wide.
+        words: whether the cells are sentences, to be set from the left and broken into lines.
+    """
+
+    names: Sequence[str]
+    head: Sequence[str]
+    rows: Sequence[tuple[Sequence[str], Sequence[Cell]]]
+    pinned: int = 0
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to be shown as they are."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG file, what it shows (for those who do not see it), and the line below it."""
+
+    path: Path
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Figures beside one another, and `together` in one file."""
+
+    figures: Sequence[Figure]
+    together: Figure
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is folded away under a title; the recipes of all runs would swamp any other form than a
+    page (`page_only`)."""
+
+    title: str
+    content: Sequence["Element"]
+    page_only: bool = False
+
+
+Element = (
+    Heading | Paragraph | Bullets | Table | Code | Figure | SideBySide | Details
+)  # a document is a list of them
+
+
+def printable(text: str) -> str:
+    """Text without control characters, directions of writing and half characters (surrogates), any
+    of which can upset a terminal or a file; line breaks stay."""
+    return "".join(
+        " " if unicodedata.category(letter)[0] == "C" and letter != "\n" else letter
+        for letter in text
+    )
+
+
+def plain(text: str) -> str:
+    """Printable text in one line."""
+    return re.sub(r"[^\S\N{NO-BREAK SPACE}]+", " ", printable(text)).strip()
