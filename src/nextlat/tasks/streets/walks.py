@@ -71,8 +71,6 @@ def random_walks(
     Raises:
         NextLatError: walks of some length keep failing, as in a network without loops.
     """
-    n = len(network)
-    excluded = exclude.source * n + exclude.destination if exclude else np.zeros(0)
     drawn = rng.integers(min_moves, max_moves + 1, size=count)
     # Longest first, so that the walkers still on their way are always the first ones.
     order = np.argsort(-drawn, kind="stable")
@@ -84,7 +82,7 @@ def random_walks(
         source = nodes_MC[0].astype(np.int64)
         destination = nodes_MC[length, np.arange(len(length))]
         good = (destination >= 0) & (destination != source)
-        good &= ~np.isin(source * n + destination, excluded)
+        good &= ~_among(exclude, source, destination)
         return (nodes_MC.T, moves_MC.T), good
 
     nodes, moves = redraw(
@@ -94,9 +92,7 @@ def random_walks(
             f"no walk of {lengths[walk]} moves was found, often as it was tried: use a strongly "
             "connected network, shorter walks, or fewer held-out pairs."
         ),
-        # One candidate for each walk at first; then several, since a round costs about the same
-        # however small it is.
-        tries=lambda pending, attempt: max(4, 512 // pending) if attempt else 1,
+        tries=_tries,
     )
     back = np.argsort(order)
     nodes, moves = (x[back].astype(np.int64) for x in (nodes, moves))
@@ -226,12 +222,10 @@ def stopping_rides(
     Raises:
         NextLatError: hardly any ride arrives.
     """
-    n = len(network)
-    excluded = exclude.source * n + exclude.destination if exclude else np.zeros(0)
 
     def draw(rows: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray]:
         source, destination = (
-            rng.integers(n, size=(2, len(rows)))
+            rng.integers(len(network), size=(2, len(rows)))
             if pairs is None
             else (pairs.source[rows], pairs.destination[rows])
         )
@@ -250,7 +244,7 @@ def stopping_rides(
             nodes[on_way, made + 1] = network.successors[at, choice]
             lengths[on_way] += 1
             on_way = on_way[nodes[on_way, made + 1] != to]
-        good = (source != destination) & ~np.isin(source * n + destination, excluded)
+        good = (source != destination) & ~_among(exclude, source, destination)
         if arrive:
             good[on_way] = False
         return (lengths, nodes, moves, destination), good
@@ -262,9 +256,23 @@ def stopping_rides(
             f"no ride of at most {max_moves} moves arrived, often as it was tried: raise "
             "max_moves, or hold out pairs with a smaller max_hops."
         ),
-        tries=lambda pending, attempt: max(4, 512 // pending) if attempt else 1,
+        tries=_tries,
     )
     return Walks(*rides)
+
+
+def _tries(pending: int, attempt: int) -> int:
+    """One candidate for each ride at first; then several, since a round costs about the same however
+    small it is."""
+    return max(4, 512 // pending) if attempt else 1
+
+
+def _among(pairs: Pairs | None, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+    """(C,) which (source, destination) are among the pairs."""
+    if not pairs:
+        return np.zeros(len(source), dtype=bool)
+    n = max(pairs.destination.max(), destination.max()) + 1
+    return np.isin(source * n + destination, pairs.source * n + pairs.destination)
 
 
 def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
