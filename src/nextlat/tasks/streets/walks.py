@@ -262,8 +262,8 @@ def stopping_rides(
 
 
 def _tries(pending: int, attempt: int) -> int:
-    """One candidate for each ride at first; then several, since a round costs about the same however
-    small it is."""
+    """One candidate for each ride at first; then several, since a round costs about the same
+    however small it is."""
     return max(4, 512 // pending) if attempt else 1
 
 
