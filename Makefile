@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 VLLM_VENV ?= .venv-vllm
 # Given up rather than waited for: a registry that does not answer is a failure, with its name.
-VLLM_PIP = timeout 900 $(VLLM_VENV)/bin/python -m pip install -q --timeout 30 --retries 2
+VLLM_PIP = timeout 600 $(VLLM_VENV)/bin/python -m pip install -q --timeout 30 --retries 2
 
 SEEDS ?= 0
 OUT ?= demo

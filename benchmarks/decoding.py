@@ -152,7 +152,7 @@ def open_model(
 
 
 def distinct(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of a text that are different ones; 1 for a text too short to have any."""
+    """Share of the n-grams of a text that are different ones; 1 for one too short to have any."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -228,14 +228,16 @@ def print_result(found: dict[str, Any]) -> None:
 
     print(f"temperature {found['temperature']:g}, batch {found['batch']}")
     print(
-        f"{'draft length':<27}{'tokens/s':>9}  {'x transformers':<19}{'x length 0':<19}{'ceiling':>8}{'tokens/cycle':>13}  accepted"
+        f"{'draft length':<27}{'tokens/s':>9}  {'x transformers':<19}{'x length 0':<19}"
+        f"{'ceiling':>8}{'tokens/cycle':>13}  accepted"
     )
     for way, row in found["ways"].items():
         by_position = " ".join(f"{rate:.2f}" for rate in row["acceptance_by_position"])
         ceiling = f"{row['ceiling']:.2f}" if row["ceiling"] else ""
         print(
             f"{way:<27}{row['tokens_per_second']:>9.0f}  {ratio(row['against'][TRANSFORMERS]):<19}"
-            f"{ratio(row['against']['0']):<19}{ceiling:>8}{row['tokens_per_cycle']:>13.2f}  {by_position}"
+            f"{ratio(row['against']['0']):<19}{ceiling:>8}{row['tokens_per_cycle']:>13.2f}  "
+            f"{by_position}"
         )
     auto = found["ways"]["auto"]
     print(
@@ -246,7 +248,8 @@ def print_result(found: dict[str, Any]) -> None:
         c, v = found["costs"]["c"], found["costs"]["v"]
         some = ", ".join(f"v_{k} {v[k]:.2f}" for k in (1, 2, 4, 8, 16) if k < len(v))
         print(
-            f"costs in plain passes of {found['costs']['plain_pass_ms']:.2f} ms: draft step c {c:.3f}; {some}"
+            f"costs in plain passes of {found['costs']['plain_pass_ms']:.2f} ms: "
+            f"draft step c {c:.3f}; {some}"
         )
     if found["identical"] is not None:
         print(
@@ -254,12 +257,14 @@ def print_result(found: dict[str, Any]) -> None:
             end="; ",
         )
         print(
-            f"different 4-grams {found['distinct_4']:.0%}, texts that run in circles {found['looping']:.0%}"
+            f"different 4-grams {found['distinct_4']:.0%}, "
+            f"texts that run in circles {found['looping']:.0%}"
         )
         if "without_loops" in auto:
             alone = auto["without_loops"]
             print(
-                f"auto without those: x length 0 {ratio(alone['against'])}, {alone['tokens_per_cycle']:.2f} tokens/cycle"
+                f"auto without those: x length 0 {ratio(alone['against'])}, "
+                f"{alone['tokens_per_cycle']:.2f} tokens/cycle"
             )
     print("tokens/cycle counts the transformer's own token; the paper's 'accepted tokens' do not\n")
 

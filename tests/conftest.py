@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models of many families, and the real data where it is at hand."""
+"""What the tests share: tiny random models of many families, and the real data if at hand."""
 
 import importlib.util
 import os
@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nextlat.decoding.sampling import Sampling, Scores
 from nextlat.results import Chart, Measurement
 from nextlat.scores import Score
+from nextlat.weights import SUMS
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "granite", "mixtral")
 
@@ -40,12 +41,13 @@ _SPECIFIC = {
     "llama": {},
     "qwen3": {"head_dim": 8},
     "gpt2": {
-        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2,
+        "bos_token_id": None, "eos_token_id": None,
     },
     "gemma2": {
-        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "final_logit_softcapping": 3.0,
-        "attn_logit_softcapping": 5.0,
+        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8,
+        "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0,
     },
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -73,7 +75,7 @@ def sampling(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> Sampling:
-    """The rule that `generate(do_sample=True, ...)` makes of these settings."""
+    """The sampler that `generate(do_sample=True, ...)` makes of these settings."""
     processors = [
         *([TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []),
         *([TopKLogitsWarper(top_k)] if top_k is not None else []),
@@ -90,7 +92,8 @@ def data_dir() -> Path:
     path = Path(os.environ.get("NEXTLAT_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(
-            f"real data not found in {path}: set NEXTLAT_DATA to the directory that holds manhattan/ and text/"
+            f"real data not found in {path}: set NEXTLAT_DATA to the directory that holds "
+            "manhattan/ and text/"
         )
     return path
 
@@ -100,6 +103,11 @@ def one_thread() -> None:
     """Small tensors: threads only add noise, and bit-for-bit comparisons want a fixed number of
     them."""
     torch.set_num_threads(1)
+
+
+def forget_sums(directory: Path) -> None:
+    """As a version without checksums left it, or as somebody who edits its files should."""
+    (directory / SUMS).unlink()
 
 
 def by_key(found: Iterable[Measurement | Chart]) -> dict[str, Score]:

@@ -14,7 +14,6 @@ from nextlat.results import (
     RESULTS,
     SCORES,
     Chart,
-    DecodingFacts,
     Line,
     Mark,
     MeasuredMetric,
@@ -364,7 +363,8 @@ def write_city_run(directory: Path, objective: str, seed: int) -> Path:
         else:
             noise = 0.02 * luck.normal() + 0.05 * (difficulty - 0.5)
             items[name] = value * (1 + noise + 0.02 * luck.normal(size=ITEMS))
-    numbers, decoding = {}, None
+    numbers: dict[str, float] = {}
+    charts: list[Chart] = []
     if nextlat:
         length = 3.1 + 0.2 * luck.normal()
         numbers = {
@@ -372,15 +372,15 @@ def write_city_run(directory: Path, objective: str, seed: int) -> Path:
             "accepted_tokens_per_cycle": length - 1,
             "decoding_speedup": 1.7 + 0.1 * luck.normal(),
         }
-        decoding = DecodingFacts(
-            draft_length=8,
-            prompts=12,
-            identical=True,
-            acceptance_by_position=[
-                round(0.9**place + 0.02 * float(luck.normal()), 4) for place in range(1, 9)
-            ],
-            tokens_per_second={"0": 100.0, "8": 170.0},
+        accepted = [round(0.9**place + 0.02 * float(luck.normal()), 4) for place in range(1, 9)]
+        chart = Chart(
+            name="acceptance",
+            title="Drafted tokens accepted",
+            x="position in the draft",
+            lines=[Line(values=accepted, dots=True)],
+            alt="Share of drafted tokens accepted, {models}.",
         )
+        charts.append(chart)
     picture = Picture(kind="map", file="map.json", title="The city in the model's head")
     path = write_run(
         directory,
@@ -388,7 +388,7 @@ def write_city_run(directory: Path, objective: str, seed: int) -> Path:
         seed,
         items=items,
         numbers=numbers,
-        decoding=decoding,
+        charts=charts,
         pictures=[picture],
     )
     rides = []

@@ -276,7 +276,7 @@ REFERENCES: dict[str, tuple[Any, Callable[..., dict[str, Tensor]]]] = {
 def objective_model(
     config: Any, family: str = "gpt2", dtype: torch.dtype | None = None
 ) -> ObjectiveModel:
-    """A tiny model with an untied head, whose objective is far from its initial weights: no dynamics
+    """A tiny model with an untied head, and an objective far from its initial weights: no dynamics
     is the identity, no head a copy, no gain one."""
     if dtype is None:  # mixtral's grouped matrix product has no float64
         dtype = torch.float32 if family == "mixtral" else torch.float64
@@ -377,7 +377,7 @@ def decoding_lm(family: str) -> PreTrainedModel:
 
 
 def five_token_model() -> tuple[ObjectiveModel, Tensor]:
-    """A model and a prompt; the drafter is so far off that about 40 % of its tokens are rejected."""
+    """A model and a prompt; the drafter is so far off that some 40 % of its tokens are rejected."""
     lm = tiny_lm("llama", vocab_size=5, seed=1, num_hidden_layers=1)
     model = nextlat.attach(lm, nextlat.NextLatConfig())
     torch.manual_seed(0)

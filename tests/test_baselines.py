@@ -142,8 +142,8 @@ def test_pairs_are_all_cuts_of_each_document_and_of_no_two() -> None:
     }
     assert len(found) + 1 == len(pairs.prefix)  # "nothing on either side" is there twice
     first = {  # positions last read (6 = nothing): next and previous label
-        (6, 0): (10, -100), (6, 1): (10, 10), (6, 2): (10, 11), (6, 6): (10, -100), (0, 1): (11, 10), (0, 2): (11, 11),
-        (0, 6): (11, -100), (1, 2): (-100, 11),
+        (6, 0): (10, -100), (6, 1): (10, 10), (6, 2): (10, 11), (6, 6): (10, -100),
+        (0, 1): (11, 10), (0, 2): (11, 11), (0, 6): (11, -100), (1, 2): (-100, 11),
     }  # fmt: skip
     # (1, nothing) and (2, nothing) of the first document would both predict its unlabelled third
     # token or nothing at all.

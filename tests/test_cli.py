@@ -2,19 +2,23 @@
 2."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import nextlat
 from conftest import tiny_lm
 from nextlat.cli import app
+from nextlat.objectives import OBJECTIVES
+from nextlat.results import read_results, read_scores
 
 TINY = [
     "steps=4",
@@ -60,37 +64,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def test_help_names_the_commands() -> None:
+def test_help_names_every_command_and_objective() -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(
-        name in out for name in ("train", "evaluate", "generate", "compare", "report", "demo")
-    )
+    commands = ("train", "evaluate", "generate", "serve", "compare", "report", "demo")
+    assert code == 0 and all(f"\n  {name} " in out for name in commands)
+    for command in ("train", "compare"):
+        assert all(name in run(command, "--help")[1] for name in OBJECTIVES)
 
 
 def test_training_leaves_a_plain_model_with_results(trained: dict[str, Path]) -> None:
-    run_directory = trained["nextlat"]
-    AutoModelForCausalLM.from_pretrained(run_directory)
-    [entry] = json.loads((run_directory / "results.json").read_text())
-    assert (entry["task"], entry["objective"], entry["horizon"], entry["seed"]) == (
+    path = trained["nextlat"]
+    AutoModelForCausalLM.from_pretrained(path)
+    [result] = read_results(path)
+    assert (result.task.name, result.objective.name, result.objective.horizon) == (
         "streets",
         "nextlat",
         2,
-        0,
     )
-    expected = {
-        "next_token_test", "valid_trajectories", "sequence_compression", "identical_continuations", "effective_latent_rank",
-        "detour_robustness", "next_token_loss", "mean_acceptance_length", "decoding_speedup",
-    }  # fmt: skip
-    assert expected <= entry["metrics"].keys()
-    assert entry["decoding"]["identical"]
-    scores = load_file(run_directory / "scores.safetensors")
-    assert scores["valid_trajectories"].mean() == pytest.approx(
-        entry["metrics"]["valid_trajectories"]
-    )
-    assert (
-        "mean_acceptance_length"
-        not in json.loads((trained["next-token"] / "results.json").read_text())[0]["metrics"]
-    )
+    assert (result.seed, result.steps) == (0, 4)
+    metrics = {metric.key: metric for metric in result.metrics}
+    assert {"next_token_loss", "valid_trajectories", "mean_acceptance_length"} <= metrics.keys()
+    assert result.decoding is not None and result.decoding.identical
+    score = read_scores(path)["valid_trajectories"]
+    assert score.value == pytest.approx(metrics["valid_trajectories"].value)
+    [plain] = read_results(trained["next-token"])
+    assert "mean_acceptance_length" not in {metric.key for metric in plain.metrics}
 
 
 def test_a_finished_run_is_not_trained_further(trained: dict[str, Path]) -> None:
@@ -180,7 +178,7 @@ def test_truncated_weights_are_one_sentence(trained: dict[str, Path], tmp_path: 
     nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig()).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "corrupt" in fails("generate", tmp_path, "0 5")
+    assert "is not the file that was saved there" in fails("generate", tmp_path, "0 5")
 
 
 def test_damaged_parts_of_a_run_are_one_sentence(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -214,6 +212,44 @@ def test_only_a_finished_run_of_this_version_is_evaluated(
     ):
         (tmp_path / "run.json").write_text(json.dumps({**record, **change}))
         assert told in fails("evaluate", tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["training.train.build_model", "evaluation.evaluate"])
+def test_a_signal_while_starting_or_measuring_ends_in_one_word(
+    number: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(f"nextlat.{place}", interrupted)
+    out = tmp_path / "run"
+    code, _, err = run("train", "city-tiny", *TINY, "--out", out, "--no-progress")
+    assert (code, err) == (130, "stopped.\n")
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert run("train", "city-tiny", *TINY, "--out", out, "--no-progress", "--no-evaluate")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300])
+def test_a_name_that_no_directory_has_is_refused(
+    name: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["train", "city-tiny", *TINY], ["compare", "city-tiny"], ["demo"]):
+        assert "directory" in fails(*command, "--out", name)
+    assert "directory" in fails("report", trained["nextlat"], "--out", name)
+    assert "directory" in fails("evaluate", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bar_shows_rate_and_loss_parts(tmp_path: Path) -> None:
+    code, out, err = run("train", "city-tiny", *TINY, "--out", tmp_path / "run", "--no-evaluate")
+    assert (code, out) == (0, "")
+    assert "4/4" in err and "/s" in err and "next_token" in err and "Writing" not in err
 
 
 def test_errors_reach_the_shell_without_a_traceback(tmp_path: Path) -> None:

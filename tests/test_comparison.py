@@ -15,6 +15,7 @@ from fabricated_runs import ITEMS, METRICS, TITLES, accuracy, write_run
 from nextlat.errors import NextLatError
 from nextlat.report import claims, compare, read_runs
 from nextlat.report.comparison import Difference, TaskComparison, verdict
+from nextlat.report.document import headline
 from nextlat.report.output import content
 from nextlat.results import Metric
 
@@ -241,6 +242,9 @@ def test_any_objective_can_be_the_baseline(tmp_path: Path) -> None:
     assert task.baseline == "NextLat d=2" and next(iter(task.models)) == "NextLat d=2"
     assert difference(task, "valid_trajectories", "next-token").value == pytest.approx(-50 / ITEMS)
     assert difference(task, "valid_trajectories", "MTP d=2").verdict == "better"
+    assert headline([task]) == "next-token, MTP against NextLat"
+    assert headline(compare(read_runs(paths[:1]))) == "next-token"
+    assert headline(compare(read_runs(paths[1:]))) == "NextLat, MTP"
 
 
 def test_an_objective_that_nobody_knows_comes_last_under_its_own_title(tmp_path: Path) -> None:

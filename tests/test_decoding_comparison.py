@@ -1,4 +1,4 @@
-"""Timing ways to decode: every way gets the same work, and only what belongs to a text is counted."""
+"""Timing ways to decode: every way gets the same work, and padding is not counted."""
 
 import pytest
 import torch

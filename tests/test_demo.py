@@ -1,11 +1,11 @@
 """The demo's machinery, on its smallest recipe: jobs side by side, results gathered, failures told."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from nextlat.errors import NextLatError
+from nextlat.results import read_results
 from nextlat.training import sweep
 from nextlat.training.recipe import BUILT_IN
 from nextlat.training.sweep import collect, demo, run
@@ -33,11 +33,10 @@ def test_the_demo_trains_both_objectives_and_gathers_the_results(tiny: Path) -> 
     assert [(job.objective, job.seed) for job in jobs] == [("nextlat", 3), ("next-token", 3)]
     states = list(run(jobs))
     assert [state for job, _, state in states if job == jobs[0]][-1] == "done"
-    entries = json.loads(collect(jobs, tiny).read_text())
-    assert [entry["objective"] for entry in entries] == ["nextlat", "next-token"]
-    assert {"next_token_test", "valid_trajectories", "effective_latent_rank"} <= entries[0][
-        "metrics"
-    ].keys()
+    collect(jobs, tiny)
+    results = read_results(tiny)
+    assert [result.objective.name for result in results] == ["nextlat", "next-token"]
+    assert results == [result for job in jobs for result in read_results(job.directory)]
 
 
 def test_a_job_that_fails_says_why(tiny: Path) -> None:

@@ -4,6 +4,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nextlat
-from conftest import tiny_lm
+from conftest import forget_sums, tiny_lm
+from nextlat.weights import SUMS
 
 
 def batch_of(vocab: int = 50) -> dict[str, torch.Tensor]:
@@ -48,6 +50,7 @@ def test_saved_model_of_a_version_without_later_settings_opens_with_their_defaul
 ) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig(horizon=2))
     model.save_pretrained(tmp_path)
+    forget_sums(tmp_path)
     sidecar = tmp_path / "nextlat" / "objective.json"
     description = json.loads(sidecar.read_text())
     first = ("horizon", "lambda_next_h", "lambda_kl", "hidden_size", "num_layers")
@@ -69,6 +72,7 @@ def test_another_objective_in_the_directory_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_truncated_file_is_one_sentence(name: str, share: float, tmp_path: Path) -> None:
     nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig()).save_pretrained(tmp_path)
+    forget_sums(tmp_path)
     path = tmp_path / name
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -98,16 +102,16 @@ def without(name: str) -> Callable[[dict[str, Any]], object]:
     ("change", "match"),
     [
         ({"objective": "nextlatt"}, "names objective 'nextlatt': perhaps nextlat is meant"),
-        ({"format": 99}, r"newer version of nextlat \(format 99, this one knows 1\): upgrade"),
+        ({"format": 99}, r"newer version of nextlat \(format 99\): update nextlat"),
         ({"format": "1"}, "'format' = \"1\" is not valid"),
         ({"config": {"horizn": 1}}, "has no 'horizn': perhaps horizon is meant"),
         ({"config": {"horizon": 1.5}}, r"'horizon' = 1\.5 is not valid"),
-        ({"config": []}, r"'config' = \[\] is not valid"),
-        ({"backbone": None}, "'backbone' = null is not valid"),
+        ({"config": []}, "'config' must be a table"),
+        ({"backbone": None}, "'backbone' must be a table"),
         (without("objective"), "'objective' is missing"),
         (without("config"), "'config' is missing"),
         ("{", "is corrupt"),
-        ("[]", "is not valid"),
+        ("[]", "it is not a table"),
         pytest.param("[" * 10**5, "is corrupt|nested too deeply", id="nested"),
     ],
 )
@@ -116,6 +120,7 @@ def test_a_description_that_is_not_ours_is_one_sentence(
 ) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
+    forget_sums(tmp_path)
     sidecar = tmp_path / "nextlat" / "objective.json"
     description = json.loads(sidecar.read_text())
     if callable(change):
@@ -131,6 +136,7 @@ def test_a_description_that_is_not_ours_is_one_sentence(
 def test_an_objective_beside_another_model_is_named(tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
+    forget_sums(tmp_path)
     tiny_lm("llama", vocab_size=51).save_pretrained(tmp_path)
     with pytest.raises(
         nextlat.NextLatError, match=r"vocab_size': 50.*vocab_size': 51.*put the files"
@@ -138,6 +144,56 @@ def test_an_objective_beside_another_model_is_named(tmp_path: Path) -> None:
         nextlat.load(tmp_path)
     with pytest.raises(nextlat.NextLatError, match=r"in another shape than the model .*lm_head"):
         model.load_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "nextlat/objective.json", "nextlat/objective.safetensors"],
+)
+@pytest.mark.parametrize("change", ["a flipped bit", "another run's", "missing"])
+def test_a_file_that_is_not_as_it_was_saved_is_named(
+    name: str, change: str, tmp_path: Path
+) -> None:
+    model, other = (
+        nextlat.attach(
+            tiny_lm("llama", seed=seed, rope_theta=1e4 + seed),
+            nextlat.NextLatConfig(horizon=2 + seed),
+        )
+        for seed in (0, 1)
+    )
+    model.save_pretrained(tmp_path / "run")
+    other.save_pretrained(tmp_path / "other")
+    path = tmp_path / "run" / name
+    if change == "missing":
+        path.unlink()
+    elif change == "another run's":
+        shutil.copy(tmp_path / "other" / name, path)
+    else:
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1
+        path.write_bytes(content)
+    for read in (nextlat.load, model.load_weights):
+        with pytest.raises(nextlat.NextLatError) as caught:
+            read(tmp_path / "run")
+        told = "is missing" if change == "missing" else "is not the file that was saved there"
+        assert f"{name} {told}" in str(caught.value) or "it has no config.json" in str(caught.value)
+
+
+def test_checksums_are_those_of_sha256sum_and_name_no_file_outside(tmp_path: Path) -> None:
+    nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig()).save_pretrained(tmp_path)
+    sums = tmp_path / SUMS
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--quiet", "-c", SUMS], cwd=tmp_path, check=True)
+    line = sums.read_text().splitlines()[0]
+    for damaged in (
+        line.replace("config.json", "../config.json"),
+        line.replace("  ", " "),
+        "x",
+        "\0",
+    ):
+        sums.write_text(f"{damaged}\n")
+        with pytest.raises(nextlat.NextLatError, match="SHA256SUMS is damaged: restore it"):
+            nextlat.load(tmp_path)
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], str], object], str]] = {
@@ -175,6 +231,7 @@ def test_every_tensor_is_checked_against_the_model(
 ) -> None:
     model = nextlat.attach(tiny_lm("llama", tie_word_embeddings=True), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
+    forget_sums(tmp_path)
     weights = load_file(tmp_path / file)
     change, sentence = FAULTS[fault]
     change(weights, name)
@@ -204,6 +261,7 @@ def test_an_objective_keeps_a_dtype_of_its_own(tmp_path: Path) -> None:
 def test_a_model_in_several_files_is_read_as_one(tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.save_pretrained(tmp_path)
+    forget_sums(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     model.lm.save_pretrained(tmp_path, max_shard_size="20KB")
     other = nextlat.attach(tiny_lm("llama", seed=1), nextlat.NextLatConfig())
@@ -255,7 +313,8 @@ def test_bad_arguments_are_one_sentence() -> None:
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import sys, nextlat, nextlat.cli; assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'}"
+    code = f"import sys, nextlat, nextlat.cli; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute"):
         nextlat.nonsense  # noqa: B018

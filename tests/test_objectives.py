@@ -388,22 +388,38 @@ def test_bfloat16_autocast_keeps_the_rollout_and_the_losses_in_fp32(
 # ---- settings ----
 
 
+BAD_SETTINGS: list[tuple[type, dict[str, list[object]]]] = [
+    (
+        nextlat.NextLatConfig,
+        {
+            "horizon": [0, 1.5],
+            "lambda_kl": [-0.1],
+            "lambda_next_h": [float("inf")],
+            "num_layers": [0],
+            "hidden_size": [0],
+            "warmup_steps": [-1],
+            "next_h_loss": ["l1"],
+            "kl_loss": ["js"],
+            "dynamics": ["lstm"],
+            "stop_gradient_head": ["no"],
+            "zero_init": [None],
+        },
+    ),
+    (nextlat.MTPConfig, {"horizon": [0], "lambda_mtp": [0.0]}),
+    (nextlat.JTPConfig, {"horizon": [-1], "lambda_mtp": [float("nan")]}),
+    (nextlat.BSTConfig, {"pair_share": [0.0, 1.5]}),
+]
+
+
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
-        *(
-            (nextlat.NextLatConfig, field, value)
-            for field, value in [
-                ("horizon", 0), ("horizon", 1.5), ("lambda_kl", -0.1), ("lambda_next_h", float("inf")), ("num_layers", 0),
-                ("hidden_size", 0), ("warmup_steps", -1), ("next_h_loss", "l1"), ("kl_loss", "js"), ("dynamics", "lstm"),
-                ("stop_gradient_head", "no"), ("zero_init", None),
-            ]
-        ),
-        (nextlat.MTPConfig, "horizon", 0), (nextlat.MTPConfig, "lambda_mtp", 0.0), (nextlat.JTPConfig, "horizon", -1),
-        (nextlat.JTPConfig, "lambda_mtp", float("nan")), (nextlat.BSTConfig, "pair_share", 0.0),
-        (nextlat.BSTConfig, "pair_share", 1.5),
+        (config, field, value)
+        for config, fields in BAD_SETTINGS
+        for field, values in fields.items()
+        for value in values
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_named(config: type, field: str, value: object) -> None:
     with pytest.raises(
         nextlat.NextLatError, match=rf"{config.__name__}: '{field}' = .* is not valid: .*\."

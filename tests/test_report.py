@@ -195,7 +195,7 @@ def test_page_and_record_say_what_the_comparison_found(
         "nextlat train city-small --objective nextlat --seed 1",
         "123,456",
         "3.11.2",
-        '"batch_size": 16',
+        "batch_size = 16",
     ):
         assert needed in words
     stored = json.loads((page.parent / "comparison.json").read_text())
@@ -280,7 +280,7 @@ def test_a_section_says_its_scale_and_which_commands_made_it(
     )
     assert "\nnextlat train city-small --objective nextlat --seed 0\n" in star
     assert "another scale" in star and "starts to fail on G(7, 7)" in star
-    assert "Recipe of" not in star  # they are on the page
+    assert '\nbackbone = {"layers": 2, "width": 32}\n' in star
     own = {"next-token": 0, "nextlat": 7}
     command = ["x", "train", "--out", "/home/me", "--no-progress", "--out=there", "y z"]
     paths = [

@@ -130,7 +130,8 @@ def test_colours_and_marks():
     assert marked(pieces) == "[+ was][- a] girl."
     text = coloured(pieces)
     assert re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)", text) == [
-        ("32", " was"), ("0", ""), ("9;31", " a"), ("0", ""), ("1;33", " girl"), ("0", ""), ("1", "."), ("0", ""),
+        ("32", " was"), ("0", ""), ("9;31", " a"), ("0", ""), ("1;33", " girl"), ("0", ""),
+        ("1", "."), ("0", ""),
     ]  # fmt: skip
     assert legend(colours=False).startswith("[+") and "\x1b" not in legend(colours=True)
     assert all("\n" not in legend(colours=colours, styled=True) for colours in (True, False))
@@ -181,7 +182,8 @@ def test_what_streams_is_the_text_of_the_whole(endless: Path):
         code, out, err = run(endless, "Once é", "--max-new-tokens", "60", "--draft-length", length)
         assert (code, out) == (0, expected)
         assert re.search(
-            r"60 tokens in \d+ cycles: .* tokens a second\.\n.* drafting, .* verifying, .* overhead\.\n$",
+            r"60 tokens in \d+ cycles: .* tokens a second\.\n"
+            r".* drafting, .* verifying, .* overhead\.\n$",
             err,
         )
         assert ("timing the machine" in err) == (length == "auto")

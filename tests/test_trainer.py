@@ -50,10 +50,8 @@ def uneven_rows(rows: Rows) -> Rows:
 
 
 def model(config: Any = None, *, family: str = "llama", seed: int = 0) -> nextlat.ObjectiveModel:
-    if family == "llama":
-        lm = nextlat.llama(50, layers=1, width=32, seed=seed)
-    else:
-        lm = tiny_lm(family, seed=seed)
+    llama = family == "llama"
+    lm = nextlat.llama(50, layers=1, width=32, seed=seed) if llama else tiny_lm(family, seed=seed)
     torch.manual_seed(seed)
     return nextlat.attach(lm, config or nextlat.NextLatConfig(horizon=2))
 

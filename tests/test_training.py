@@ -189,6 +189,31 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
     assert (read_record(tmp_path / "run") or {})["resumed_at"] == [3]
 
 
+def test_settings_that_do_not_change_the_result_may_change_on_resume(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny("run.keep_checkpoints=3"), run)
+    others = tiny(
+        "run.save_every=1",
+        "run.keep_checkpoints=2",
+        "run.log_every=2",
+        "run.eval_every=5",
+        "run.workers=1",
+        "run.threads=1",
+    )
+    with pytest.raises(NextLatError, match=r"differs in run.precision\b"):
+        train(tiny("run.precision=bf16"), run)
+    train(others, run)
+    assert largest_difference(whole, run) == 0
+    assert (read_record(run) or {})["recipe"] == others.to_dict()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
+    assert [line["step"] for line in metrics(run) if "eval_loss" in line] == [5, 6]
+
+
 def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +541,30 @@ def test_two_writers_in_one_directory_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_processes_that_outlive_a_killed_one_do_not_keep_its_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from nextlat.training.run_directory import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.close(1)\n"
+        "        time.sleep(600)\n"
+        "    print(child, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    try:
+        with sole_writer(tmp_path):
+            pass
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
 def test_task_that_has_changed_under_a_run_is_refused(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -693,7 +742,36 @@ def test_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> Non
     assert good is None or all(torch.isfinite(value).all() for value in weights(good).values())
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_a_run_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = {"loss": float("nan"), "next_token": float("nan")}
+    monkeypatch.setattr("nextlat.training.trainer.evaluation_loss", lambda *arguments: spoilt)
+    with pytest.raises(NextLatError, match=r"the held-out loss is nan at step 6, .* sound at"):
+        train(tiny(), tmp_path)
+    assert not is_finished(tmp_path) and not (tmp_path / "config.json").exists()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
 # ---- pretrained backbones, checks before anything is made ----
+
+
+@pytest.mark.parametrize(
+    ("absurd", "told"),
+    [
+        (["backbone.layers=1000000", "backbone.width=1000000"], "the transformer would take .* GB"),
+        (["objectives.nextlat.hidden_size=1000000000000"], "does not fit into the memory"),
+        (["batch_size=1000000000000"], "less than or equal to"),
+        (["task.row_length=1000000000000"], "less than or equal to"),
+        (["run.workers=100000"], "less than or equal to"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made(
+    absurd: list[str], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NextLatError, match=told):
+        train(tiny(*absurd), tmp_path / "run")
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_pretrained_backbone_starts_from_its_weights(whole: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
+from typer import Argument, Option
 
 from nextlat import terminal
 from nextlat.errors import NextLatError, first_line
@@ -59,35 +60,35 @@ app = typer.Typer(
 
 def _directory(text: str) -> Path:
     """A path that a directory can have."""
+    path = Path(text)
     try:
-        Path(text).exists()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NextLatError(f"'{text}' cannot be a directory: {reason}.") from error
+        path.exists()
+    except OSError as error:
+        raise NextLatError(f"{text} cannot be a directory: {error.strerror}.") from error
     if not text:
         raise NextLatError("a directory without a name was given: name one, or '.'.")
-    return Path(text)
+    return path
 
 
 RecipeName = Annotated[
-    str, typer.Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")
+    str, Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[KEY=VALUE]...",
         help="Settings of the recipe to change, e.g. optimizer.learning_rate=1e-3.",
     ),
 ]
-Runs = Annotated[list[Path], typer.Argument(parser=_directory, help="Finished run directories.")]
-Shown = Annotated[bool, typer.Option(help="Show a progress bar.")]
+Runs = Annotated[list[Path], Argument(parser=_directory, help="Finished run directories.")]
+Shown = Annotated[bool, Option(help="Show a progress bar.")]
 
 
 @app.callback()
 def _plugins(
     plugin: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="MODULE",
             envvar=PLUGINS,
             help="Python module to import first, which registers a task or an objective.",
@@ -110,22 +111,21 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     objective: Annotated[
-        str | None,
-        typer.Option(help="next-token, nextlat, mtp, jtp or bst; default: the recipe's."),
+        str | None, Option(help="next-token, nextlat, mtp, jtp or bst; default: the recipe's.")
     ] = None,
-    horizon: Annotated[int | None, typer.Option(help="d, steps of the rollout.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initial weights and data.")] = None,
+    horizon: Annotated[int | None, Option(help="d, steps of the rollout.")] = None,
+    seed: Annotated[int | None, Option(help="Of initial weights and data.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             parser=_directory,
             help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>.",
         ),
     ] = None,
-    evaluate: Annotated[bool, typer.Option(help="Measure the model when it is trained.")] = True,
+    evaluate: Annotated[bool, Option(help="Measure the model when it is trained.")] = True,
     progress: Shown = True,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would cost, and do not train.")
+        bool, Option("--dry-run", help="Say what it would cost, and do not train.")
     ] = False,
 ) -> None:
     """Train a recipe; stop it anywhere, and the same command goes on where it was."""
@@ -135,8 +135,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
     if dry_run:
-        terminal.print_cost(loaded)
-        return
+        return terminal.print_cost(loaded)
     directory = out or _directory(f"runs/{loaded.run_name}")
     was_finished = is_finished(directory)
     with terminal.bars(progress) as update:
@@ -158,53 +157,44 @@ def evaluate(runs: Runs, progress: Shown = True) -> None:
 
 @app.command()
 def generate(
-    run: Annotated[
-        str, typer.Argument(help="Run directory or hub id of a model with an objective.")
-    ],
+    run: Annotated[str, Argument(help="Run directory or hub id of a model with an objective.")],
     prompt: Annotated[
-        str,
-        typer.Argument(help="Text to continue; in a city source and destination, as in '12 57'."),
+        str, Argument(help="Text to continue; in a city source and destination, as in '12 57'.")
     ],
     draft_length: Annotated[
-        str,
-        typer.Option(
-            help="Tokens drafted per cycle; 0 = plain decoding; auto = as many as pay off."
-        ),
+        str, Option(help="Tokens drafted per cycle; 0 = plain decoding; auto = as many as pay off.")
     ] = "auto",
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Default: 256, or as many as the model has positions for.")
+        int | None, Option(help="Default: 256, or as many as the model has positions for.")
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 = greedy, the default; or 1, if one of the next three is given."),
+        Option(help="0 = greedy, the default; or 1, if one of the next three is given."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_k: Annotated[int | None, Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample among the likeliest tokens of this total probability."),
+        float | None, Option(help="Sample among the likeliest tokens of this total probability.")
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Sample among tokens of at least this share of the highest probability."),
+        Option(help="Sample among tokens of at least this share of the highest probability."),
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that have occurred become less likely.")
+        float, Option(help="Above 1: tokens that have occurred become less likely.")
     ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End after this text; can be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    compile: Annotated[bool, typer.Option(help="One graph for a cycle; slow at first.")] = False,
+    stop: Annotated[list[str] | None, Option(help="End after this text; can be repeated.")] = None,
+    seed: Annotated[int, Option(help="Of the sampling.")] = 0,
+    compile: Annotated[
+        bool, Option(help="One graph for a whole cycle; takes a while at first.")
+    ] = False,
     show_drafts: Annotated[
-        bool, typer.Option("--show-drafts", help="Show what became of every drafted token.")
+        bool, Option("--show-drafts", help="Show what became of every drafted token.")
     ] = False,
 ) -> None:
     """Continue a prompt as it is decoded, and say what the drafts were worth."""
     import torch
-    from transformers import AutoTokenizer
 
-    from nextlat.decoding.stream import Stream
-    from nextlat.hub import hub_or_cache
+    from nextlat.hub import load_tokenizer
     from nextlat.model import load
 
     if draft_length != "auto" and not draft_length.removeprefix("-").isdecimal():
@@ -216,14 +206,17 @@ def generate(
     model = load(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with hub_or_cache(run):
-            tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more precise
+        tokenizer = load_tokenizer(run)
+    except NextLatError as error:
         raise NextLatError(
-            f"{run} has no tokenizer that can be loaded ({first_line(error)}): save one there with "
-            "tokenizer.save_pretrained."
+            f"the tokenizer of {run} {error}: save one there with tokenizer.save_pretrained."
         ) from error
     ids = _prompt(run, tokenizer, prompt)
+    if max(ids, default=0) >= (known := model.backbone.vocab_size):
+        raise NextLatError(
+            f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model has only "
+            f"{known}: restore the tokenizer that it was trained with."
+        )
     if max_new_tokens is None:
         config = model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None) or 10**6
@@ -232,7 +225,7 @@ def generate(
         generator = torch.Generator(model.device).manual_seed(seed)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise NextLatError(f"--seed {seed} does not fit into 64 bits: give another one.") from error
-    stream = Stream(tokenizer, ids, show_drafts)
+    stream = terminal.Stream(tokenizer, ids, show_drafts)
     input_ids = torch.tensor([ids], dtype=torch.long)
     with stream:
         _, stats = model.generate(
@@ -249,18 +242,7 @@ def generate(
             stop_strings=stop or None,
             **sampling,
         )
-    terminal.say(
-        f"{terminal.count(stats.tokens, 'token')} in {terminal.count(stats.cycles, 'cycle')}: "
-        f"{stats.mean_acceptance_length:.2f} tokens a cycle, {stats.acceptance_rate:.0%} of the "
-        f"drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
-    )
-    measured = stats.measure_seconds >= 0.005
-    measuring = f"{stats.measure_seconds:.2f} timing the machine for auto, " if measured else ""
-    terminal.say(
-        f"{stats.seconds:.2f} s: {measuring}{stats.prefill_seconds:.2f} reading the prompt, "
-        f"{stats.draft_seconds:.2f} drafting, {stats.verify_seconds:.2f} verifying, "
-        f"{stats.overhead_seconds:.2f} overhead."
-    )
+    terminal.say_stats(stats)
 
 
 def _sampling(
@@ -296,6 +278,10 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
     whether or not the tokenizer puts it there (GPT-2's does not); other models get what their
     tokenizer makes of it.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise NextLatError("the prompt is not valid UTF-8: write it in that.") from error
     ids: list[int] = tokenizer(prompt).input_ids
     ours = any((directory / "run.json").is_file() for directory in (Path(run), Path(run).parent))
     if ours and tokenizer.bos_token_id is not None:
@@ -315,16 +301,16 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(help="Run directory or hub id of a saved model.")],
+    run: Annotated[str, Argument(help="Run directory or hub id of a saved model.")],
     draft_length: Annotated[
         int | None,
-        typer.Option(help="Tokens drafted per cycle; default: 4, or 0 where the model cannot."),
+        Option(help="Tokens drafted per cycle; default: 4, or 0 where the model cannot."),
     ] = None,
 ) -> None:
     """Serve a run with vLLM, its latent dynamics model drafting; takes vLLM's options, too."""
-    from nextlat.serving.serve import serve as run_server
+    from nextlat.serving import serve
 
-    raise typer.Exit(run_server(run, draft_length, context.args, terminal.say))
+    raise typer.Exit(serve.serve(run, draft_length, context.args, terminal.say))
 
 
 @app.command()
@@ -332,21 +318,21 @@ def compare(
     recipe: RecipeName,
     overrides: Overrides = None,
     objectives: Annotated[
-        str, typer.Option(help="all, or some of next-token,nextlat,mtp,jtp,bst.")
+        str, Option(help="all, or some of next-token,nextlat,mtp,jtp,bst.")
     ] = "all",
     seeds: Annotated[
-        int | None, typer.Option(help="One or several, as in --seeds 0 1 2; default: 0.")
+        int | None, Option(help="One or several, as in --seeds 0 1 2; default: 0.")
     ] = None,
     horizon: Annotated[
-        int | None, typer.Option(help="d, of every objective that has one; default: the recipe's.")
+        int | None, Option(help="d, of every objective that has one; default: the recipe's.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=_directory, help="Where everything goes; default: compare/<recipe>."),
+        Option(parser=_directory, help="Where everything goes; default: compare/<recipe>."),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Models trained at a time; default: as many as fit the cores."),
+        Option(min=1, help="Models trained at a time; default: as many as fit the cores."),
     ] = None,
 ) -> None:
     """Train a recipe by several objectives and seeds, side by side, and compare what they know."""
@@ -381,13 +367,11 @@ def compare(
 def report(
     runs: Runs,
     out: Annotated[
-        Path, typer.Option("--out", "-o", parser=_directory, help="Where the report goes.")
+        Path, Option("--out", "-o", parser=_directory, help="Where the report goes.")
     ] = Path("report"),
     markdown: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="The report as Markdown too, with its pictures in --out."
-        ),
+        Option(metavar="FILE", help="The report as Markdown too, with its pictures in --out."),
     ] = None,
 ) -> None:
     """Tables, curves and maps of runs, as PNG and in one self-contained HTML page."""
@@ -396,11 +380,9 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(parser=_directory, help="Where everything goes.")] = Path(
-        "demo"
-    ),
-    seeds: Annotated[int, typer.Option(help="One or several, as in --seeds 0 1 2.")] = 0,
-    more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
+    out: Annotated[Path, Option(parser=_directory, help="Where everything goes.")] = Path("demo"),
+    seeds: Annotated[int, Option(help="One or several, as in --seeds 0 1 2.")] = 0,
+    more_seeds: Annotated[list[int] | None, Argument(hidden=True)] = None,
 ) -> None:
     """Train the same transformer twice, by next-token and by next-latent prediction, and compare
     what they know."""

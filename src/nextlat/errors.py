@@ -11,7 +11,7 @@ class NextLatError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What somebody else's exception says, short enough to go into a sentence: the first of its
     own, or its name."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,5 @@
 """The Hugging Face hub: asked once whether it answers, so that without it a file is found in the
-cache or missed at once."""
+cache or missed at once. Tokenizers, of the hub or a directory."""
 
 import sys
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_session
+
+from nextlat.errors import NextLatError, first_line
 
 TIMEOUT = 5.0  # seconds for the hub to answer at all
 
@@ -33,6 +35,25 @@ def hub_or_cache(name: str | Path) -> Iterator[None]:
     finally:
         for module, value in zip(libraries, before, strict=True):
             module.HF_HUB_OFFLINE = value
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a directory or hub repository; no code in it is run.
+
+    Raises:
+        NextLatError: why it cannot be loaded, without a full stop.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with hub_or_cache(name):
+            return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Missing files, no network, foreign classes: each raises its own; a panic of the tokenizers
+    # library is not even an Exception.
+    except BaseException as error:
+        raise NextLatError(f"cannot be loaded ({first_line(error)})") from error
 
 
 def _answers() -> bool:

@@ -26,8 +26,8 @@ from nextlat.hub import hub_or_cache
 from nextlat.losses import Counts, cross_entropy
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.serving.draft_config import write_draft_config
-from nextlat.validation import Settings, nearest, read_json
-from nextlat.weights import check, copy_into, find, load_lm, opened, read_lm
+from nextlat.validation import Settings, check_format, nearest, read_json
+from nextlat.weights import check, check_sums, copy_into, find, load_lm, opened, read_lm, write_sums
 
 SIDECAR, DESCRIPTION, WEIGHTS = "nextlat", "objective.json", "objective.safetensors"
 FORMAT: Literal[1] = 1
@@ -232,14 +232,17 @@ class ObjectiveModel(nn.Module):
         save_file(weights, sidecar / WEIGHTS, metadata={"format": "pt"})
         write_json(sidecar / DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
         write_draft_config(sidecar, objective)
+        write_sums(Path(directory))
 
     def load_weights(self, directory: str | Path) -> None:
         """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
         training run).
 
         Raises:
-            NextLatError: a part is missing, truncated, or belongs to another objective or model.
+            NextLatError: a part is missing, truncated, not the one that was saved, or belongs to
+                another objective or model.
         """
+        check_sums(directory)
         path, description = _description(directory)
         config = _config(path, description)
         objective = self.objective
@@ -321,14 +324,15 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
         model_arguments: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...).
 
     Raises:
-        NextLatError: nothing there, no sidecar, a truncated file, weights that are missing or left
-            over, or a sidecar that belongs to another model.
+        NextLatError: nothing there, no sidecar, a truncated file, one that is not as it was saved,
+            weights that are missing or left over, or a sidecar that belongs to another model.
     """
     if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
         raise NextLatError(
             f"cannot open {directory} (it has no config.json): name the directory of a saved model."
         )
     with hub_or_cache(directory):
+        check_sums(directory)
         lm = load_lm(directory, **model_arguments)
         path, description = _description(directory)
         weights = _objective_weights(directory)
@@ -362,11 +366,7 @@ def _description(directory: str | Path) -> tuple[Path, Description]:
     path = _sidecar_file(directory, DESCRIPTION)
     content = read_json(path, "restore it")
     version = content.get("format") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise NextLatError(
-            f"{path} was written by a newer version of nextlat (format {version}, this one knows "
-            f"{FORMAT}): upgrade nextlat."
-        )
+    check_format(version, FORMAT, path, "save the model again")
     return path, Description.from_json(content, f"{path} does not describe an objective")
 
 
@@ -375,7 +375,7 @@ def _config(path: Path, description: Description) -> Settings:
     if name not in OBJECTIVES:
         raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
     config_type, _ = OBJECTIVES[name]
-    return config_type.from_json(description.config, f"{path} does not describe '{name}'")
+    return config_type.from_json(description.config, f"{path}, objective '{name}'")
 
 
 def _objective_weights(directory: str | Path) -> dict[str, Tensor]:

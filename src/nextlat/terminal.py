@@ -2,11 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from nextlat.signals import StopSignal
 
 if TYPE_CHECKING:
+    from nextlat.decoding.stats import GenerationStats, Pass
     from nextlat.training.recipe import Recipe
     from nextlat.training.sweep import Job
 
@@ -31,27 +34,27 @@ def bars(shown: bool = True) -> Iterator[Update]:
 
     Where that is no terminal, only how they end is written.
     """
+    from rich import progress as rich
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.table import Column
 
-    columns = [
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    ]
-    progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
-    rows: dict[str, TaskID] = {}
+    def text(field: str, **options: Any) -> rich.TextColumn:
+        column = Column(no_wrap=True, overflow="ellipsis", **options)
+        return rich.TextColumn(f"{{task.{field}}}", table_column=column)
+
+    progress = rich.Progress(
+        text("description", max_width=32),
+        rich.BarColumn(bar_width=16),
+        rich.MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right")),
+        text("fields[rate]", justify="right"),
+        rich.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        text("fields[state]", ratio=1),
+        console=Console(stderr=True),
+        expand=True,
+        disable=not shown,
+    )
+    rows: dict[str, rich.TaskID] = {}
 
     def update(name: str, state: str, done: int, total: int) -> None:
         if name not in rows:
@@ -110,6 +113,78 @@ def report(directories: list[Path], out: Path | None, markdown: Path | None = No
     if out is not None:
         page = write_report(runs, out, markdown)
         say(f"Look at {page}{f' and {markdown}' if markdown is not None else ''}.")
+
+
+class Stream:
+    """Standard output while a text is decoded: the prompt, then every cycle as it happens; left
+    clean however it ends.
+
+    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown
+    by marks.
+    """
+
+    def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
+        from rich.console import Console
+
+        from nextlat.decoding import stream
+
+        self._stream, self._text = stream, stream.TokenText(tokenizer.decode)
+        self._ids, self._drafts, self._begun = ids, drafts, False
+        self._colours, self._coloured_legend = (
+            drafts and console.is_terminal and bool(console.color_system) and not console.no_color
+            for console in (Console(), Console(stderr=True))
+        )
+        self._stop, self._until_here = StopSignal(), ExitStack()
+
+    def show(self, done: "Pass") -> None:
+        """One pass of the one prompt."""
+        stream = self._stream
+        if not self._begun:  # not before: whatever is wrong with a request has been said by now
+            if self._drafts:
+                say(stream.legend(colours=self._colours, styled=self._coloured_legend))
+            self._write(self._text.add(self._ids))
+        if self._stop.received:
+            raise KeyboardInterrupt
+        [cycle] = done.cycles
+        if cycle is None:
+            return
+        if not self._drafts:
+            self._write(self._text.add(cycle.tokens))
+        else:
+            picture = stream.coloured if self._colours else stream.marked
+            self._write(picture(stream.draw(cycle, self._text)))
+
+    def __enter__(self) -> None:
+        # The pass under way is finished first: an exception at any moment can be lost in a
+        # destructor.
+        self._until_here.enter_context(self._stop)
+        self._until_here.enter_context(self._stop.deferred())
+
+    def __exit__(self, *_: Any) -> None:
+        self._until_here.close()
+        if self._begun:
+            self._write(self._text.rest() + (self._stream.RESET if self._colours else "") + "\n")
+
+    def _write(self, text: str) -> None:
+        self._begun = True
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def say_stats(stats: "GenerationStats") -> None:
+    """What the drafts of one text were worth."""
+    say(
+        f"{count(stats.tokens, 'token')} in {count(stats.cycles, 'cycle')}: "
+        f"{stats.mean_acceptance_length:.2f} tokens a cycle, {stats.acceptance_rate:.0%} of the "
+        f"drafted tokens accepted, {stats.tokens_per_second:.0f} tokens a second."
+    )
+    measured = stats.measure_seconds >= 0.005
+    measuring = f"{stats.measure_seconds:.2f} timing the machine for auto, " if measured else ""
+    say(
+        f"{stats.seconds:.2f} s: {measuring}{stats.prefill_seconds:.2f} reading the prompt, "
+        f"{stats.draft_seconds:.2f} drafting, {stats.verify_seconds:.2f} verifying, "
+        f"{stats.overhead_seconds:.2f} overhead."
+    )
 
 
 def print_cost(recipe: "Recipe") -> None:

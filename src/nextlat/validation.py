@@ -8,7 +8,6 @@ converted behind the user's back.
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
@@ -140,7 +139,10 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 
 
 def sentence(
-    error: ValidationError, model: Any, table: Any, source: str | Callable[[str], str]
+    error: ValidationError,
+    model: type[BaseModel],
+    table: Any,
+    source: str | Callable[[str], str],
 ) -> str:
     """One sentence for the first thing that is wrong: where, what, and the nearest valid name.
 
@@ -160,23 +162,25 @@ def sentence(
         kind, message = "too_short", "too few values"
     key = ".".join(path)
     where = source(key) if callable(source) else source
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+    if kind == "extra_forbidden":
         parent = ".".join(path[:-1])
-        title = getattr(model, "model_config", {}).get("title", "it")
-        holder = f"[{parent}]" if parent else title
-        return f"{where}: {holder} has no '{path[-1]}': {nearest(path[-1], _fields(owner))}."
+        holder = f"[{parent}]" if parent else model.model_config.get("title") or "it"
+        guess = nearest(path[-1], [*owner.model_fields] if owner else [])
+        return f"{where}: {holder} has no '{path[-1]}': {guess}."
     if kind == "missing":
         return f"{where}: '{key}' is missing."
     if kind in ("value_error", "assertion_error"):
         return f"{where}: {f'{key}: ' if key else ''}{problem['ctx']['error']}."
     if kind in ("model_type", "dict_type", "typed_dict_type"):
-        return f"{where}: '{key}' must be a table." if key else f"{where} is not a table."
+        return f"{where}: '{key}' must be a table." if key else f"{where}: it is not a table."
     if not key:
-        return f"{where} is not valid: {message}."
+        return f"{where}: it is not valid: {message}."
     return f"{where}: '{key}' = {json.dumps(value, default=str)} is not valid: {message}."
 
 
-def locate(location: Sequence[int | str], model: Any, table: Any) -> tuple[list[str], Any]:
+def locate(
+    location: Sequence[int | str], model: type[BaseModel], table: Any
+) -> tuple[list[str], type[BaseModel] | None]:
     """The keys of a location without the names of union branches, and the class that owns the last.
 
     pydantic puts the branch of a union into the location: `("task", "streets", "rows")`.
@@ -187,7 +191,7 @@ def locate(location: Sequence[int | str], model: Any, table: Any) -> tuple[list[
         table: what was validated.
     """
     path: list[str] = []
-    owner: Any = model
+    owner: type[BaseModel] | None = model
     for position, part in enumerate(location):
         last = position == len(location) - 1
         if isinstance(table, Mapping):
@@ -199,30 +203,15 @@ def locate(location: Sequence[int | str], model: Any, table: Any) -> tuple[list[
         elif path:
             continue
         path.append(str(part))
-        if not last:
-            owner = _field(owner, str(part), table)
+        if not last and owner is not None and (field := owner.model_fields.get(str(part))):
+            lookup = next((mark for mark in field.metadata if isinstance(mark, Lookup)), None)
+            owner = lookup.find(table)[0] if lookup else _model_in(field.annotation)
     return path, owner
 
 
-def _fields(owner: Any) -> list[str]:
-    """The names that a class of settings takes."""
-    return [*getattr(owner, "model_fields", getattr(owner, "__annotations__", {}))]
-
-
-def _field(owner: Any, name: str, table: Any) -> Any:
-    """The class that a field's table belongs to, None if that is not one of settings."""
-    field = getattr(owner, "model_fields", {}).get(name)
-    if field is None:
-        return getattr(owner, "__annotations__", {}).get(name)
-    lookup = next((mark for mark in field.metadata if isinstance(mark, Lookup)), None)
-    return _model_in(field.annotation) if lookup is None else lookup.find(table)[0]
-
-
-def _model_in(annotation: Any) -> Any:
+def _model_in(annotation: Any) -> type[BaseModel] | None:
     """The model that an annotation such as `Model | None` or `list[Model]` stands for."""
-    if isinstance(annotation, type) and (
-        issubclass(annotation, BaseModel) or is_dataclass(annotation)
-    ):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, UnionType, Annotated, list, tuple, dict):
         return next(filter(None, map(_model_in, get_args(annotation))), None)

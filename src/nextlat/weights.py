@@ -1,9 +1,15 @@
 """Weights on disk and in a model, compared key by key: none may be missing, left over, of another
 shape or of another dtype. Only safetensors are read.
+
+What no comparison of names and shapes can find, a flipped bit or the weights of another run, is
+found by the checksums that every save leaves beside the sidecar.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,15 +17,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as library_logging
 from transformers.utils.hub import cached_file
 
 from nextlat.errors import NextLatError, first_line
+from nextlat.files import write_text
 
 T = TypeVar("T")
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SUMS = "nextlat/SHA256SUMS"  # as sha256sum writes and checks it
+# Those that define a model, and those that a run goes on from.
+MODEL_FILES = ("config.json", "model*.safetensors", INDEX, "nextlat/objective.*")
+STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
 SHOWN = 3  # names in an error
 
 
@@ -44,7 +55,9 @@ def opened(path: str | Path, read: Callable[[], T]) -> T:
         raise NextLatError(
             f"{path} is corrupt or truncated ({error}): restore it or use an earlier checkpoint."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except NextLatError:
+        raise
+    except Exception as error:  # a library stumbles over what a file holds in its own ways
         hub = (
             "" if Path(path).exists() else "there is no such directory, and as a name of the hub: "
         )
@@ -60,15 +73,16 @@ def read_lm(directory: str | Path) -> dict[str, Tensor]:
     Raises:
         NextLatError: a file is missing or corrupt.
     """
-    index, names = find(directory, INDEX), [FILE]
-    if index is not None:
+    names = [FILE]
+    # As transformers: one file, or else several.
+    if find(directory, FILE) is None and (index := find(directory, INDEX)) is not None:
         names = opened(index, lambda: [*{*json.loads(index.read_text())["weight_map"].values()}])
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = find(directory, name)
         if path is None:
             raise NextLatError(f"{directory} has no {name}: restore it.")
-        tensors |= opened(path, lambda path=path: load_file(path))  # type: ignore[misc]
+        tensors |= opened(path, partial(load_file, path))
     return tensors
 
 
@@ -87,6 +101,7 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     verbosity = library_logging.get_verbosity()
     library_logging.set_verbosity_error()  # what it reports is a table; ours is a sentence
     try:
+        opened(directory, lambda: _check_config(directory, arguments))
         loaded: Any = opened(
             directory,
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -109,6 +124,38 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
         converts = arguments.get("dtype", "auto") != "auto"
         _refuse(directory, misread=_other_dtypes(saved, both, converts))
     return lm
+
+
+def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
+    """What would do harm while a model is made of it: code of the hub, and absurd sizes.
+
+    Raises:
+        NextLatError: config.json asks for such.
+    """
+    config = AutoConfig.from_pretrained(directory, **arguments)
+    for name in ("attn_implementation", "experts_implementation"):
+        kernel = getattr(config, f"_{name}", None)
+        if "/" in str(kernel) and name not in arguments:
+            raise NextLatError(
+                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if you "
+                f"trust that, load it with {name} given."
+            )
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    saved = read_lm(directory)
+    parts = max([len(saved), *(size for x in saved.values() for size in x.shape)], default=0)
+    for name, number in vars(config.get_text_config(decoder=True)).items():
+        counted = name == "num_hidden_layers" or "experts" in name
+        if counted and isinstance(number, int) and number > parts:
+            raise NextLatError(f"{directory} has no weights for {name} = {number}: restore it.")
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    expected, found = (sum(x.numel() for x in xs) for xs in (lm.parameters(), saved.values()))
+    if expected > 2 * found:
+        raise NextLatError(
+            f"config.json of {directory} describes {expected:,} weights, and its files hold "
+            f"{found:,}: restore it or use an earlier checkpoint."
+        )
 
 
 def check(
@@ -176,3 +223,60 @@ def _refuse(
                 f"{where} {fault} {', '.join(sorted(names)[:SHOWN])}{more}: "
                 "restore it or use an earlier checkpoint."
             )
+
+
+def write_sums(directory: Path, known: Mapping[str, str] = {}) -> None:
+    """Write the checksums of a saved model, and of what a run goes on from, beside its sidecar.
+
+    Args:
+        directory: of the model.
+        known: sums of some of its files.
+    """
+    files = {path for pattern in MODEL_FILES + STATE_FILES for path in directory.glob(pattern)}
+    sums = {path.relative_to(directory).as_posix(): path for path in sorted(files)}
+    lines = (f"{known.get(name) or _sum(path)}  {name}\n" for name, path in sums.items())
+    write_text(directory / SUMS, "".join(lines))
+
+
+def read_sums(directory: str | Path) -> dict[str, str]:
+    """Name of a file -> its checksum; none for a directory that has no checksums.
+
+    Raises:
+        NextLatError: they are damaged.
+    """
+    path = find(directory, Path(SUMS).name, subfolder=Path(SUMS).parent.name)
+    if path is None:
+        return {}
+    lines = opened(path, lambda: path.read_text(encoding="utf-8").splitlines())
+    found = [re.fullmatch(r"([0-9a-f]{64})  ((?:nextlat/)?[\w.-]+)", line) for line in lines]
+    if None in found:
+        raise NextLatError(f"{path} is damaged: restore it.")
+    return {match[2]: match[1] for match in found if match}
+
+
+def check_sums(directory: str | Path, patterns: Sequence[str] = MODEL_FILES) -> None:
+    """Compare files with the checksums that were written when they were saved.
+
+    Args:
+        directory: a local path or a hub id; nothing is compared where it has no checksums.
+        patterns: of the names of the files.
+
+    Raises:
+        NextLatError: one is missing, or is another.
+    """
+    for name, expected in read_sums(directory).items():
+        if any(Path(name).match(pattern) for pattern in patterns):
+            folder, _, file = name.rpartition("/")
+            path = find(directory, file, subfolder=folder)
+            found = path and opened(path, partial(_sum, path))
+            if found != expected:
+                fault = "is missing" if path is None else "is not the file that was saved there"
+                raise NextLatError(
+                    f"{Path(directory) / name} {fault} (see {SUMS}): restore it or use an earlier "
+                    f"checkpoint; if it was changed on purpose, delete {SUMS}."
+                )
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

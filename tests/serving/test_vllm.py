@@ -359,7 +359,8 @@ def test_a_user_serves_asks_and_stops(
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "nextlat", "serve", str(run), "--draft-length", "4",
-        "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
+        "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "4",
+        "--max-num-batched-tokens", "64",
     ]  # fmt: skip
     variables = os.environ | ENVIRONMENT
     del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]

@@ -4,18 +4,15 @@ A cycle is drawn in the order in which it happened: the drafted tokens that were
 that were not, and the token of the transformer's own.
 """
 
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from rich.color import ColorSystem
-from rich.console import Console
 from rich.style import Style
 
-from nextlat.decoding import Cycle, Pass
+from nextlat.decoding import Cycle
 
 Kind = Literal["accepted", "rejected", "own", "corrected"]
 Piece = tuple[str, Kind]
@@ -102,13 +99,13 @@ def coloured(pieces: Sequence[Piece]) -> str:
 
 
 def marked(pieces: Sequence[Piece]) -> str:
-    """Without colours: [+accepted] and [-rejected], and the transformer's own tokens as they are."""
+    """Without colours: [+accepted], [-rejected], and the transformer's own tokens as they are."""
     marks = {"accepted": "[+{}]", "rejected": "[-{}]"}
     return "".join(marks.get(kind, "{}").format(text) for text, kind in pieces)
 
 
 def legend(*, colours: bool, styled: bool = False) -> str:
-    """One line that says what is what: of the colours, drawn in them if `styled`, or of the marks."""
+    """One line that explains the colours, drawn in them if `styled`, or the marks."""
     if not colours:
         drafted: list[Piece] = [
             ("drafted and accepted", "accepted"),
@@ -122,65 +119,3 @@ def legend(*, colours: bool, styled: bool = False) -> str:
         ("its corrections (yellow)", "corrected"),
     ]
     return ", ".join(coloured([piece]) if styled else piece[0] for piece in named)
-
-
-class Stream:
-    """Standard output while a text is decoded: the prompt, then every cycle as it happens. The
-    terminal is left clean however that ends.
-
-    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown
-    by marks.
-
-    Args:
-        tokenizer: of the model.
-        ids: the prompt.
-        drafts: whether to show what became of them.
-    """
-
-    def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
-        self._text, self._ids, self._drafts = TokenText(tokenizer.decode), ids, drafts
-        out, err = Console(), Console(stderr=True)
-        self._colours, self._coloured_legend = (
-            drafts
-            and console.is_terminal
-            and console.color_system is not None
-            and not console.no_color
-            for console in (out, err)
-        )
-        self._begun = self._stopped = False
-
-    def show(self, done: Pass) -> None:
-        """One pass of the one prompt."""
-        if not self._begun:  # whatever is wrong with a request has been said by now
-            if self._drafts:
-                print(legend(colours=self._colours, styled=self._coloured_legend), file=sys.stderr)
-            self._write(self._text.add(self._ids))
-        if self._stopped:
-            raise KeyboardInterrupt
-        [cycle] = done.cycles
-        if cycle is None:
-            return
-        if not self._drafts:
-            self._write(self._text.add(cycle.tokens))
-        else:
-            picture = coloured if self._colours else marked
-            self._write(picture(draw(cycle, self._text)))
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
-
-    def _interrupt(self, *_: Any) -> None:
-        """The pass under way is finished first: an exception at any moment can be lost in a
-        destructor. A second one takes effect at once."""
-        self._stopped = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        if self._begun:
-            self._write(self._text.rest() + (RESET if self._colours else "") + "\n")
-
-    def _write(self, text: str) -> None:
-        self._begun = True
-        sys.stdout.write(text)
-        sys.stdout.flush()

@@ -124,6 +124,7 @@ class BST(Objective):
 
     name = "bst"
     title = published_as = "BST"
+    tokens_only = "it predicts the tokens before a suffix, which here are no labels"
     parts: ClassVar[Mapping[str, str]] = {
         "pairs": "Pairs: next and previous token",
         "pairs_next": "Pairs: next token, nats",

@@ -76,6 +76,7 @@ class MTP(TokensAhead):
 
     name = "mtp"
     title = published_as = "MTP"
+    tokens_only = "it predicts labels whose inputs it has not read"
 
     def __init__(self, config: MTPConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)

@@ -31,6 +31,8 @@ class Objective(nn.Module):
         parts: titles of the loss parts that it logs besides `next_token`, by name.
         max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
         needed_at_inference: whether the LM alone is not the model (JTP, BST).
+        tokens_only: why it has nothing to learn where labels are not the tokens themselves, but a
+            function of inputs that it has not read yet, or of all before; "" = it has.
 
     Attributes:
         config: its settings.
@@ -45,6 +47,7 @@ class Objective(nn.Module):
     parts: ClassVar[Mapping[str, str]] = {}
     max_draft_length: int | None = 0
     needed_at_inference: ClassVar[bool] = False
+    tokens_only: ClassVar[str] = ""
     step: int | None = None
 
     def __init__(self, config: Any, backbone: Backbone) -> None:

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from nextlat.report.comparison import (
     Difference,
@@ -118,22 +119,17 @@ def claims(task: TaskComparison) -> list[Claim]:
 
     Within each, what is surest (most standard errors) comes first.
     """
-    rank: dict[Verdict, int] = {"better": 0, "worse": 1, "within noise": 2, "no claim": 3}
     found = [
-        (rank[difference.verdict], _errors(difference), one.metric, label, difference)
+        (one.metric, label, difference)
         for one in task.metrics
         for label, difference in one.differences.items()
         if one.metric.headline
     ]
+    order = get_args(Verdict)
+    found.sort(key=lambda item: (order.index(item[2].verdict), -_errors(item[2])))
     return [
-        Claim(
-            task.task.name,
-            metric.key,
-            label,
-            difference.verdict,
-            *_sentence(metric, label, difference),
-        )
-        for _, _, metric, label, difference in sorted(found, key=lambda item: (item[0], -item[1]))
+        Claim(task.task.name, metric.key, label, change.verdict, *_sentence(metric, label, change))
+        for metric, label, change in found
     ]
 
 

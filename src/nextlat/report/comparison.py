@@ -27,7 +27,7 @@ from nextlat.report.runs import Models, Run, caveats, first_run, group_models
 from nextlat.results import Metric, Solved, TaskFacts
 from nextlat.scores import Score, mean_score, paired_difference
 
-Verdict = Literal["better", "worse", "within noise", "no claim"]
+Verdict = Literal["better", "worse", "within noise", "no claim"]  # in the order of the report
 
 BASELINE = "next-token"  # name of the objective that the others are compared with
 NEXT_TOKEN = "next_token"  # name in metrics.jsonl of the part of the loss that every objective has
@@ -73,8 +73,7 @@ class Difference:
         theirs: mean of the baseline, or the fixed value that stands for it.
         stderr: of the mean difference: over seeds if there are several, over items if there is one;
             None where it is unknown.
-        item_stderr: over items, whatever the seeds; None without items.
-        items: how many there are.
+        items: how many items the error of each seed is over; 0 = it has none.
         against: what is on the other side.
         seeds: the differences of the seeds.
         verdict: see the module.
@@ -84,7 +83,6 @@ class Difference:
     ours: float
     theirs: float
     stderr: float | None
-    item_stderr: float | None
     items: int
     against: str
     seeds: dict[int, SeedDifference]
@@ -115,7 +113,6 @@ class TaskComparison:
 
     Attributes:
         task: what is known of it.
-        fingerprint: of its world.
         models: label -> runs by seed; the baseline first.
         baseline: its label, None where there is no such run.
         metrics: in the order of the task.
@@ -125,7 +122,6 @@ class TaskComparison:
     """
 
     task: TaskFacts
-    fingerprint: str
     models: Models
     baseline: str | None
     metrics: list[MetricComparison]
@@ -165,14 +161,11 @@ def compare(runs: Sequence[Run], baseline: str = BASELINE) -> list[TaskCompariso
 
 def _compare_task(runs: list[Run], baseline: str) -> TaskComparison:
     models = group_models(runs, baseline)
-    base = next(
-        (k for k, group in models.items() if first_run(group).result.objective.name == baseline),
-        None,
-    )
+    first, group = next(iter(models.items()))
+    base = first if first_run(group).result.objective.name == baseline else None
     facts = runs[0].result.task
     return TaskComparison(
         task=facts,
-        fingerprint=runs[0].record["task"]["fingerprint"],
         models=models,
         baseline=base,
         metrics=[_compare_metric(key, models, base) for key in _merged(runs)],
@@ -268,25 +261,20 @@ def _difference(pairs: dict[int, Pair], against: str, direction: bool | None) ->
     mean = mean_score([difference.value for difference in seeds.values()])
     stderr, tests = item_stderr, [(item_stderr, ITEM_ERRORS)]
     if len(pairs) > 1:
+        # Student's t, two-sided: 12.7 standard errors of two seeds, 4.3 of three.
+        limit = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(pairs) - 1))
         stderr = known(mean.stderr)
-        tests = [(stderr, seed_errors(len(pairs))), *(tests if item_stderr is not None else [])]
+        tests = [(stderr, limit), *(tests if item_stderr is not None else [])]
     return Difference(
         value=mean.value,
         ours=float(np.mean([ours for ours, _, _ in pairs.values()])),
         theirs=float(np.mean([theirs for _, theirs, _ in pairs.values()])),
         stderr=stderr,
-        item_stderr=item_stderr,
         items=0 if joint is None or item_stderr is None else len(joint.per_item),
         against=against,
         seeds=seeds,
         verdict=verdict(mean.value, tests, direction),
     )
-
-
-def seed_errors(seeds: int) -> float:
-    """Standard errors over so many seeds that a mean must exceed: Student's t, 95 %, two-sided (4.3
-    of three seeds, 12.7 of two)."""
-    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, seeds - 1))
 
 
 def verdict(

@@ -3,7 +3,7 @@
 import json
 import shlex
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,35 @@ MARKS: dict[Verdict, Mark] = {
     "within noise": Mark("within noise", "≈"),
     "no claim": Mark("no claim"),
 }
-SCALE = 9  # so many of the facts about a run say how large it was
+FACTS: dict[str, Callable[[Run], Any]] = {
+    "Recipe": lambda run: run.record["recipe_name"],
+    "Optimiser steps": lambda run: run.recipe["steps"],
+    "Rows per step": lambda run: run.recipe["batch_size"],
+    "Training tokens": lambda run: run.record["tokens"],
+    "Parameters, transformer": lambda run: run.record["parameters"].get("lm"),
+    "Parameters, objective's own": lambda run: run.record["parameters"].get("objective"),
+    "Seeds": lambda run: str(run.result.seed),
+    "Device": lambda run: run.record["device"],
+    "Threads": lambda run: run.record["threads"],
+    "Seconds of training": lambda run: run.record["seconds"],
+    "Versions": lambda run: ", ".join(map(" ".join, run.record["versions"].items())),
+    "Git commit": lambda run: _commit(run.record["git"]),
+    "World": lambda run: run.record["task"]["fingerprint"],
+}
+SCALE = 9  # so many of them say how large a run was
 LEFT_OUT = ("--out", "--progress", "--no-progress")  # of commands
 
 
 def headline(tasks: Sequence[TaskComparison]) -> str:
     """Which objectives are compared with which."""
     objectives = dict.fromkeys(run.result.objective.title for task in tasks for run in task.runs)
-    base = next((task.baseline for task in tasks if task.baseline is not None), None)
-    others = [name for name in objectives if name != base]
-    against = f" against {base}" if base is not None and others else ""
-    return ", ".join(others or objectives) + against
+    bases = {
+        run.result.objective.title: None
+        for task in tasks
+        for run in task.models.get(task.baseline or "", {}).values()
+    }
+    others = [title for title in objectives if title not in bases]
+    return " against ".join(", ".join(titles) for titles in (others, bases) if titles)
 
 
 def document(tasks: Sequence[TaskComparison], folder: Path) -> list[Element]:
@@ -88,8 +106,10 @@ def document(tasks: Sequence[TaskComparison], folder: Path) -> list[Element]:
         Paragraph(ORIGIN, quiet=True),
     ]
     if len(tasks) > 1:
-        texts = {t.task.title: f"{summary(t)} {reproduction_summary(t)}" for t in tasks}
-        parts.append(Bullets([Bullet(text, title, link=True) for title, text in texts.items()]))
+        said = [
+            (f"{summary(task)} {reproduction_summary(task)}", task.task.title) for task in tasks
+        ]
+        parts.append(Bullets([Bullet(text, title, link=True) for text, title in said]))
     with warnings.catch_warnings():  # letters that the font lacks, labels that leave no room
         warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not", UserWarning)
         for task in tasks:
@@ -283,8 +303,9 @@ def _making(task: TaskComparison) -> list[Element]:
     )
     recipes = []
     for label, runs in task.models.items():
-        text = json.dumps({**first_run(runs).recipe, "seed": list(runs)}, indent=2)
-        recipes.append(Details(f"Recipe of {label}", [Code(text)], page_only=True))
+        recipe = {**first_run(runs).recipe, "seed": [*runs]}
+        text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in recipe.items())
+        recipes.append(Details(f"Recipe of {label}", [Code(text)]))
     return [
         Heading("How it was made", 3),
         Table([""], list(task.models), rows, words=True),
@@ -295,37 +316,8 @@ def _making(task: TaskComparison) -> list[Element]:
 
 def _facts(runs: Iterable[Run]) -> dict[str, str]:
     """What to know of one model's runs; facts that differ between its seeds are all given."""
-    records = [
-        {
-            **run.record,
-            "seed": str(run.result.seed),
-            "commit": _commit(run.record["git"]),
-            "world": run.record["task"]["fingerprint"],
-            "versions": ", ".join(map(" ".join, run.record["versions"].items())),
-            **{name: run.recipe[name] for name in ("steps", "batch_size")},
-            **{f"{name} parameters": n for name, n in run.record["parameters"].items()},
-        }
-        for run in runs
-    ]
-    keys = {
-        "Recipe": "recipe_name",
-        "Optimiser steps": "steps",
-        "Rows per step": "batch_size",
-        "Training tokens": "tokens",
-        "Parameters, transformer": "lm parameters",
-        "Parameters, objective's own": "objective parameters",
-        "Seeds": "seed",
-        "Device": "device",
-        "Threads": "threads",
-        "Seconds of training": "seconds",
-        "Versions": "versions",
-        "Git commit": "commit",
-        "World": "world",
-    }
-    return {
-        name: ", ".join(dict.fromkeys(_fact(record.get(key)) for record in records))
-        for name, key in keys.items()
-    }
+    found = {name: dict.fromkeys(_fact(of(run)) for run in runs) for name, of in FACTS.items()}
+    return {name: ", ".join(values) for name, values in found.items()}
 
 
 def _fact(value: Any) -> str:
@@ -338,18 +330,15 @@ def _commit(name: str | None) -> str | None:
 
 
 def _scale(task: TaskComparison) -> str:
-    """How large the runs were, in one line; what differs between models is given for each value."""
-    found = {label: _facts(runs.values()) for label, runs in task.models.items()}
+    """How large the runs were, in one line; what differs between models is given for each."""
+    known = {label: _facts(runs.values()) for label, runs in task.models.items()}
     parts = []
-    for name in [*next(iter(found.values()))][:SCALE]:
-        owners: dict[str, list[str]] = {}
-        for label, facts in found.items():
-            owners.setdefault(facts[name], []).append(label)
-        values = [
-            value + (f" ({', '.join(labels)})" if len(owners) > 1 else "")
-            for value, labels in owners.items()
-        ]
-        parts.append(f"{name[0].lower()}{name[1:]}: {'; '.join(values)}")
+    for name in [*FACTS][:SCALE]:
+        values = {label: facts[name] for label, facts in known.items()}
+        shown = [f"{value} ({label})" for label, value in values.items()]
+        if len({*values.values()}) == 1:
+            shown = [*values.values()][:1]
+        parts.append(f"{name[0].lower()}{name[1:]}: {'; '.join(shown)}")
     return " \N{MIDDLE DOT} ".join(parts)
 
 

@@ -41,14 +41,8 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Bullet:
-    """An item of a list: `mark: lead: text`.
-
-    Attributes:
-        text: what it says.
-        lead: before it, in bold; "" = nothing.
-        mark: before both; None = none.
-        link: whether `lead` is the text of a heading, and leads there.
-    """
+    """An item of a list, `mark: lead: text`, the lead in bold; a link leads to the heading of that
+    text."""
 
     text: str
     lead: str = ""
@@ -81,9 +75,8 @@ class Table:
         names: heads of the columns that name a row.
         head: of the other columns.
         rows: (the names of a row, its cells).
-        pinned: how many cells of a row stand in every part of a table that is taken apart because
-            it is too wide.
-        words: whether the cells are sentences, to be set from the left and broken into lines.
+        pinned: how many cells of a row stand in every part of a table that is too wide.
+        words: whether the cells are sentences, set from the left and broken into lines.
     """
 
     names: Sequence[str]
@@ -119,26 +112,19 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Details:
-    """What is folded away under a title; the recipes of all runs would swamp any other form than a
-    page (`page_only`)."""
+    """What is folded away under a title."""
 
     title: str
     content: Sequence["Element"]
-    page_only: bool = False
 
 
-Element = (
-    Heading | Paragraph | Bullets | Table | Code | Figure | SideBySide | Details
-)  # a document is a list of them
+# A document is a list of them.
+Element = Heading | Paragraph | Bullets | Table | Code | Figure | SideBySide | Details
 
 
 def printable(text: str) -> str:
-    """Text without control characters, directions of writing and half characters (surrogates), any
-    of which can upset a terminal or a file; line breaks stay."""
-    return "".join(
-        " " if unicodedata.category(letter)[0] == "C" and letter != "\n" else letter
-        for letter in text
-    )
+    """Text without control characters, which can upset a terminal; line breaks stay."""
+    return "".join(x if x == "\n" or unicodedata.category(x)[0] != "C" else " " for x in text)
 
 
 def plain(text: str) -> str:

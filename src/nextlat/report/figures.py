@@ -23,9 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentF
 from nextlat.report.claims import titled
 from nextlat.report.comparison import HELD_OUT, NEXT_TOKEN, MetricComparison, TaskComparison
 from nextlat.report.elements import plain
-from nextlat.report.runs import Run
-from nextlat.results import Chart, Line
-from nextlat.results import Mark as ChartMark
+from nextlat.results import Chart, Line, Mark
 
 DPI = 200
 WIDTH = 6.2  # inches of every figure: narrow, so that its words can be read on a phone
@@ -91,25 +89,10 @@ def _draw_metric(ax: Axes, task: TaskComparison, one: MetricComparison) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
 
 
-def charts(run: Run) -> dict[str, Chart]:
-    """Name -> the charts of its task, and that of the drafts it accepts."""
-    found = {chart.name: chart for chart in run.result.charts}
-    decoding = run.result.decoding
-    if decoding is not None and decoding.acceptance_by_position:
-        found["acceptance"] = Chart(
-            name="acceptance",
-            title="Drafted tokens accepted, by position in the draft",
-            x="position in the draft",
-            lines=[Line(values=decoding.acceptance_by_position, dots=True)],
-            alt="Share of drafted tokens accepted by position in the draft, {models}.",
-        )
-    return found
-
-
 def chart(task: TaskComparison, name: str) -> Figure | None:
     """The curves of all models and seeds of one chart."""
     having = {
-        label: {seed: found[name] for seed, run in runs.items() if name in (found := charts(run))}
+        label: {s: one for s, run in runs.items() for one in run.result.charts if one.name == name}
         for label, runs in task.models.items()
     }
     first = next(one for found in having.values() for one in found.values())
@@ -162,8 +145,8 @@ def _minus(one: Chart, base: Chart | None) -> list[Line]:
     return found
 
 
-def _draw_mark(ax: Axes, mark: ChartMark) -> None:
-    text = shortened(mark.text)
+def _draw_mark(ax: Axes, mark: Mark) -> None:
+    text = wrapped(mark.text, TITLE_LINE, 1)
     if mark.x is not None:
         ax.axvline(mark.x, **{**GUIDE, "linestyle": (0, (1, 2))})
         ax.annotate(text, (mark.x, 0.02), (4, 0), xycoords=("data", "axes fraction"), **NOTE)
@@ -177,7 +160,7 @@ def _draw_mark(ax: Axes, mark: ChartMark) -> None:
 
 
 def _set_axes(ax: Axes, one: Chart) -> None:
-    ax.set_xlabel(shortened(one.x), size=LABEL, color=QUIET)
+    ax.set_xlabel(wrapped(one.x, TITLE_LINE, 1), size=LABEL, color=QUIET)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not any(line.dots for line in one.lines):
         ax.set_xlim(left=min(line.first for line in one.lines))
@@ -203,34 +186,32 @@ def learning_curves(task: TaskComparison) -> Figure | None:
     ]
     if not logs:
         return None
-    titles = {
+    titles = {NEXT_TOKEN: "Cross-entropy, nats per token"} | {
         name: title
         for _, run in logs
         for name, title in run.result.objective.parts.items()
         if name != NEXT_TOKEN and run.curve(name).size
     }
-    columns = min(len(titles), PANELS) or 1
-    rows = math.ceil(len(titles) / columns)
+    columns = min(len(titles) - 1, PANELS) or 1
+    rows = math.ceil((len(titles) - 1) / columns)
     figure = new_figure(2.6 + 1.8 * rows)
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[3.0, *[2.0] * rows])
-    top = figure.add_subplot(grid[0, :])
-    for color, run in logs:
-        top.plot(*run.curve(NEXT_TOKEN), color=color, linewidth=0.8, alpha=0.45)
-        top.plot(*run.curve(HELD_OUT), color=color, linewidth=1.2, zorder=3, **DOTS)
-    finish(top, "Cross-entropy, nats per token", TITLE_LINE)
-    _fit(top, [run.curve(name) for _, run in logs for name in (NEXT_TOKEN, HELD_OUT)])
-    for place, (name, title) in enumerate(titles.items()):
-        ax = figure.add_subplot(grid[1 + place // columns, place % columns])
+    for place, (name, title) in enumerate(titles.items(), -1):
+        row, column = divmod(place, columns)
+        top = row < 0
+        ax = figure.add_subplot(grid[0, :] if top else grid[1 + row, column])
+        names = (name, HELD_OUT) if top else (name,)
         for color, run in logs:
-            ax.plot(*run.curve(name), color=color, linewidth=0.8, alpha=0.8)
-        finish(ax, title, TITLE_LINE if columns < PANELS else PANEL_LINE)
-        _fit(ax, [run.curve(name) for _, run in logs])
-    for place, ax in enumerate(figure.axes):
+            ax.plot(*run.curve(name), color=color, linewidth=0.8, alpha=0.45 if top else 0.8)
+            if top:
+                ax.plot(*run.curve(HELD_OUT), color=color, linewidth=1.2, zorder=3, **DOTS)
+        finish(ax, title, TITLE_LINE if top or columns < PANELS else PANEL_LINE)
+        _fit(ax, [run.curve(name) for _, run in logs for name in names])
         ax.set_xlim(0, max(run.curve(NEXT_TOKEN)[0].max() for _, run in logs))
-        steps = 8 if ax is top or columns == 1 else 6 - columns  # as many as fit
+        steps = 8 if top or columns == 1 else 6 - columns  # as many as fit
         ax.xaxis.set_major_locator(MaxNLocator(steps, steps=[1, 2, 5, 10], integer=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        if place + columns > len(titles):
+        if place + columns > len(titles) - 2:
             ax.set_xlabel("optimiser steps", size=LABEL, color=QUIET)
     training = _handle("training", linewidth=0.8, alpha=0.6)
     held_out = _handle("held-out", linewidth=1.2, **DOTS)
@@ -282,7 +263,8 @@ def model_handles(task: TaskComparison, labels: Container[str]) -> list[Line2D]:
 
 
 def _handle(label: str, **style: Any) -> Line2D:
-    return Line2D([], [], label=shortened(label), **{"color": QUIET, **style})
+    label = wrapped(label, TITLE_LINE, 1).lstrip("_")  # with which matplotlib's own labels begin
+    return Line2D([], [], label=label, **{"color": QUIET, **style})
 
 
 def legend(
@@ -295,15 +277,9 @@ def legend(
     figure.legend(handles=handles, ncols=columns, labelcolor=INK, **style)
 
 
-def shortened(text: str) -> str:
-    """One line that a figure can hold."""
-    text = plain(text).lstrip("_")  # with which matplotlib's own labels begin
-    return text if len(text) <= TITLE_LINE else f"{text[: TITLE_LINE - 1]}…"
-
-
-def wrapped(text: str, line: int) -> str:
-    """Lines of a title, of so many characters, of which there are a few."""
-    return "\n".join(textwrap.wrap(plain(text)[: 3 * line], line, break_on_hyphens=False))
+def wrapped(text: str, line: int, lines: int = 3) -> str:
+    """Text in so many lines of so many characters; what does not fit is left out."""
+    return "\n".join(textwrap.wrap(plain(text)[: lines * line], line, break_on_hyphens=False))
 
 
 def finish(ax: Axes, title: str, line: int) -> None:

@@ -80,7 +80,7 @@ def content(tasks: Sequence[TaskComparison]) -> dict[str, Any]:
         "tasks": [
             {
                 "task": task.task.name,
-                "fingerprint": task.fingerprint,
+                "fingerprint": task.runs[0].record["task"]["fingerprint"],
                 "baseline": task.baseline,
                 "models": {
                     label: {seed: str(run.directory) for seed, run in runs.items()}

@@ -100,7 +100,7 @@ class Drawer:
             "Points: seeds with one standard error over test items; broad bars: means over seeds"
             f"{'; dashes: ' * bool(fixed)}{', '.join(fixed)}.",
         )
-        charts = {k: one for run in self._task.runs for k, one in figures.charts(run).items()}
+        charts = {one.name: one for run in self._task.runs for one in run.result.charts}
         for name, one in charts.items():
             found += self._save(name, figures.chart(self._task, name), one.alt, one.caption)
         curves = figures.learning_curves(self._task)
@@ -126,37 +126,32 @@ class Drawer:
 
     def _maps(self, picture: Picture) -> list[Element]:
         """One map per model and seed, and for each seed one with all models side by side."""
-        shown: dict[int, SideBySide] = {}
+        shown: list[tuple[int, SideBySide]] = []
         for seed in self._task.seeds:
-            maps = {
-                label: _read(runs[seed], picture, read_map_record)
-                for label, runs in self._task.models.items()
-                if seed in runs and _has(runs[seed], picture)
-            }
-            single = []
-            for label, city in maps.items():
+            single, maps = [], {}
+            for label, runs in self._task.models.items():
+                if seed not in runs or not _has(runs[seed], picture):
+                    continue
+                city = _read(runs[seed], picture, read_map_record)
+                title = plain(label).replace("$", r"\$")  # between them would be a formula
+                maps[title] = city
                 counts = city[1].counts()
-                path = draw_maps(self._path("map", f"{label} s{seed}"), {_no_formula(label): city})
                 alt = (
                     f"Street map rebuilt from the rides of {label}, seed {seed}: "
                     f"{counts['true_used']} true streets used, {counts['invented']} invented."
                 )
+                path = draw_maps(self._path("map", f"{label} s{seed}"), {title: city})
                 single.append(Figure(path, alt))
-            if not single:
-                continue
-            together = single[0]
+            together = single[:1]
             if len(single) > 1:
-                path = draw_maps(
-                    self._path("maps", f"s{seed}"),
-                    {_no_formula(label): city for label, city in maps.items()},
-                )
-                together = Figure(path, " ".join(figure.alt for figure in single))
-            shown[seed] = SideBySide(single, together)
-        if not shown:
-            return []
-        (first, beside), *others = shown.items()
+                path = draw_maps(self._path("maps", f"s{seed}"), maps)
+                together = [Figure(path, " ".join(figure.alt for figure in single))]
+            shown += [(seed, SideBySide(single, figure)) for figure in together]
+        if len(shown) < 2:
+            return [beside for _, beside in shown]
+        (first, beside), *others = shown
         folded = [Details(f"Seed {seed}", [more]) for seed, more in others]
-        return [Paragraph(f"Seed {first}."), beside, *folded] if others else [beside]
+        return [Paragraph(f"Seed {first}."), beside, *folded]
 
     def _simplexes(self, picture: Picture) -> list[Element]:
         """Exact beliefs about three hidden states and those read off each model, as points of the
@@ -174,8 +169,7 @@ class Drawer:
             "off the states of {models}."
         )
         caption = (
-            "Corners: certainty of one hidden state; colour: the exact belief. The first seed of "
-            "each model."
+            "Corners: certainty of one hidden state; colour: the exact belief. First seed of each."
         )
         return [*self._save(Path(picture.file).stem, draw_simplexes(found), alt, caption)]
 
@@ -191,11 +185,6 @@ def _read(run: Run, picture: Picture, read: Callable[[Any, str], Content]) -> Co
         return read(read_json(path, again), f"{path} is corrupt, {again}")
     except FileNotFoundError as error:
         raise NextLatError(f"{path} is missing: {again}.") from error
-
-
-def _no_formula(label: str) -> str:
-    """For a map, in whose title what stands between dollar signs would be a formula."""
-    return plain(label).replace("$", r"\$")
 
 
 def draw_simplexes(found: Mapping[str, Simplex]) -> Canvas:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from string import Template
 from urllib.parse import quote
 
 import numpy as np
@@ -27,6 +28,7 @@ from nextlat.report.elements import (
     Element,
     Figure,
     Heading,
+    Mark,
     Paragraph,
     SideBySide,
     Table,
@@ -72,14 +74,8 @@ def page(elements: Iterable[Element], title: str) -> str:
         elif token.type == "th_open":
             token.attrSet("scope", "col")
     body = parser.renderer.render(tokens, parser.options, {})
-    style = files("nextlat.report").joinpath("style.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_html(title)}</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    template = files("nextlat.report").joinpath("page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(title=_html(title), body=body)
 
 
 def terminal(elements: Iterable[Element]) -> RenderableType:
@@ -137,8 +133,6 @@ def _terminal_cell(cell: Cell, *, beside: bool) -> Text:
 class _Markdown:
     """Renders elements as Markdown that GitHub shows, with columns that line up in the text."""
 
-    is_page = False
-
     def __init__(self, folder: str = "") -> None:
         self.folder = folder
 
@@ -155,21 +149,18 @@ class _Markdown:
                 return self.boxed(_escaped(text), "quiet" if quiet else "")
             case Bullets(items, kind):
                 return self.boxed("\n".join(f"- {self.bullet(item)}" for item in items), kind)
-            case Table():
-                return self.boxed(
-                    self.table(element), "scroll words" if element.words else "scroll"
-                )
+            case Table(words=words):
+                return self.boxed(self.table(element), "scroll words" if words else "scroll")
             case Code(text):
-                fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+                fence = "`" * max(len(run) + 1 for run in ["``", *re.findall("`+", text)])
                 return f"{fence}\n{printable(text)}\n{fence}"
             case Figure():
                 return self.figure(element)
             case SideBySide():
                 return self.side_by_side(element)
-            case Details(title, content, page_only):
+            case Details(title, content):
                 head = f"<details><summary>{_html(title)}</summary>"
-                folded = f"{head}\n\n{self.render(content)}\n\n</details>"
-                return folded if self.is_page or not page_only else ""
+                return f"{head}\n\n{self.render(content)}\n\n</details>"
 
     def boxed(self, text: str, kind: str) -> str:
         """Text in what a page may set in its own way."""
@@ -186,15 +177,14 @@ class _Markdown:
 
     def table(self, table: Table) -> str:
         head = [*self.names(table.names), *map(_escaped, table.head)]
-        lines = [head] + [
-            [*self.names(names), *map(self.cell, cells)] for names, cells in table.rows
+        body = [[*self.names(names), *map(self.cell, cells)] for names, cells in table.rows]
+        columns = [*zip(head, *body, strict=True)]
+        ruler = ["-" * max(3, *map(len, column)) for column in columns]
+        rows = [
+            " | ".join(text.ljust(len(dashes)) for text, dashes in zip(row, ruler, strict=True))
+            for row in (head, ruler, *body)
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        ruler = ["-" * max(width, 3) for width in widths]
-        return "\n".join(
-            f"| {' | '.join(text.ljust(len(dash)) for text, dash in zip(line, ruler, strict=True))} |"
-            for line in (head, ruler, *lines[1:])
-        )
+        return "\n".join(f"| {row} |" for row in rows)
 
     def names(self, names: Sequence[str]) -> list[str]:
         """The cells that name a row, or in the head those columns."""
@@ -215,26 +205,22 @@ class _Markdown:
 class _Page(_Markdown):
     """The same with HTML for what the style sheet sets apart, and the figures inside."""
 
-    is_page = True
-
     def boxed(self, text: str, kind: str) -> str:
         return f'<div class="{kind}">\n\n{text}\n\n</div>' if kind else text
 
     def bullet(self, item: Bullet) -> str:
-        mark = _span(f"mark {item.mark.tone}", str(item.mark)) if item.mark else ""
-        return f"{mark}<span>{self.lead(item)}{_escaped(item.text)}</span>"
+        return f"{self.mark(item.mark)}<span>{self.lead(item)}{_escaped(item.text)}</span>"
+
+    def mark(self, mark: Mark | None) -> str:
+        return _span(f"mark {mark.tone}", str(mark)) if mark else ""
 
     def names(self, names: Sequence[str]) -> list[str]:
         first, *more = names
         return [_escaped(first) + "".join(_span("change", name) for name in more)]
 
     def cell(self, cell: Cell) -> str:
-        parts = [_span("value", cell.text)]
-        if cell.change:
-            parts.append(_span("change", cell.change))
-        if cell.mark:
-            parts.append(_span(f"mark {cell.mark.tone}", str(cell.mark)))
-        return " ".join(parts)
+        change = f" {_span('change', cell.change)}" if cell.change else ""
+        return f"{_span('value', cell.text)}{change} {self.mark(cell.mark)}"
 
     def figure(self, figure: Figure) -> str:
         data = base64.b64encode(figure.path.read_bytes()).decode()

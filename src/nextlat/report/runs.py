@@ -89,10 +89,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         both = f"{first.directory} and {run.directory} were"
         if run.record["task"]["fingerprint"] != first.record["task"]["fingerprint"]:
             raise NextLatError(f"{both} trained in different worlds: report on them separately.")
-        if keys := differences(first.recipe["task"], run.recipe["task"], "task"):
-            raise NextLatError(
-                f"{both} measured differently ({', '.join(keys)}): report on them separately."
-            )
+        if keys := ", ".join(differences(first.recipe["task"], run.recipe["task"], "task")):
+            raise NextLatError(f"{both} measured differently ({keys}): report on them separately.")
     return runs
 
 
@@ -140,8 +138,14 @@ def group_models(runs: list[Run], baseline: str) -> Models:
         NextLatError: two runs of one recipe and seed; two recipes of the baseline objective.
     """
     order = [baseline, *OBJECTIVES]
+
+    def position(run: Run) -> tuple[int, str, int, int]:
+        objective = run.result.objective
+        place = order.index(objective.name) if objective.name in order else len(order)
+        return place, objective.name, objective.horizon, run.result.seed
+
     groups: dict[str, dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: _position(run, order)):
+    for run in sorted(runs, key=position):
         group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
         if run.result.seed in group:
             raise NextLatError(
@@ -157,7 +161,7 @@ def group_models(runs: list[Run], baseline: str) -> Models:
     models: Models = {}
     for name, found in alike.items():
         recipes = [_model_recipe(first_run(group)) for group in found]
-        keys = dict.fromkeys(key for one in recipes[1:] for key in differences(recipes[0], one))
+        keys = dict.fromkeys(key for one in recipes for key in differences(recipes[0], one))
         if len(found) > 1 and first_run(found[0]).result.objective.name == baseline:
             raise NextLatError(
                 f"the {baseline} runs are of {len(found)} recipes (they differ in "
@@ -167,13 +171,6 @@ def group_models(runs: list[Run], baseline: str) -> Models:
             apart = [f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys]
             models[", ".join([name, *apart])] = group
     return models
-
-
-def _position(run: Run, order: list[str]) -> tuple[int, str, int, int]:
-    """Sorting key of runs: as objectives stand in `order`, others last."""
-    objective = run.result.objective
-    place = order.index(objective.name) if objective.name in order else len(order)
-    return place, objective.name, objective.horizon, run.result.seed
 
 
 def caveats(models: Models, base: str | None) -> list[str]:
@@ -214,8 +211,7 @@ def _model_recipe(run: Run) -> dict[str, Any]:
     return {**kept, "precision": run.recipe["run"]["precision"]}
 
 
-def _look_up(table: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = table
+def _look_up(table: Any, dotted: str) -> Any:
     for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+        table = table.get(key) if isinstance(table, Mapping) else None
+    return table

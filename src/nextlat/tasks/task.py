@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer, WhitespaceSplit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nextlat.batch import Batch
 from nextlat.model import ObjectiveModel
@@ -62,7 +62,7 @@ class Task(ABC):
         title: in reports.
         published: what the paper reports on it.
         solved: when a seed counts as having solved it; None where that is not asked.
-        tokenizer: of the task's language; its length is the vocabulary size of the model.
+        tokenizer: of the task's language; see `vocabulary_size`.
         max_length: tokens of the longest sequence that training or evaluation uses.
     """
 
@@ -172,6 +172,12 @@ def word_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a table of its tokens needs: the largest id + 1, which is more than `len(tokenizer)`
+    where there are gaps between the ids."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_size(rows: int, length: int) -> None:

@@ -12,6 +12,7 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach
 from nextlat.tasks import Task
+from nextlat.tasks.task import vocabulary_size
 from nextlat.training.recipe import Recipe
 from nextlat.training.trainer import no_library_bars
 
@@ -39,7 +40,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
                 f"{given} cannot be loaded ({first_line(error)}): give the directory of a saved "
                 "causal LM, or a hub id that can be reached."
             ) from error
-        known, needed = lm.get_input_embeddings().num_embeddings, len(tokenizer)
+        known, needed = lm.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
         if known < needed:
             raise NextLatError(
                 f"{given} knows {known} tokens, the task {recipe.task_name} needs {needed}: train "
@@ -50,8 +51,11 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
         layers, width, heads = backbone.layers, backbone.width, backbone.heads
         assert layers and width and heads  # or the recipe would have been refused
         _check_memory(layers * width * (backbone.intermediate_size or width) * 4)
+        # transformers keeps the embedding of the padding token at zero.
+        pad = tokenizer.pad_token_id
+        spoken = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
         lm = llama(
-            len(tokenizer),
+            vocabulary_size(tokenizer),
             layers=layers,
             width=width,
             heads=heads,
@@ -60,7 +64,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             max_length=backbone.max_length or task.max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=None if pad in spoken else pad,
             seed=recipe.seed,
         )
     positions = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -72,7 +76,15 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return attach(lm, recipe.objective_config)
+        try:
+            return attach(lm, recipe.objective_config)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            raise NextLatError(
+                f"the objective {recipe.objective} with these settings does not fit into the memory "
+                "of this machine: make it smaller."
+            ) from error
 
 
 def _check_memory(parameters: int) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,8 +21,9 @@ from transformers.trainer_pt_utils import safe_globals
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import TEMPORARY, remove, write_errors
 from nextlat.validation import Settings
+from nextlat.weights import MODEL_FILES, STATE_FILES, check_sums
 
-MODEL_FILES = ("config.json", "nextlat/objective.json", "nextlat/objective.safetensors")
+NEEDED = ("config.json", "nextlat/objective.json", "nextlat/objective.safetensors")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -61,10 +63,10 @@ def last_complete_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def model_fault(directory: Path) -> str | None:
-    """What is wrong with the files of a saved model (not with the numbers in them), or None."""
+    """What is wrong with the files of a saved model, or None."""
     index = directory / "model.safetensors.index.json"
     weights = {"model.safetensors"}
-    for path in [*(directory / name for name in MODEL_FILES), *sorted(directory.rglob("*.json"))]:
+    for path in [*(directory / name for name in NEEDED), *sorted(directory.rglob("*.json"))]:
         fault = None if path.is_file() else "is missing"
         if path.suffix == ".json" and fault is None:
             try:
@@ -77,6 +79,14 @@ def model_fault(directory: Path) -> str | None:
     for name in [*sorted(weights), "nextlat/objective.safetensors"]:
         if fault := _safetensors_fault(directory / name):
             return f"{name} {fault}"
+    return _sums_fault(directory, MODEL_FILES)
+
+
+def _sums_fault(directory: Path, patterns: Sequence[str]) -> str | None:
+    try:
+        check_sums(directory, patterns)
+    except NextLatError as error:
+        return str(error).partition(":")[0].removeprefix(f"{directory}/")
     return None
 
 
@@ -144,7 +154,7 @@ def _state_fault(checkpoint: Path) -> str | None:
         return str(error).rstrip(".")
     if state.global_step != checkpoint_step(checkpoint):
         return "trainer_state.json is of another step"
-    return None
+    return _sums_fault(checkpoint, STATE_FILES)
 
 
 def rotate_checkpoints(directory: Path, newest: int, keep: int, spared: Path | None = None) -> None:

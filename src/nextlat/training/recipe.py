@@ -141,19 +141,13 @@ def _task_settings(table: Any) -> tuple[Any, Any]:
     if not isinstance(name, str) or name not in TASKS:
         told = "there is no name" if name is None else f"unknown task '{name}'"
         raise ValueError(f"{told}: {nearest(str(name), [*TASKS])}")
-    return _strict(TASKS[name]), {key: value for key, value in table.items() if key != "name"}
+    return TASKS[name], {key: value for key, value in table.items() if key != "name"}
 
 
 def _objective_settings(table: Any) -> tuple[Any, Any]:
     """The class of the table of `[objectives.NAME]` tables: each belongs to one objective."""
-    fields: Any = {name: (_strict(kind) | None, None) for name, (kind, _) in OBJECTIVES.items()}
+    fields: Any = {name: (kind | None, None) for name, (kind, _) in OBJECTIVES.items()}
     return create_model("Objectives", __base__=Settings, **fields), table
-
-
-def _strict(kind: Any) -> Any:
-    if not issubclass(kind, Settings):  # a dataclass
-        kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    return kind
 
 
 class Recipe(Settings):

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 
 from nextlat.batch import IGNORE
@@ -35,14 +34,6 @@ DEMO_OBJECTIVES = (
     "next-token",
 )  # the longer job first, so that no core idles at the end
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
-
-# Objectives that predict tokens beyond the next one from nothing but tokens before them (MTP), or
-# tokens that lie before those read (BST): where a label is a function of inputs not read yet, or of
-# all before it, there is nothing there to learn.
-OF_TOKENS_ONLY = {
-    "mtp": "it predicts labels whose inputs it has not read",
-    "bst": "it predicts the tokens before a suffix, which here are no labels",
-}
 
 
 @dataclass(frozen=True)
@@ -230,7 +221,7 @@ def _settings(
     others = OBJECTIVES.keys() - {objective}
     own = [item for item in overrides if _belongs_to(item) not in others]
     key = f"objectives.{objective}.horizon"
-    has_one = "horizon" in signature(OBJECTIVES[objective][0]).parameters
+    has_one = "horizon" in OBJECTIVES[objective][0].model_fields
     if not has_one or any(item.partition("=")[0].strip() == key for item in own):
         return tuple(own)
     if horizon is None:
@@ -254,10 +245,11 @@ def _obstacle(recipe: Recipe, task: Task) -> str | None:
     """Why a recipe cannot be trained, in a sentence, or None."""
     row = task.eval_dataset()[0]
     read, asked = row["input_ids"], row["labels"]
-    if recipe.objective in OF_TOKENS_ONLY and (read != asked)[asked != IGNORE].any():
+    why = OBJECTIVES[recipe.objective][1].tokens_only
+    if why and (read != asked)[asked != IGNORE].any():
         return (
             f"{recipe.objective} is skipped: the labels of {recipe.task_name} are not its tokens, "
-            f"and {OF_TOKENS_ONLY[recipe.objective]}."
+            f"and {why}."
         )
     try:
         check_trains(recipe, task)

@@ -24,6 +24,7 @@ from nextlat.files import atomic_directory, staging_directory
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
 from nextlat.training.checkpoints import load_state, rotate_checkpoints
+from nextlat.weights import read_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
@@ -354,6 +355,7 @@ class NextLatTrainer(NextLatMixin, Trainer):
                 self.accelerator.wait_for_everyone()
                 yield staging
                 self.accelerator.wait_for_everyone()
+                write_sums(staging, read_sums(staging))
         else:
             self.accelerator.wait_for_everyone()
             yield staging_directory(target)

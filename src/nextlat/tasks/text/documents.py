@@ -2,6 +2,7 @@
 files, or a Hugging Face dataset."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,14 @@ from nextlat.tasks.task import find_data
 
 FILES = ".txt, .jsonl or .parquet"
 INSTALL = "pip install 'nextlat[text]'"
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates; whole pairs are one character
 
 
 class Documents:
-    """Documents in order, read anew every time they are iterated; those with nothing but white
-    space in them are dropped.
+    """Documents in order, read anew every time they are iterated.
+
+    Those with nothing but white space in them are dropped. Half a surrogate pair, which JSON can
+    hold and UTF-8 and tokenizers cannot, is read as U+FFFD.
 
     Args:
         read: gives the documents.
@@ -26,6 +30,7 @@ class Documents:
 
     Attributes:
         dropped: empty documents met in the latest iteration.
+        mended: documents with half a surrogate pair, likewise.
 
     Raises:
         NextLatError: (when iterated) the source cannot be read, or (at its end) there is no
@@ -33,17 +38,21 @@ class Documents:
     """
 
     def __init__(self, read: Callable[[], Iterator[str]], where: str, way_out: str = "") -> None:
-        self.read, self.where, self.way_out, self.dropped = read, where, way_out, 0
+        self.read, self.where, self.way_out = read, where, way_out
+        self.dropped = self.mended = 0
 
     def __iter__(self) -> Iterator[str]:
-        self.dropped, found = 0, False
+        self.dropped, self.mended, found = 0, 0, False
         try:
             for document in self.read():
-                if document.strip():
-                    found = True
-                    yield document
-                else:
+                if not document.strip():
                     self.dropped += 1
+                    continue
+                found = True
+                if HALF_PAIR.search(document):
+                    self.mended += 1
+                    document = HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", document)
+                yield document
         except NextLatError:
             raise
         # pyarrow, datasets, the hub's client and the network raise whatever they like.
@@ -65,7 +74,8 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
         path: relative to the working directory or to $NEXTLAT_DATA.
         key: the setting that names it.
         column: of the records of a .jsonl or .parquet file.
-        separator: of a .txt file; white space beside it is not text.
+        separator: of a .txt file, whose line ends all count as "\\n"; white space beside it is not
+            text.
 
     Raises:
         NextLatError: no such file, or of another kind; when iterated: it cannot be read, is
@@ -113,12 +123,13 @@ def from_dataset(
 
 
 def _separated(file: Path, separator: str) -> Iterator[str]:
-    for document in file.read_text(encoding="utf-8").split(separator):
+    separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as text is read
+    for document in file.read_text(encoding="utf-8-sig").split(separator):
         yield document.strip()
 
 
 def _records(file: Path, column: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

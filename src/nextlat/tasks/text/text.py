@@ -43,6 +43,7 @@ from nextlat.tasks.task import (
     TaskConfig,
     TestCount,
     held_out_cross_entropy,
+    vocabulary_size,
 )
 from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import (
@@ -97,7 +98,7 @@ class TextConfig(TaskConfig):
         validation_split: of the dataset.
         streaming: do not download the dataset whole first.
         column: of the records that holds the text.
-        separator: between the documents of a .txt file.
+        separator: between the documents of a .txt file (whose line ends all count as a line feed).
         held_out: how many documents, the first, are held out where there is no `validation` or
             `validation_split`.
         tokenizer: of a directory or the hub, as published.
@@ -283,6 +284,12 @@ class Text(Task):
                 "%s: %d documents of %d tokens, %d empty ones dropped.",
                 documents.where, len(tokens), len(tokens.ids), documents.dropped,
             )  # fmt: skip
+            if documents.mended:
+                logger.warning(
+                    "%s: %d documents hold half a surrogate pair, which is read as U+FFFD.",
+                    documents.where,
+                    documents.mended,
+                )
 
     def train_dataset(self, seed: int) -> PackedDocuments:
         return PackedDocuments(self.train, self.config.row_length, seed=seed)
@@ -356,7 +363,7 @@ class Text(Task):
         losses = probe_cross_entropy(
             *self._states(model, training),
             *self._states(model, self.eval_dataset()),
-            vocab_size=len(self.tokenizer),
+            vocab_size=vocabulary_size(self.tokenizer),
             steps=self.config.probe_steps,
         )
         chart = Chart(

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tokenizers import __version__ as tokenizers_version
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
-from nextlat.errors import NextLatError, first_line
+from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, write_text
-from nextlat.hub import hub_or_cache
+from nextlat.hub import load_tokenizer
 from nextlat.tasks.rows import STREAM, epoch_order
-from nextlat.tasks.task import find_data
+from nextlat.tasks.task import find_data, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +127,12 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
         NextLatError: it cannot be loaded, is not one of the tokenizers library, or has no token
             that ends a document.
     """
-    where = str(find_data(name) or name)
     try:
-        with hub_or_cache(where):
-            tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as error:  # missing files, no network, foreign classes: each raises its own
+        tokenizer = load_tokenizer(find_data(name) or name)
+    except NextLatError as error:
         raise NextLatError(
-            f"task.tokenizer = '{name}' cannot be loaded ({first_line(error)}): give a directory "
-            "with tokenizer.json, or leave it out and set task.vocab_size."
+            f"task.tokenizer = '{name}' {error}: give a directory with tokenizer.json, or leave it "
+            "out and set task.vocab_size."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise NextLatError(
@@ -149,6 +147,15 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokenizer.eos_token = END_OF_TEXT
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        # The library gives one that the vocabulary lacks the number of its entries, which where
+        # there are gaps is another token's.
+        number = tokenizer.convert_tokens_to_ids(token)
+        if (other := tokenizer.convert_ids_to_tokens(number)) != token:
+            raise NextLatError(
+                f"task.tokenizer = '{name}' has one id, {number}, for '{token}' and '{other}': set "
+                "its special tokens in tokenizer_config.json to some of its vocabulary."
+            )
     return tokenizer
 
 
@@ -195,7 +202,7 @@ def tokenize(
     core.encode_special_tokens = True
     core.no_truncation()
     core.no_padding()
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     first, last = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     # A bytearray grows in place: one copy of all tokens in memory, not two.
     ids, sizes, total = bytearray(), [0], 0
