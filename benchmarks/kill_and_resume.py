@@ -135,7 +135,8 @@ def main() -> None:
     for name in FILES:
         print(f"{name:<32} whole {digests(whole)[name]}  killed {digests(killed)[name]}")
     print(
-        f"\n{kills} kills: the final weights are {'identical, byte for byte' if same else 'DIFFERENT'}."
+        f"\n{kills} kills: the final weights are "
+        f"{'identical, byte for byte' if same else 'DIFFERENT'}."
     )
     sys.exit(0 if same else 1)
 

@@ -1,10 +1,10 @@
 """Speed of a saved model where it is served: `python benchmarks/serving.py RUN [--out DIR]`.
 
 The same prompts are continued greedily by `generate` of transformers, by our own decoding and by
-vLLM, without drafts and with them, at several batch sizes. Each way has a process of its own that
-waits for its turn: they take turns within a repetition, and speeds are compared as ratios within
-it, of which median and range are shown, so that a busy machine hits all alike. Outputs are compared
-token for token. To be run where `make serve-test` has installed vLLM:
+vLLM, without drafts and with them, at several batch sizes. vLLM has a process for each draft
+length, and all else another. They take turns within a repetition, and speeds are compared as ratios
+within it, of which median and range are shown, so that a busy machine hits all alike. Outputs are
+compared token for token. To be run where `make serve-test` has installed vLLM:
 
     .venv-vllm/bin/python benchmarks/serving.py RUN --prompts FILE --out docs/serving
 
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -63,23 +62,22 @@ def main() -> None:
     prompts = cut(arguments)
     context = multiprocessing.get_context("spawn")
     connections = {}
-    for way in ways:
+    for length in (None, *lengths):
         mine, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, way, arguments), daemon=True).start()
-        connections[way] = mine
+        context.Process(target=work, args=(theirs, length, arguments), daemon=True).start()
+        connections[TRANSFORMERS if length is None else f"vllm k={length}"] = mine
         mine.recv()  # one after another: they would all compile at once
-        print(f"{way} is ready", file=sys.stderr)
 
     def ask(way: str, batch: list[list[int]]) -> Answer:
-        connections[way].send(batch)
-        return connections[way].recv()
+        connection = connections.get(way, connections[TRANSFORMERS])
+        connection.send((way, batch))
+        return connection.recv()
 
     results = [measure(ask, ways, prompts[:size], arguments.repeat) for size in arguments.batch]
     for connection in connections.values():
         connection.send(None)
     record = {
-        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             name: metadata.version(name)
@@ -160,26 +158,25 @@ def show(results: list[dict[str, Any]]) -> None:
             )
 
 
-def work(connection: Any, way: str, arguments: argparse.Namespace) -> None:
-    """A process of one way: gets prompts, gives answers, ends at None."""
+def work(connection: Any, draft_length: int | None, arguments: argparse.Namespace) -> None:
+    """A process of its own: vLLM with a draft length, or what is not vLLM. It gets the name of a
+    way with prompts, gives answers, and ends at None."""
     import torch
 
     torch.set_num_threads(arguments.threads)
-    system, _, length = way.partition(" k=")
-    draft_length = int(length) if length else None
-    decode = (in_vllm if system == "vllm" else in_transformers)(arguments, draft_length)
+    decode = not_vllm(arguments) if draft_length is None else in_vllm(arguments, draft_length)
     connection.send("ready")
-    while (prompts := connection.recv()) is not None:
+    while (asked := connection.recv()) is not None:
         started = time.perf_counter()
-        tokens, per_cycle = decode(prompts)
+        tokens, per_cycle = decode(*asked)
         connection.send((time.perf_counter() - started, tokens, per_cycle))
 
 
-Decode = Callable[[list[list[int]]], tuple[list[list[int]], float]]
+Decode = Callable[[str, list[list[int]]], tuple[list[list[int]], float]]
 
 
-def in_transformers(arguments: argparse.Namespace, draft_length: int | None) -> Decode:
-    """Our decoding with a draft length, or transformers' own for None."""
+def not_vllm(arguments: argparse.Namespace) -> Decode:
+    """transformers' own decoding and ours."""
     import torch
 
     import nextlat
@@ -190,13 +187,14 @@ def in_transformers(arguments: argparse.Namespace, draft_length: int | None) -> 
         "pad_token_id": 0,
     }  # fmt: skip
 
-    def decode(prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+    def decode(way: str, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        if draft_length is None:
+        if way == TRANSFORMERS:
             out, per_cycle = model.lm.generate(ids, attention_mask=mask, **options), 1.0
         else:
+            draft_length = int(way.partition("=")[2])
             out, stats = model.generate(
                 ids, mask, draft_length=draft_length, return_stats=True, **options
             )
@@ -206,7 +204,7 @@ def in_transformers(arguments: argparse.Namespace, draft_length: int | None) -> 
     return decode
 
 
-def in_vllm(arguments: argparse.Namespace, draft_length: int | None) -> Decode:
+def in_vllm(arguments: argparse.Namespace, draft_length: int) -> Decode:
     """vLLM in this process, drafting as `nextlat serve` has it draft."""
     from vllm import LLM, SamplingParams
 
@@ -234,7 +232,7 @@ def in_vllm(arguments: argparse.Namespace, draft_length: int | None) -> Decode:
         names = ("num_accepted_tokens", "num_drafts")
         return [values.get(f"vllm:spec_decode_{name}", 0) for name in names]
 
-    def decode(prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+    def decode(way: str, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
         before = accepted_and_cycles()
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False

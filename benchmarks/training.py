@@ -85,10 +85,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default, text in [
-        ("layers", 4, "of the transformer"), ("width", 128, "of the transformer"), ("heads", 4, "of its attention"),
-        ("vocabulary", 4096, "tokens"), ("length", 128, "tokens a row"), ("batch", 8, "rows a step"),
-        ("turns", 7, "timed turns, after one that is not timed"), ("steps", 2, "steps a turn"), ("threads", 0, "on the CPU"),
-    ]:  # fmt: skip
+        ("layers", 4, "of the transformer"),
+        ("width", 128, "of the transformer"),
+        ("heads", 4, "of its attention"),
+        ("vocabulary", 4096, "tokens"),
+        ("length", 128, "tokens a row"),
+        ("batch", 8, "rows a step"),
+        ("turns", 7, "timed turns, after one that is not timed"),
+        ("steps", 2, "steps a turn"),
+        ("threads", 0, "on the CPU"),
+    ]:
         parser.add_argument(
             f"--{name}",
             type=int,
@@ -208,7 +214,7 @@ def their_ways(arguments: argparse.Namespace, device: torch.device, ours: list[W
     )
     if size != our_size:
         print(
-            f"{OTHER} makes {size} weights of the shape for which we make {our_size}, so it is left out.",
+            f"{OTHER} makes {size} weights of the shape for which we make {our_size}: left out.",
             file=sys.stderr,
         )
         return []
@@ -314,14 +320,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         return f"{statistics.median(values):.2f} ({values[0]:.2f}-{values[-1]:.2f})"
 
     print(
-        f"{'objective':<28}{'d':>2}{'params':>10}  {'steps/s vs next-token':<22}{'vs its own':<18}{'by FLOPs':>8}"
+        f"{'objective':<28}{'d':>2}{'params':>10}  {'steps/s vs next-token':<22}"
+        f"{'vs its own':<18}{'by FLOPs':>8}"
         f"{'peak MiB':>10}{'vs next-token':>15}"
     )
     for row in rows:
         expected = "-" if row["speed_by_flops"] is None else f"{row['speed_by_flops']:.2f}"
         print(
             f"{row['name']:<28}{row['horizon'] or '-':>2}{row['parameters'] / 1e6:>9.2f}M  "
-            f"{ratio(row['speed_against_next_token']):<22}{ratio(row['speed_against_own_next_token']):<18}{expected:>8}"
+            f"{ratio(row['speed_against_next_token']):<22}"
+            f"{ratio(row['speed_against_own_next_token']):<18}{expected:>8}"
             f"{row['peak_bytes'] / MIB:>10.1f}{row['peak_against_next_token']:>15.2f}"
         )
 

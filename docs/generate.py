@@ -52,7 +52,8 @@ def plain(text: str) -> str:
 
 # ---- Python reference ----
 
-# What those build on who add a task or an objective, or train from Python; besides `nextlat.__all__`.
+# Besides `nextlat.__all__`: what a task or an objective of one's own, or a training from Python,
+# builds on.
 BUILDING_BLOCKS = {
     "Training and measuring": [
         "nextlat.training.recipe.load_recipe",
@@ -288,8 +289,7 @@ def default_words(field: FieldInfo) -> str:
 def described(kind: type) -> dict[str, str]:
     """Field -> its description, from the docstrings of a class and its bases.
 
-    An entry is `name: text` (or `name, name: text`), indented by four, with its other lines indented
-    further.
+    An entry is `name: text` (or `name, name: text`), indented by four, its other lines further.
     """
     found: dict[str, str] = {}
     for cls in kind.__mro__:

@@ -123,7 +123,7 @@ def _metrics() -> Iterable[Metric]:
         title="Mean acceptance length",
         unit="number",
         **against_plain,
-    )  # type: ignore[arg-type]
+    )
     yield Metric(
         name="accepted_tokens_per_cycle",
         title="Accepted tokens per cycle",
@@ -131,7 +131,7 @@ def _metrics() -> Iterable[Metric]:
         headline=False,
         note="Accepted tokens are the acceptance length minus the transformer's own token.",
     )
-    yield Metric(name="decoding_speedup", title="Decoding speed", unit="factor", **against_plain)  # type: ignore[arg-type]
+    yield Metric(name="decoding_speedup", title="Decoding speed", unit="factor", **against_plain)
     for predictor in ("transformer", "dynamics"):
         yield from (accuracy(predictor, length) for length in (8, 16, 24))
     yield from (equation(place, split) for place in (1, 2) for split in ("seen", "held-out"))
@@ -293,6 +293,7 @@ def write_run(
             "device": "cpu (x86_64)",
             "threads": 1,
             "parameters": {"lm": 123456, "objective": 7890},
+            "steps": recipe["steps"],
             "tokens": 819200,
             "seconds": 61.5,
             **(record or {}),
@@ -301,7 +302,7 @@ def write_run(
     known = METRICS | {metric.key: metric for metric in declared}
     scores = {key: mean_score(np.asarray(values, float)) for key, values in (items or {}).items()}
     with (directory / SCORES).open("wb") as file:
-        np.savez(file, **{key: score.per_item for key, score in scores.items()})  # type: ignore[arg-type]
+        np.savez(file, **{key: score.per_item for key, score in scores.items()})
     metrics = [
         *(Measurement(known[key], score).record() for key, score in scores.items()),
         *(
@@ -434,7 +435,7 @@ def write_word_problem_run(directory: Path, objective: str, seed: int) -> Path:
 def write_path_star_run(
     directory: Path, objective: str, seed: int, losses: Mapping[int, float], exact: float
 ) -> Path:
-    """One run of G(2, 3) with these held-out losses at these steps and this share of exact paths."""
+    """One run of G(2, 3) with these held-out losses by step and this share of exact paths."""
     paths = np.arange(ITEMS) < round(ITEMS * exact)
     items = {
         "exact_path_accuracy": paths,

@@ -26,10 +26,18 @@ from nextlat.training.train import train
 from nextlat.training.trainer import NextLatTrainer
 
 OVERRIDES = [
-    "steps=6", "batch_size=2", "task.row_length=24", "run.save_every=2", "run.log_every=1", "run.eval_every=3", "task.tests=4",
-    "schedule.warmup_steps=1", "schedule.decay_steps=2",
-    "backbone.layers=1", "backbone.width=16",
-]  # fmt: skip
+    "steps=6",
+    "batch_size=2",
+    "task.row_length=24",
+    "run.save_every=2",
+    "run.log_every=1",
+    "run.eval_every=3",
+    "task.tests=4",
+    "schedule.warmup_steps=1",
+    "schedule.decay_steps=2",
+    "backbone.layers=1",
+    "backbone.width=16",
+]
 
 
 def counted(on_operation: Callable[[str], None]) -> None:
@@ -85,7 +93,7 @@ def in_a_fork(recipe: Recipe, out: Path, die_at: int | None) -> list[str]:
 
 
 def result(out: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
-    """What must not depend on interruptions: the model's files, and the metrics but for the time."""
+    """What must not depend on interruptions: the model's files, and the metrics without times."""
     files = (
         "model.safetensors",
         "nextlat/objective.safetensors",

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
-    BertConfig,
-    BertLMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -134,19 +132,6 @@ def test_what_is_no_decoder_only_causal_lm_is_refused() -> None:
         Backbone(AutoModel.from_config(tiny_lm("llama").config))
     with pytest.raises(nextlat.NextLatError, match="not a transformers model"):
         Backbone(nn.Linear(2, 2))
-
-
-def test_a_nested_head_is_refused() -> None:
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        is_decoder=True,
-    )
-    with pytest.raises(nextlat.NextLatError, match="nests layers inside its output head"):
-        Backbone(BertLMHeadModel(config))
 
 
 def test_logits_that_do_not_come_from_the_hidden_state_are_refused() -> None:

@@ -245,9 +245,9 @@ def test_mtp_drafts_what_its_heads_say_with_and_without_a_cache(family: str, rag
         state_BTS = objective.drafting_states(backbone.hidden(Batch.from_inputs(ids, ids)), ids)
 
         cache = (
-            RaggedCache(backbone, objective.cache_config, 24)
+            RaggedCache(backbone, 24, 3)
             if ragged
-            else GrowingCache(backbone, objective.cache_config, forgets=True)
+            else GrowingCache(backbone, {}, backbone.new_cache(3))
         )
         cached = torch.zeros_like(state_BTS)
         done = 0
@@ -272,7 +272,7 @@ def test_mtp_heads_keep_their_keys_out_of_the_models_own_layers() -> None:
     with torch.no_grad():
         plain = DynamicCache(config=model.config)
         model.backbone.step(ids, plain)
-        cache = DynamicCache(config=model.objective.cache_config)
+        cache = model.backbone.new_cache(model.objective.cached_layers)
         h, _ = model.backbone.step(ids, cache)
         model.objective.drafting_states(h, ids)
     assert len(plain.layers) == 2 and len(cache.layers) == 4

@@ -208,7 +208,9 @@ def test_only_a_finished_run_of_this_version_is_evaluated(
         ({"more": 1}, "has no 'more'"),
         ({"task": {}}, "'task.fingerprint' is missing"),
         ({"recipe": {**record["recipe"], "task": {"name": "strets"}}}, "unknown task 'strets'"),
-        ({"recipe": {**record["recipe"], "steps": 0}}, "'steps' = 0 is not valid"),
+        ({"recipe": {**record["recipe"], "steps": 0}}, "'recipe.steps' = 0 is not valid"),
+        ({"seed": 1}, "it contradicts its own recipe"),
+        ({"steps": 5}, "it contradicts its own recipe"),
     ):
         (tmp_path / "run.json").write_text(json.dumps({**record, **change}))
         assert told in fails("evaluate", tmp_path)

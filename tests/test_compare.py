@@ -155,7 +155,7 @@ def _finished(job: Job, directory: Path | None = None) -> None:
         job.objective,
         job.seed,
         items={"valid_trajectories": np.arange(12) < 6 + (job.objective == "nextlat")},
-        record={"recipe": recipe.to_dict()},
+        record={"recipe": recipe.to_dict(), "steps": recipe.steps},
     )
 
 

@@ -27,8 +27,11 @@ def compared(
     folder: Path, ours: dict[int, Items], theirs: dict[int, Items], **options: object
 ) -> TaskComparison:
     """Runs of NextLat and of the baseline with these items, by seed."""
-    paths = [write_run(folder / f"{name}-{seed}", name, seed, items=items, **options)  # type: ignore[arg-type]
-             for name, runs in (("nextlat", ours), ("next-token", theirs)) for seed, items in runs.items()]  # fmt: skip
+    paths = [
+        write_run(folder / f"{name}-{seed}", name, seed, items=items, **options)
+        for name, runs in (("nextlat", ours), ("next-token", theirs))
+        for seed, items in runs.items()
+    ]
     [task] = compare(read_runs(paths))
     return task
 

@@ -13,6 +13,7 @@ from conftest import FAMILIES, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.batch import Batch
 from nextlat.decoding import Cycle, GenerationStats, Pass, Request, Stopping, decode
+from nextlat.decoding.prepared import shares_passes
 from nextlat.decoding.sampling import Greedy
 from reference import VOCABULARY, Oracle, decoding_lm, enumerated, five_token_model, p_value
 
@@ -100,7 +101,9 @@ def run(
     new: int = NEW,
     eos: frozenset[int] = frozenset(),
 ):
-    request = Request(list(prompt), Greedy(), Stopping(new, eos), draft_length)
+    together = shares_passes(model.objective)
+    stopping = Stopping(new, eos)
+    request = Request(list(prompt), Greedy(), stopping, draft_length, together=together)
     with torch.no_grad():
         return [done.cycles[0] for done in decode(model.objective, request)]
 
@@ -251,7 +254,8 @@ def test_sampled_tokens_follow_the_enumerated_distribution(name: str):
             # several.
             stopping = Stopping(draft_length + 2)
             for done in decode(
-                model.objective, Request(list(prompt), sampler, stopping, draft_length)
+                model.objective,
+                Request(list(prompt), sampler, stopping, draft_length, together=True),
             ):
                 tokens += done.cycles[0].tokens
                 stats.count(done)
@@ -276,7 +280,7 @@ def test_the_drafters_choices_appear_as_often_as_the_transformer_wants():
     count, mean, variance = torch.zeros(3, 5, dtype=torch.float64)
     for draft_length in (1, 2, 3, 8) * 3:
         tokens, first = prompt[0].tolist(), []
-        request = Request(list(prompt), sampler, Stopping(120), draft_length)
+        request = Request(list(prompt), sampler, Stopping(120), draft_length, together=True)
         for done in decode(model.objective, request):
             [cycle] = done.cycles
             first += [len(tokens)] if cycle.drafted else []

@@ -1,4 +1,4 @@
-"""The demo's machinery, on its smallest recipe: jobs side by side, results gathered, failures told."""
+"""The demo on its smallest recipe: jobs side by side, results gathered, failures told."""
 
 from pathlib import Path
 

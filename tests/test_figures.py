@@ -79,7 +79,7 @@ def test_metric_panel_draws_every_seed_at_its_value(city: TaskComparison) -> Non
     assert [text[-1] for text in titles[:2]] == ["\N{DOWNWARDS ARROW}", "\N{UPWARDS ARROW}"]
     [rank] = [one for one in city.metrics if one.metric.name == "effective_latent_rank"]
     ax = figure.axes[titles.index("Effective latent rank\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}")]
-    drawn = sorted(float(bars.lines[0].get_ydata()[0]) for bars in ax.containers)  # type: ignore[union-attr, index, arg-type]
+    drawn = sorted(float(bars.lines[0].get_ydata()[0]) for bars in ax.containers)
     estimates = rank.estimates.values()
     assert drawn == sorted(value for one in estimates for value, _ in one.seeds.values())
 
@@ -89,7 +89,7 @@ def test_a_counterpart_stands_for_the_baseline_in_its_panel(tmp_path: Path) -> N
     figure = figures.metric_panel(compare(read_runs(paths))[0])
     assert figure is not None
     [ax] = [ax for ax in figure.axes if title(ax).startswith("Dynamics, 24")]
-    heights = [float(bars.lines[0].get_ydata()[0]) for bars in ax.containers]  # type: ignore[union-attr, index, arg-type]
+    heights = [float(bars.lines[0].get_ydata()[0]) for bars in ax.containers]
     assert heights == [pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01)]
 
 
@@ -204,10 +204,10 @@ def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_pat
     points = np.asarray(exact.get_offsets())
     corners = [[0, 0], [1, 0], [0.5, 3**0.5 / 2]]
     np.testing.assert_allclose(points[:3], corners)  # certainty of one state is its corner
-    assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3  # type: ignore[index]
+    assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3
     for scatter in decoded:
         assert np.array_equal(scatter.get_facecolor(), exact.get_facecolor())
-        assert not np.allclose(scatter.get_offsets(), points)  # type: ignore[arg-type]
+        assert not np.allclose(scatter.get_offsets(), points)
     assert figure.axes[2].get_title().split("\n") == ["NextLat d=2", "R\N{SUPERSCRIPT TWO} = 0.500"]
     figure.draw_without_rendering()
     boxes = [ax.get_position() for ax in figure.axes]  # two rows of three

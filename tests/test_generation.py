@@ -221,7 +221,10 @@ def test_calls_that_run_at_the_same_time_do_not_share_what_they_learn(
     monkeypatch: pytest.MonkeyPatch,
 ):
     model, ids, _, expected = batch_case("llama", 1)
-    request, plan = Request([ids[0]], Greedy(), Stopping(NEW), "auto"), AdaptiveLength.plan
+    request, plan = (
+        Request([ids[0]], Greedy(), Stopping(NEW), "auto", together=True),
+        AdaptiveLength.plan,
+    )
     learning: dict[int, set[int]] = {0: set(), 1: set()}
 
     def recorded(self: AdaptiveLength, rows: Any) -> int:
@@ -458,7 +461,7 @@ def test_sampled_batches_follow_the_enumerated_distribution(
     drafted = accepted = 0
     for _ in range(4):
         tokens: list[list[int]] = [[] for _ in range(rows)]
-        request = Request(prompts, sampler, Stopping(new), choice)
+        request = Request(prompts, sampler, Stopping(new), choice, together=True)
         for done in decode(model.objective, request):
             for row, cycle in zip(tokens, done.cycles, strict=True):
                 if cycle is not None:

@@ -154,20 +154,46 @@ def test_a_model_that_needs_its_objective_is_measured_by_what_it_predicts(
     assert len(set(right)) == 2
 
 
-def test_a_run_of_the_text_task_is_measured_by_them(files: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_text_task_is_measured_by_them(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stories = tmp_path / "stories.txt"
     stories.write_text(END_OF_TEXT.join(TEXTS))
     recipe = load_recipe(
         "text-small",
         [
-            f"task.train={stories}", "task.validation=", "task.vocab_size=300", "task.row_length=64", "task.held_out=10",
-            "task.tests=4", "task.prompt_length=8", "task.probes=0", "steps=2", "batch_size=2", "backbone.layers=1",
-            "backbone.width=16", "backbone.heads=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "run.threads=1",
-            "task.lm_eval=small_choices, small_pages", f"task.lm_eval_files={files}", "task.lm_eval_limit=8",
+            f"task.train={stories}",
+            "task.validation=",
+            "task.vocab_size=300",
+            "task.row_length=64",
+            "task.held_out=10",
+            "task.tests=4",
+            "task.prompt_length=8",
+            "task.probes=0",
+            "steps=2",
+            "batch_size=2",
+            "backbone.layers=1",
+            "backbone.width=16",
+            "backbone.heads=2",
+            "schedule.warmup_steps=0",
+            "schedule.decay_steps=1",
+            "run.threads=1",
+            "task.lm_eval=small_choices, small_pages",
+            f"task.lm_eval_files={files}",
+            "task.lm_eval_limit=8",
         ],
         objective="next-token",
-    )  # fmt: skip
-    result = evaluate(train(recipe, tmp_path / "run", progress=False))
+    )
+    train(recipe, tmp_path / "run", progress=False)
+    # The directory that the record of the run names may be a stranger's: it is not even looked at.
+    (files / "absent.yaml").write_text("task: !function hostile.task\n")
+    (files / "hostile.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(NextLatError, match=r"task\.lm_eval_files = .*can run Python code.*--code"):
+        evaluate(tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+    (files / "absent.yaml").unlink()
+    result = evaluate(tmp_path / "run", code=str(files))  # the user's own word
+    assert "can run Python code" in caplog.text
     measured = {metric.key: metric for metric in result.metrics}
     for benchmark, name in (
         ("small_choices", "acc"),

@@ -238,9 +238,17 @@ def test_next_token_loss_is_that_of_the_logits(name: str) -> None:
 
 
 TINY = [
-    "steps=4", "batch_size=4", "task.row_length=32", "task.tests=5",
-    "run.save_every=2", "run.log_every=1", "schedule.warmup_steps=1", "schedule.decay_steps=1", "backbone.layers=1", "backbone.width=16",
-]  # fmt: skip
+    "steps=4",
+    "batch_size=4",
+    "task.row_length=32",
+    "task.tests=5",
+    "run.save_every=2",
+    "run.log_every=1",
+    "schedule.warmup_steps=1",
+    "schedule.decay_steps=1",
+    "backbone.layers=1",
+    "backbone.width=16",
+]
 
 
 def tiny(*overrides: str, **arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A sixth objective and a seventh task, one file and one registration each, through every command."""
+"""A sixth objective and a seventh task, one file and one line each, through every command."""
 
 import json
 import os

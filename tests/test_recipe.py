@@ -80,10 +80,19 @@ def test_defaults_hold_where_a_file_is_silent(tmp_path: Path) -> None:
 def test_overrides_and_shorthands() -> None:
     recipe = load_recipe(
         "city-tiny",
-        ["steps=2_000", "optimizer.learning_rate=1", "schedule.name=cosine", "schedule.decay_steps=", "task.place=10115",
-         'run.report_to=["tensorboard", "wandb"]', "task.box=[1, 2.5, 3, 4]", "run.compile=true"],
-        horizon=8, seed=5,
-    )  # fmt: skip
+        [
+            "steps=2_000",
+            "optimizer.learning_rate=1",
+            "schedule.name=cosine",
+            "schedule.decay_steps=",
+            "task.place=10115",
+            'run.report_to=["tensorboard", "wandb"]',
+            "task.box=[1, 2.5, 3, 4]",
+            "run.compile=true",
+        ],
+        horizon=8,
+        seed=5,
+    )
     assert (recipe.steps, recipe.seed, recipe.objective_config.horizon) == (2000, 5, 8)
     assert recipe.optimizer.learning_rate == 1.0
     assert (recipe.schedule.name, recipe.schedule.decay_steps) == ("cosine", 0)
@@ -103,8 +112,14 @@ def test_only_the_chosen_objective_counts(tmp_path: Path) -> None:
     ("override", "told"),
     [
         ("stepz=3", "'stepz=3': a recipe has no 'stepz': perhaps steps is meant"),
-        ("optimizer.learning_rte=3", r"\[optimizer\] has no 'learning_rte': perhaps learning_rate is meant"),
-        ("objectives.nextlat.horizn=5", r"\[objectives.nextlat\] has no 'horizn': perhaps horizon is meant"),
+        (
+            "optimizer.learning_rte=3",
+            r"\[optimizer\] has no 'learning_rte': perhaps learning_rate is meant",
+        ),
+        (
+            "objectives.nextlat.horizn=5",
+            r"\[objectives.nextlat\] has no 'horizn': perhaps horizon is meant",
+        ),
         ("objectives.netlat.horizon=5", r"\[objectives\] has no 'netlat': perhaps nextlat"),
         ("objective=nextlatt", "unknown objective 'nextlatt': perhaps nextlat"),
         ("task.name=street", "unknown task 'street': perhaps streets is meant"),
@@ -123,22 +138,31 @@ def test_only_the_chosen_objective_counts(tmp_path: Path) -> None:
         ("optimizer=3", "'optimizer' must be a table"),
         ("steps.x=3", "'steps' is a value, not a table"),
         ("schedule.name=wds", "input should be 'constant', 'wsd', 'cosine' or 'linear'"),
-        ("schedule.name=linear", "schedule.decay_steps has no meaning with schedule.name = \"linear\""),
-        ("schedule.decay_steps=", "schedule.name = \"wsd\" needs schedule.decay_steps"),
+        (
+            "schedule.name=linear",
+            'schedule.decay_steps has no meaning with schedule.name = "linear"',
+        ),
+        ("schedule.decay_steps=", 'schedule.name = "wsd" needs schedule.decay_steps'),
         ("schedule.warmup_steps=50", "exceed the 60 steps"),
         ("run.precision=fp8", "'fp32' or 'bf16'"),
         ("run.compile=1", "valid boolean"),
         ("run.report_to=['tensorbord']", "'tensorboard', 'wandb' or 'trackio'"),
         ("task.box=[1, 2]", r"'task.box' = \[1, 2\] is not valid: too few values"),
-        ("backbone.pretrained=gpt2", "has its own sizes: remove backbone.layers, backbone.width, backbone.heads"),
+        (
+            "backbone.pretrained=gpt2",
+            "has its own sizes: remove backbone.layers, backbone.width, backbone.heads",
+        ),
         ("backbone.heads=", "backbone needs layers, width and heads"),
         ("gradient_accumulation=3", "batch_size 8 is no multiple of gradient_accumulation 3"),
-        ("objectives.nextlat.horizon=0", "'objectives.nextlat.horizon' = 0 is not valid: input should be greater"),
+        (
+            "objectives.nextlat.horizon=0",
+            "'objectives.nextlat.horizon' = 0 is not valid: input should be greater",
+        ),
         ("steps", "'steps' is not an override: write key=value"),
         ("=3", "is not an override"),
         ("a..b=3", "is not an override"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_one_sentence(override: str, told: str) -> None:
     with pytest.raises(NextLatError, match=told) as error:
         load_recipe("city-tiny", [override])
@@ -148,8 +172,7 @@ def test_what_is_wrong_is_one_sentence(override: str, told: str) -> None:
 
 def test_a_fault_in_the_file_names_the_file(tmp_path: Path) -> None:
     for text, told in {
-        MINIMAL
-        + "[run]\nsave_evry = 3\n": r"recipe mine.toml: \[run\] has no 'save_evry': perhaps save_every is meant",
+        MINIMAL + "[run]\nsave_evry = 3\n": r"mine.toml: \[run\] has no 'save_evry': perhaps sa",
         MINIMAL.replace(
             "width = 16\n", ""
         ): "recipe mine.toml: backbone needs layers, width and heads",

@@ -164,8 +164,8 @@ def test_the_page_is_whole_and_needs_nothing_else(report: tuple[Path, Path]) -> 
     links = {attrs["href"] for _, attrs in page.tags if "href" in attrs}
     assert len(links) == 3 and links <= anchors
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    # Two maps at two seeds; metrics, curves and acceptance of the city; metrics, accuracy and curves
-    # of the word problem and of Path-Star.
+    # Two maps at two seeds; metrics, curves and acceptance of the city; metrics, accuracy and
+    # curves of the word problem and of Path-Star.
     assert len(images) == 4 + 3 + 3 + 3
     for image in images:
         head, data = str(image["src"]).split(",")
@@ -416,7 +416,7 @@ def test_every_rendering_says_which_seeds_solve_it_and_from_which_step(
 def test_numbers_show_as_many_digits_as_their_error_deserves(
     value: float, error: float | None, unit: str, signed: bool, text: str
 ) -> None:
-    assert with_error(value, error, unit, signed=signed) == text  # type: ignore[arg-type]
+    assert with_error(value, error, unit, signed=signed) == text
 
 
 # ---- whatever a run says ----

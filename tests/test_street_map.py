@@ -47,9 +47,14 @@ def test_legal_rides_need_no_new_street():
         (1, W, 0),
     }
     assert found.counts() == {
-        "invented": 0, "true_used": 6, "true_unused": 34 - 6,
-        "explained": 3, "astray": 0, "failed": 0, "unclosed": 0,
-    }  # fmt: skip
+        "invented": 0,
+        "true_used": 6,
+        "true_unused": 34 - 6,
+        "explained": 3,
+        "astray": 0,
+        "failed": 0,
+        "unclosed": 0,
+    }
 
 
 def test_an_impossible_move_becomes_a_street_to_where_the_rest_can_be_followed_the_longest():
@@ -138,9 +143,14 @@ def test_rides_gone_astray_keep_their_streets_and_unclosed_ones_have_none():
         (0, W)
     ]  # to 1, 4, ...: none leads east and yet to 8
     assert found.counts() == {
-        "invented": 1, "true_used": 3, "true_unused": 31,
-        "explained": 0, "astray": 3, "failed": 0, "unclosed": 1,
-    }  # fmt: skip
+        "invented": 1,
+        "true_used": 3,
+        "true_unused": 31,
+        "explained": 0,
+        "astray": 3,
+        "failed": 0,
+        "unclosed": 1,
+    }
     assert found.rides == 4
 
 
@@ -202,7 +212,7 @@ def test_a_record_gives_back_network_and_map():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("network",), None, "'network'"),
+        (("network",), None, "'network' must be a table"),
         (("network", "targets"), [[0]] * 12, "targets has shape"),
         (("network", "targets", 0, 0), 12, "targets must lie"),
         (("network", "latitude", 0), "north", "latitude.*valid number"),

@@ -41,7 +41,7 @@ from nextlat.tasks.task import PAD
 
 MAX_MOVES = 24
 
-# --- an exact world model -------------------------------------------------------------------------
+# --- an exact world model -----------------------------------------------------------------------
 
 
 @dataclass
@@ -165,7 +165,7 @@ def random_walks(network: StreetNetwork, count: int, seed: int) -> Walks:
     return Walks(lengths, nodes, moves, nodes[np.arange(count), lengths])
 
 
-# --- the exact world model scores full marks ------------------------------------------------------
+# --- the exact world model scores full marks ----------------------------------------------------
 
 
 def test_the_exact_world_model_has_full_marks(city, pairs, prefixes):
@@ -181,7 +181,7 @@ def test_the_exact_world_model_has_full_marks(city, pairs, prefixes):
         assert score.per_item.shape == (len(pairs),)
 
 
-# --- each metric loses exactly what a known fault costs -------------------------------------------
+# --- each metric loses exactly what a known fault costs -----------------------------------------
 
 
 def test_next_token_test_counts_each_position_in_the_true_state(city, monkeypatch):
@@ -267,7 +267,7 @@ def test_valid_trajectories_lose_a_missed_end_an_early_end_and_an_illegal_move(c
 
 
 def test_the_budget_of_moves_is_exact(city, pairs):
-    """A shortest ride of n moves needs max_moves >= n; its `end` comes after them."""
+    """A shortest ride of n moves needs max_moves >= n; the `end` after them is no move."""
     for budget in (3, 6):
         score = valid_trajectories(Oracle(city), city, pairs, budget)
         np.testing.assert_array_equal(score.per_item, hops_between(city, pairs) <= budget)
@@ -539,7 +539,7 @@ def test_prefix_pairs_refuse_a_network_that_has_none():
         prefix_pairs(two, 5, max_moves=10)
 
 
-# --- a real transformer ---------------------------------------------------------------------------
+# --- a real transformer -------------------------------------------------------------------------
 
 
 class Plain:
@@ -714,7 +714,7 @@ def test_a_ride_ends_where_it_leaves_the_map_unless_told_to_go_on(city, pairs):
 
 
 def test_a_ride_that_left_the_map_never_returns(city):
-    """After an illegal move it is nowhere, not at the last intersection of the list (index -1)."""
+    """After an illegal move the place is nowhere, not the last intersection (index -1)."""
     last = len(city) - 1
     direction = int((city.targets[last] >= 0).argmax())
     destination, source = int(city.targets[last, direction]), 0
@@ -902,8 +902,11 @@ def test_the_task_declares_what_the_paper_reports():
     figures = task.published.figures
     assert {metric.published for metric in task.metrics} - {None} == set(figures)
     assert figures["effective_latent_rank"].by_method == {
-        "GPT": 160.1, "MTP": 57.7, "JTP": 215.8, "NextLat": 52.7,
-    }  # fmt: skip
+        "GPT": 160.1,
+        "MTP": 57.7,
+        "JTP": 215.8,
+        "NextLat": 52.7,
+    }
     [(picture, content)] = task.artifacts(Plain(task.network))
     assert (picture.kind, picture.file) == ("map", "map.json")
     network, _ = read_map_record(json.loads(json.dumps(content)))

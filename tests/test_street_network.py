@@ -123,9 +123,23 @@ def test_a_seed_always_gives_the_same_city():
 
 @pytest.mark.parametrize(
     ("degrees", "expected"),
-    [(0, "N"), (22.4, "N"), (22.6, "NE"), (67.4, "NE"), (67.6, "E"), (90, "E"), (135, "SE"),
-     (180, "S"), (202.6, "SW"), (270, "W"), (315, "NW"), (337.4, "NW"), (337.6, "N"), (359.9, "N")],
-)  # fmt: skip
+    [
+        (0, "N"),
+        (22.4, "N"),
+        (22.6, "NE"),
+        (67.4, "NE"),
+        (67.6, "E"),
+        (90, "E"),
+        (135, "SE"),
+        (180, "S"),
+        (202.6, "SW"),
+        (270, "W"),
+        (315, "NW"),
+        (337.4, "NW"),
+        (337.6, "N"),
+        (359.9, "N"),
+    ],
+)
 def test_sectors_of_45_degrees_around_each_compass_point(degrees, expected):
     angle, lat = np.radians(degrees), 40.75
     north, east = 1e-4 * np.cos(angle), 1e-4 * np.sin(angle) / np.cos(np.radians(lat))
@@ -397,9 +411,15 @@ def osm_graph() -> nx.MultiDiGraph:
     }.items():
         found.add_node(node, y=lat, x=lon, street_count=3)
     for a, b, length in (
-        (30, 10, 111.0), (10, 20, 85.0), (20, 30, 140.0), (30, 50, 222.0), (50, 10, 111.0),
-        (30, 10, 500.0), (10, 10, 60.0), (30, 40, 9000.0),
-    ):  # fmt: skip
+        (30, 10, 111.0),
+        (10, 20, 85.0),
+        (20, 30, 140.0),
+        (30, 50, 222.0),
+        (50, 10, 111.0),
+        (30, 10, 500.0),
+        (10, 10, 60.0),
+        (30, 40, 9000.0),
+    ):
         found.add_edge(a, b, osmid=1, length=length, oneway=True)
     return found
 

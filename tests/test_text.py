@@ -37,8 +37,14 @@ STORIES = [
     for i in range(60)
 ]
 SMALL: dict[str, Any] = {
-    "vocab_size": 300, "row_length": 32, "held_out": 10, "tests": 8, "prompt_length": 8, "probes": 3, "probe_steps": 5,
-}  # fmt: skip
+    "vocab_size": 300,
+    "row_length": 32,
+    "held_out": 10,
+    "tests": 8,
+    "prompt_length": 8,
+    "probes": 3,
+    "probe_steps": 5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -312,33 +318,67 @@ def bad(tmp_path: Path, name: str, content: str | bytes) -> str:
     ("settings_of", "sentence"),
     [
         (lambda p: {"train": str(p / "none.txt")}, "there is no file .*none.txt .*set task.train"),
-        (lambda p: {"train": bad(p, "a.csv", "x")}, "a.csv' is not a .txt, .jsonl or .parquet file"),
-        (lambda p: {"train": bad(p, "a.txt", "a"), "validation": bad(p, "b.md", "x")}, "task.validation = .*b.md"),
+        (
+            lambda p: {"train": bad(p, "a.csv", "x")},
+            "a.csv' is not a .txt, .jsonl or .parquet file",
+        ),
+        (
+            lambda p: {"train": bad(p, "a.txt", "a"), "validation": bad(p, "b.md", "x")},
+            "task.validation = .*b.md",
+        ),
         (lambda p: {"train": bad(p, "a.txt", "")}, "a.txt holds no document"),
         (lambda p: {"train": bad(p, "a.txt", f" \n{END_OF_TEXT}\n")}, "a.txt holds no document"),
         (lambda p: {"train": bad(p, "a.txt", b"\xff\xfe\xfa")}, "a.txt cannot be read"),
-        (lambda p: {"train": bad(p, "a.txt", "one" + END_OF_TEXT + "two")}, "no more documents than the 10 .*task.held_out"),
-        (lambda p: {"train": bad(p, "a.jsonl", '{"body": "x", "id": 1}\n')}, "a.jsonl has no column 'text' but body, id"),
-        (lambda p: {"train": bad(p, "a.jsonl", '{"text": 5}\n')}, "column 'text' .* holds int values"),
-        (lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"}\n[1]\n')}, "line 2 of .* not a JSON object"),
-        (lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"}\n{"text": "x"')}, "line 2 of .*a.jsonl is not JSON"),
+        (
+            lambda p: {"train": bad(p, "a.txt", "one" + END_OF_TEXT + "two")},
+            "no more documents than the 10 .*task.held_out",
+        ),
+        (
+            lambda p: {"train": bad(p, "a.jsonl", '{"body": "x", "id": 1}\n')},
+            "a.jsonl has no column 'text' but body, id",
+        ),
+        (
+            lambda p: {"train": bad(p, "a.jsonl", '{"text": 5}\n')},
+            "column 'text' .* holds int values",
+        ),
+        (
+            lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"}\n[1]\n')},
+            "line 2 of .* not a JSON object",
+        ),
+        (
+            lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"}\n{"text": "x"')},
+            "line 2 of .*a.jsonl is not JSON",
+        ),
         (lambda p: {"train": bad(p, "a.jsonl", b'{"text": "\xe9"}')}, "a.jsonl cannot be read"),
         (lambda p: {"train": bad(p, "a.parquet", "not one")}, "a.parquet cannot be read"),
-        (lambda p: {"train": str(as_parquet(p / "a.parquet")), "column": "story"}, "no column 'story' but id, text"),
+        (
+            lambda p: {"train": str(as_parquet(p / "a.parquet")), "column": "story"},
+            "no column 'story' but id, text",
+        ),
         (lambda p: {}, "needs task.train .* or task.dataset"),
         (lambda p: {"train": "a.txt", "dataset": "x/y"}, "one of the two"),
         (lambda p: {"train": "a.txt", "tokenizer": "gpt2"}, "task.tokenizer .* or task.vocab_size"),
         (lambda p: {"train": "a.txt", "vocab_size": None}, "task.tokenizer .* or task.vocab_size"),
         (lambda p: {"train": "a.txt", "split": "test"}, "task.split has no meaning"),
         (lambda p: {"train": "a.txt", "streaming": False}, "task.streaming has no meaning"),
-        (lambda p: {"dataset": "x/y", "validation": "a.txt", "validation_split": "test"}, "remove one"),
-        (lambda p: {"train": bad(p, "a.txt", "text"), "validation": str(p / "a.txt"), "vocab_size": 256}, "at least 257"),
+        (
+            lambda p: {"dataset": "x/y", "validation": "a.txt", "validation_split": "test"},
+            "remove one",
+        ),
+        (
+            lambda p: {
+                "train": bad(p, "a.txt", "text"),
+                "validation": str(p / "a.txt"),
+                "vocab_size": 256,
+            },
+            "at least 257",
+        ),
         (lambda p: {"train": "a.txt", "row_length": 1}, "'row_length' = 1 .* 2"),
         (lambda p: {"train": "a.txt", "max_length": 31}, "task.max_length is 31"),
         (lambda p: {"train": "a.txt", "prompt_length": 32}, "no room"),
         (lambda p: {"train": "a.txt", "separator": ""}, "'separator' = .* at least 1 character"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_one_sentence(
     settings_of: Callable[[Path], dict[str, Any]],
     sentence: str,

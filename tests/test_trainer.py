@@ -20,7 +20,6 @@ from conftest import tiny_lm
 from nextlat import NextLatTrainer
 from nextlat.errors import NextLatError
 from nextlat.training.recipe import load_recipe
-from nextlat.training.trainer import NextLatMixin
 
 TRAINERS = (Trainer, NextLatTrainer)
 Rows = list[dict[str, torch.Tensor]]
@@ -249,8 +248,8 @@ class Counting(Trainer):
         return super().training_step(*args, **kwargs)
 
 
-def test_the_mixin_serves_another_trainer(tmp_path: Path, rows: Rows) -> None:
-    class Mine(NextLatMixin, Counting):
+def test_it_is_a_mixin_for_other_trainers(tmp_path: Path, rows: Rows) -> None:
+    class Mine(NextLatTrainer, Counting):
         pass
 
     done = train(Mine, tmp_path, rows)
@@ -269,6 +268,13 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path, rows: Rows) -> None:
     )
     with pytest.raises(NextLatError, match="compute_metrics needs logits"):
         trainer.evaluate()
+    with pytest.raises(NextLatError, match="label_smoothing_factor is not for"):
+        train(NextLatTrainer, tmp_path, rows, label_smoothing_factor=0.1)
+    trainer = NextLatTrainer(
+        model(), arguments(tmp_path), train_dataset=rows, compute_loss_func=len
+    )
+    with pytest.raises(NextLatError, match="leave compute_loss_func out"):
+        trainer.train()
 
 
 class Spoil(TrainerCallback):

@@ -50,7 +50,7 @@ def line(targets: list[list[int]]) -> StreetNetwork:
 
 
 def documents(row: dict[str, torch.Tensor]) -> list[list[int]]:
-    """The documents of a packed row, cut where positions restart; checks what holds of any row."""
+    """The documents of a packed row, cut where positions restart; what holds of any is checked."""
     tokens, positions, valid = (
         row[name].tolist() for name in ("input_ids", "position_ids", "attention_mask")
     )

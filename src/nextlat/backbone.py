@@ -1,32 +1,35 @@
 """Together with `last_layer` the only file that knows the insides of `transformers` models: hidden
 states, embeddings, output head, packing.
 
-Nothing here goes by the names of modules or config fields. What a model does is found out on a
-2 x 5 batch when it is attached, and a model that does something we cannot reproduce is refused
-there, in one sentence, instead of training something subtly different.
+What a model does is found out on a 2 x 5 batch when it is attached, not by the names of its modules
+or config fields, and a model that does something we cannot reproduce is refused there, in one
+sentence, instead of training something subtly different. What shows on long texts alone is told
+apart by what the model is made of: the kinds of its layers, and rotary factors that change.
 
 Shapes: B rows, T tokens, D width, V vocabulary, E width of the embeddings (= D almost everywhere).
 """
 
 import copy
 import inspect
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoModel,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.head import Around, Head, Read
+
+LIBRARY = DynamicCache.__module__  # defines the kinds of layers that many models share
 
 # Relative to the largest logit. A wrong head (a cap, a scale, a missing norm) is off by far more
 # than rounding.
@@ -52,78 +55,6 @@ def evaluation_mode(*models: object) -> Iterator[None]:
             module.training = True
 
 
-class Head:
-    """The output head as a function of the hidden state: (..., D) -> (..., V), trainable or frozen.
-
-    A plain linear head has `weight` (V, D) and `bias`. Any other (soft-capping, scaling by a
-    constant) has None there, and is reproduced by running the model's own `forward` with its
-    backbone replaced by the given states.
-    """
-
-    def __init__(self, lm: PreTrainedModel, *, linear: bool, frozen: bool) -> None:
-        self._lm, self._linear, self._frozen = lm, linear, frozen
-
-    @property
-    def weight(self) -> Tensor | None:
-        return self._parameters()[0] if self._linear else None
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._parameters()[1] if self._linear else None
-
-    def _parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the output embeddings, looked up anew: they can be resized, tied or
-        replaced at any time."""
-        table: Any = self._lm.get_output_embeddings()
-        weight, bias = table.weight, getattr(table, "bias", None)
-        if self._frozen:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return weight, bias
-
-    def _project(self, h: Tensor) -> Tensor:
-        weight, bias = self._parameters()
-        return F.linear(h.to(weight.dtype), weight, bias)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        if self._linear:
-            return self._project(h)
-        states = h.reshape(1, -1, h.shape[-1]).to(next(self._lm.parameters()).dtype)
-        stub: Any = _BackboneGiven(self._lm, states, self._project if self._frozen else None)
-        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=h.device)
-        logits = type(self._lm).forward(stub, input_ids=ids, use_cache=False).logits
-        return logits.reshape(*h.shape[:-1], logits.shape[-1])
-
-
-class _BackboneGiven:
-    """Stands in for a causal LM inside its own `forward`: the backbone returns the given states,
-    everything else is the real model's."""
-
-    def __init__(self, lm: PreTrainedModel, states: Tensor, frozen_project: Any) -> None:
-        self._lm, self._states, self._frozen_project = lm, states, frozen_project
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._lm, name)
-        if value is self._lm.base_model:
-            return lambda *args, **kwargs: _BackboneOutput(self._states)
-        if self._frozen_project is not None and value is self._lm.get_output_embeddings():
-            return self._frozen_project
-        return value
-
-
-class _BackboneOutput:
-    """What a backbone returns, with nothing in it but the states (mixture-of-experts forwards also
-    read router logits)."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.last_hidden_state = states
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
 class Backbone:
     """Hidden states, embeddings and head of a causal LM, verified at construction.
 
@@ -136,10 +67,11 @@ class Backbone:
         width, embedding_width, vocab_size: D, E, V as measured.
         packs: whether documents packed into one row by `position_ids` give the states of separate
             documents.
+        pads_left: whether padding on the left of a row leaves its states as they are.
 
     Raises:
-        NextLatError: not a causal LM of transformers, an encoder-decoder, a nested head, or a head
-            that cannot be reproduced.
+        NextLatError: not a causal LM of transformers, an encoder-decoder, states that depend on
+            later tokens, or a head that cannot be reproduced.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -154,26 +86,58 @@ class Backbone:
                 f"{name} is an encoder-decoder: next-latent prediction needs a decoder-only causal "
                 "LM."
             )
-        if lm.get_output_embeddings() is None or lm.base_model is lm:
+        if lm.get_output_embeddings() is None:
             raise NextLatError(
                 f"{name} has no output head of its own: load it with AutoModelForCausalLM, not "
                 "AutoModel."
             )
+        if lm.config.model_type == "reformer":  # shows only where the text is longer than a chunk
+            raise NextLatError(
+                f"{name} sorts all positions of a text into buckets, so that its states depend on "
+                "later tokens: next-latent prediction needs a causal LM."
+            )
         with evaluation_mode(lm):
             ids = probe_ids(lm)
             logits, h = lm(input_ids=ids, use_cache=False).logits, self.states(ids)
+            other = torch.cat([ids[:, :3], (ids[:, 3:] + 1) % (ids.max() + 1)], dim=1)
+            if not self.close(self.states(other)[:, :3], h[:, :3]):
+                raise NextLatError(
+                    f"the states of {name} depend on later tokens: next-latent prediction needs a "
+                    "causal LM (one of the BERT family needs is_decoder=True in its "
+                    "configuration)."
+                )
             self.width, self.vocab_size = h.shape[-1], logits.shape[-1]
             self.embedding_width = self.embed(ids).shape[-1]
             linear = self._head_is_linear(h, logits)
-            self.head = Head(lm, linear=linear, frozen=False)
-            self.frozen_head = Head(lm, linear=linear, frozen=True)
+            self.head = Head(lm, self.transformer, linear=linear, frozen=False)
+            self.frozen_head = Head(lm, self.transformer, linear=linear, frozen=True)
             with torch.enable_grad():
                 if self.frozen_head(h.detach()).requires_grad:
                     raise NextLatError(
-                        f"{name} nests layers inside its output head, which cannot be frozen for "
-                        "the KL: not supported."
+                        f"the output head of {name} cannot be frozen, as the KL needs it: this "
+                        "architecture is not supported."
                     )
-            self.packs = self._packs(ids)
+            positions = torch.tensor([[0, 1, 0, 1, 2]], device=ids.device).expand(2, 5)
+            mask = torch.tensor([[0, 0, 1, 1, 1]], device=ids.device).expand(2, 5)
+            known, first, rest = not self.foreign_layers, slice(0, 2), slice(2, 5)
+            self.pads_left = known and self._reads(ids, [rest], attention_mask=mask)
+            self.packs = known and "position_ids" in self.step_arguments
+            self.packs = self.packs and self._reads(ids, [first, rest], position_ids=positions)
+
+    @property
+    def transformer(self) -> Any:
+        """The LM without its head: what gives h."""
+        base, lm = self.lm.base_model, self.lm
+        if base is not lm:
+            return base
+        # Some name it otherwise than `base_model_prefix` says.
+        inner = [child for child in lm.children() if isinstance(child, PreTrainedModel)]
+        if len(inner) != 1:
+            raise NextLatError(
+                f"{type(lm).__name__} is not one transformer and a head: this architecture is not "
+                "supported."
+            )
+        return inner[0]
 
     def _head_is_linear(self, h: Tensor, logits: Tensor) -> bool:
         """The model's own forward on given states is the truth; a plain linear map replaces it only
@@ -183,12 +147,12 @@ class Backbone:
         magnified states.)
         """
         try:
-            own = Head(self.lm, linear=False, frozen=False)
+            own = Head(self.lm, self.transformer, linear=False, frozen=False)
             own_agrees = self.close(own(h), logits)
         except Exception:  # whatever a foreign forward raises, the linear head is still open
             own_agrees = False
         try:
-            plain = Head(self.lm, linear=True, frozen=False)
+            plain = Head(self.lm, self.transformer, linear=True, frozen=False)
             plain_agrees = self.close(plain(h), logits)
             for scale in (30.0, 1000.0) if own_agrees else ():
                 plain_agrees = plain_agrees and self.close(plain(h * scale), own(h * scale))
@@ -201,15 +165,12 @@ class Backbone:
             )
         return plain_agrees
 
-    def _packs(self, ids: Tensor) -> bool:
-        if "position_ids" not in self.step_arguments:
-            return False
+    def _reads(self, ids: Tensor, pieces: Sequence[slice], **arguments: Any) -> bool:
+        """Whether pieces of the rows have the states with these arguments that they have alone."""
         try:
-            positions = torch.tensor([[0, 1, 0, 1, 2]], device=ids.device).expand(2, 5)
-            packed = self.states(ids, position_ids=positions)
-            separate = torch.cat([self.states(ids[:, :2]), self.states(ids[:, 2:])], dim=1)
-            return self.close(packed, separate)
-        except Exception:  # a model that cannot even take the arguments does not pack
+            h = self.states(ids, **arguments)
+            return all(self.close(h[:, piece], self.states(ids[:, piece])) for piece in pieces)
+        except Exception:  # it cannot even take the arguments
             return False
 
     @staticmethod
@@ -232,7 +193,7 @@ class Backbone:
         """
         # use_cache=False is part of the meaning: with a cache, transformers silently attends across
         # packed documents.
-        return (encoder or self.lm.base_model)(input_ids=input_ids, use_cache=False, **arguments)[0]
+        return (encoder or self.transformer)(input_ids=input_ids, use_cache=False, **arguments)[0]
 
     def hidden(self, batch: Batch, encoder: nn.Module | None = None) -> Tensor:
         """h_BTD, the input of the output head: after the final norm, so that
@@ -254,7 +215,14 @@ class Backbone:
             # Positions alone: transformers infers documents only where no attention mask is given.
             return self.states(batch.input_ids, encoder, position_ids=batch.position_ids)
         if not batch.packed:
-            return self.states(batch.input_ids, encoder, attention_mask=batch.valid)
+            assert batch.valid is not None
+            if not self.pads_left and bool((batch.valid[:, 1:] & ~batch.valid[:, :-1]).any()):
+                raise NextLatError(
+                    f"{type(self.lm).__name__} reads padding on the left of a row as text: pad on "
+                    "the right (padding_side='right'; belief-state rows, which are read in both "
+                    "directions, not at all)."
+                )
+            return self.states(batch.input_ids, encoder, attention_mask=batch.valid.long())
         if flash:
             raise NextLatError(
                 "flash attention ignores document boundaries in batches of several rows: load the "
@@ -271,7 +239,8 @@ class Backbone:
         Args:
             input_ids: (B, T) the next tokens.
             cache: of what was read before, updated in place; None = a new one is made.
-            arguments: what rows of unequal length need, see `decoding.cache`.
+            arguments: what rows of unequal length need, see `decoding.cache`. Positions that are
+                not among them go on where the cache ends.
 
         Returns:
             h_BTD and the cache.
@@ -279,21 +248,39 @@ class Backbone:
         Raises:
             NextLatError: the model keeps no such cache (a purely recurrent one).
         """
-        out = self.lm.base_model(
+        if "position_ids" not in arguments and "position_ids" in self.step_arguments:
+            # Some models count every call from 0 unless they are told.
+            start, steps = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
+            positions = torch.arange(start, start + steps, device=input_ids.device)
+            arguments["position_ids"] = positions.expand_as(input_ids)
+        out = self.transformer(
             input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments
         )
         kept = getattr(out, "past_key_values", None)
         if kept is None:
             raise NextLatError(
-                f"{type(self.lm).__name__} keeps no key-value cache: it can be trained here, but "
-                "not decoded."
+                f"{type(self.lm).__name__} keeps no key-value cache, and cannot read step by step."
             )
         return out[0], kept
+
+    def read(self, inputs: Mapping[str, Any]) -> Any:
+        """What the transformer returns, h_BTD first, for arguments of the LM's own forward pass, as
+        `prepare_inputs_for_generation` makes them."""
+
+        def call(transformer: Any, *arguments: Any, **keywords: Any) -> None:
+            raise Read(transformer(*arguments, **keywords))
+
+        around: Any = Around(self.lm, self.transformer, call)
+        try:
+            type(self.lm).forward(around, **inputs, return_dict=True)
+        except Read as read:
+            return read.output
+        raise NextLatError(f"{type(self.lm).__name__} does not call its transformer.")
 
     @property
     def step_arguments(self) -> Set[str]:
         """Names of the arguments that `step` takes."""
-        return inspect.signature(self.lm.base_model.forward).parameters.keys()
+        return inspect.signature(self.transformer.forward).parameters.keys()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """E(x): (...,) -> (..., E), by the model's own input embedding module (with its scaling,
@@ -313,16 +300,34 @@ class Backbone:
         new = AutoModel.from_config(config, attn_implementation=kernel, dtype=lm.dtype)
         return new.to(lm.device)
 
-    def cache_config(self, extra_layers: int = 0) -> PreTrainedConfig:
-        """What to build a KV cache from so that it has room for `extra_layers` more layers, each
-        like the last one."""
-        if not extra_layers:
-            return self.lm.config
-        config = copy.deepcopy(self.lm.config.get_text_config(decoder=True))
-        config.num_hidden_layers += extra_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = [*config.layer_types, *[config.layer_types[-1]] * extra_layers]
-        return config
+    def new_cache(self, extra_layers: int = 0) -> DynamicCache:
+        """The cache that transformers makes for this model, with room for `extra_layers` more
+        layers, each like the last one."""
+        cache = DynamicCache(config=self.lm.config)
+        cache.layers += [copy.deepcopy(cache.layers[-1]) for _ in range(extra_layers)]
+        return cache
+
+    @property
+    def foreign_layers(self) -> list[str]:
+        """Kinds of layers that this architecture alone has, by how they keep the past: what they do
+        with many tokens cannot be found out on few."""
+        try:
+            layers = self.new_cache().layers
+        except Exception:  # it has no such cache
+            return []
+        return sorted({type(x).__name__ for x in layers if type(x).__module__ != LIBRARY})
+
+    @property
+    def rotary_change(self) -> int | None:
+        """Length of text from which on the rotary factors are others, so that what was cached
+        before does not go with what comes after; None = they never change."""
+        config: Any = self.lm.config.get_text_config(decoder=True)
+        parameters = getattr(config, "rope_parameters", None) or {}
+        kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+        changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+        name = "original_max_position_embeddings"
+        lengths = [kind.get(name) or config.max_position_embeddings for kind in changing]
+        return min(lengths, default=None)
 
 
 def probe_ids(lm: PreTrainedModel) -> Tensor:

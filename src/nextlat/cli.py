@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 from typer import Argument, Option
 
 from nextlat import terminal
 from nextlat.errors import NextLatError, first_line
-from nextlat.signals import StopSignal
 
 if TYPE_CHECKING:
     from nextlat.training.sweep import Job
@@ -24,31 +22,8 @@ if TYPE_CHECKING:
 PLUGINS = "NEXTLAT_PLUGINS"
 
 
-class _Commands(typer.core.TyperGroup):
-    """What the user can mend is one sentence and exit code 2; an interrupt is 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with StopSignal():
-                return super().invoke(ctx)
-        except NextLatError as error:
-            terminal.say(f"error: {str(error).rstrip('.')}.")
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as error:
-            terminal.say(str(error) or "stopped.")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            # Of click's errors of usage, whose classes typer has moved.
-            tell = getattr(error, "format_message", None)
-            if tell is None:
-                raise
-            path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
-            terminal.say(f"error: {tell().rstrip('.')} (see '{path} --help').")
-            raise typer.Exit(2) from None
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=terminal.Commands,
     help="Next-latent prediction for any Hugging Face causal LM: train it, measure it, see it, "
     "decode with it.",
     no_args_is_help=True,
@@ -143,15 +118,26 @@ def train(
     if was_finished:
         terminal.say(f"{directory} is finished: it is not trained any further.")
     if evaluate and not (directory / "results.json").exists():
-        terminal.evaluate(directory, progress)
+        terminal.evaluate(directory, progress, loaded.task.code)
     terminal.say(f"The model is in {directory}.")
 
 
 @app.command()
-def evaluate(runs: Runs, progress: Shown = True) -> None:
+def evaluate(
+    runs: Runs,
+    progress: Shown = True,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Definitions of benchmarks, which may run Python code (task.lm_eval_files); those "
+            "that a run names itself are never used.",
+        ),
+    ] = None,
+) -> None:
     """Measure finished runs: results.json in each of them, and a table here."""
     for directory in runs:
-        terminal.evaluate(directory, progress)
+        terminal.evaluate(directory, progress, code)
     terminal.report(runs, None)
 
 
@@ -214,7 +200,7 @@ def generate(
     ids = _prompt(run, tokenizer, prompt)
     if max(ids, default=0) >= (known := model.backbone.vocab_size):
         raise NextLatError(
-            f"the tokenizer of {run} makes token {max(ids)} of the prompt, and the model has only "
+            f"the tokenizer of {run} makes token {max(ids)} of the prompt, the model knows only "
             f"{known}: restore the tokenizer that it was trained with."
         )
     if max_new_tokens is None:

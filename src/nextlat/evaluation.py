@@ -14,7 +14,7 @@ import torch
 
 from nextlat.decoding.speed import TRANSFORMERS, compare_decoding
 from nextlat.errors import NextLatError
-from nextlat.files import TEMPORARY, write_errors, write_json
+from nextlat.files import TEMPORARY, remove, write_errors, write_json
 from nextlat.model import ObjectiveModel, load
 from nextlat.results import (
     RESULTS,
@@ -31,7 +31,7 @@ from nextlat.results import (
     facts_of,
 )
 from nextlat.tasks import Task
-from nextlat.tasks.task import NEXTLAT, OURS, held_out_cross_entropy
+from nextlat.tasks.task import NEXTLAT, OURS, held_out_cross_entropy, vocabulary_size
 from nextlat.training.recipe import Recipe
 from nextlat.training.run_directory import read_record
 
@@ -100,8 +100,14 @@ METRICS = (NEXT_TOKEN_LOSS, MEAN_ACCEPTANCE_LENGTH, ACCEPTED_TOKENS, *SPEEDS)
 Progress = Callable[[str, int, int], None]  # what is measured now, how many are done, of how many
 
 
-def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
+def open_run(
+    directory: str | Path, *, code: str | None = None
+) -> tuple[Recipe, Task, ObjectiveModel]:
     """Recipe, task and trained model of a run directory.
+
+    Args:
+        directory: of the run.
+        code: see `TaskConfig.trusting`. What the run's record names is never executed.
 
     Raises:
         NextLatError: not a run, not finished, damaged, or its world is no longer the one it was
@@ -120,21 +126,33 @@ def open_run(directory: str | Path) -> tuple[Recipe, Task, ObjectiveModel]:
             "goes on."
         )
     recipe = Recipe.from_dict(record["recipe"], record.get("recipe_name", directory.name))
-    task = recipe.task.build()
+    task = recipe.task.trusting(code).build()
     if task.fingerprint() != record["task"]["fingerprint"]:
         raise NextLatError(
             f"the data of task {recipe.task_name} are not those that {directory} was trained on: "
             "restore them to evaluate it."
         )
-    return recipe, task, load(directory)
+    model = load(directory)
+    table: Any = model.lm.get_input_embeddings()
+    if model.objective.config != recipe.objective_config or (
+        len(table.weight) < vocabulary_size(task.tokenizer)
+    ):
+        raise NextLatError(
+            f"the model in {directory} is not the one that its run.json describes: put the files "
+            "back together."
+        )
+    return recipe, task, model
 
 
-def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Result:
+def evaluate(
+    directory: str | Path, *, code: str | None = None, progress: Progress | None = None
+) -> Result:
     """Measure a finished run, and write results.json, scores.npz and the files of its pictures into
     it.
 
     Args:
         directory: of the run.
+        code: see `open_run`.
         progress: called before every measurement.
 
     Returns:
@@ -144,7 +162,7 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Resu
         NextLatError: see `open_run`; or the results cannot be written.
     """
     directory = Path(directory)
-    recipe, task, model = open_run(directory)
+    recipe, task, model = open_run(directory, code=code)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.run.threads or threads)
@@ -173,7 +191,8 @@ def evaluate(directory: str | Path, *, progress: Progress | None = None) -> Resu
     )
     with write_errors(directory):
         temporary = directory / f"{TEMPORARY}{SCORES}"
-        with temporary.open("wb") as file:
+        remove(temporary)
+        with temporary.open("xb") as file:
             items: dict[str, Any] = {m.metric.key: m.score.per_item for m in measurements}
             np.savez(file, **items)
         temporary.replace(directory / SCORES)

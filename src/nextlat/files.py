@@ -17,16 +17,10 @@ from safetensors import SafetensorError
 
 from nextlat.errors import NextLatError
 
-TEMPORARY = ".nextlat-tmp-"  # prefix of every unfinished file or directory; what bears it may be deleted when nobody writes
+TEMPORARY = ".nextlat-tmp-"  # prefix of what is unfinished, and may be deleted when nobody writes
 
-# torch.save and safetensors report a failed write in their own ways, and not as OSError.
-_TORCH_WRITE_ERRORS = (
-    "PytorchStreamWriter",
-    "inline_container",
-    "iostream error",
-    "File cannot be opened",
-    "does not exist",
-)
+# What torch.save says where it fails to write, in a RuntimeError.
+_OF_TORCH = ("PytorchStreamWriter", "inline_container", "iostream", "cannot be opened", "not exist")
 
 
 @contextmanager
@@ -34,6 +28,10 @@ def write_errors(
     path: Path, way_out: str = "free some space or choose another place"
 ) -> Iterator[None]:
     """Turn a failed write (full disk, no permission, no such directory) into one sentence.
+
+    Args:
+        path: what is written.
+        way_out: the end of the sentence.
 
     Raises:
         NextLatError: naming `path`, the operating system's reason and the way out.
@@ -46,25 +44,11 @@ def write_errors(
         reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         raise NextLatError(f"cannot write {path}: {reason}; {way_out}.") from error
     except RuntimeError as error:
-        if not any(mark in str(error) for mark in _TORCH_WRITE_ERRORS):
+        if not any(mark in str(error) for mark in _OF_TORCH):
             raise
-        free = _free_space(path)
-        reason = (
-            "No space left on device"
-            if free is not None and free < 2**20
-            else "the file could not be written in full"
-        )
-        raise NextLatError(f"cannot write {path}: {reason}; {way_out}.") from error
-
-
-def _free_space(path: Path) -> int | None:
-    """Bytes left where `path` lies or would lie."""
-    for place in (path, *path.parents):
-        try:
-            return shutil.disk_usage(place).free
-        except OSError:
-            continue
-    return None
+        raise NextLatError(
+            f"cannot write {path}: the file could not be written in full; {way_out}."
+        ) from error
 
 
 def sync(path: Path) -> None:
@@ -77,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Force everything under a directory to the disk, files first, and the directory itself last."""
+    """Force everything under a directory to the disk, files first, the directory itself last."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
             sync(Path(folder, name))
@@ -93,7 +77,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with write_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            remove(temporary)  # whatever lies there, a link that leads elsewhere too
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -115,18 +100,6 @@ def staging_directory(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY}{target.name}")
 
 
-def publish_directory(staging: Path, target: Path) -> None:
-    """Give a finished staging directory its name; an older directory of that name is deleted first.
-
-    Raises:
-        OSError: see `write_errors`, in which the caller has put the whole save.
-    """
-    sync_tree(staging)
-    remove(target)
-    staging.replace(target)
-    sync(target.parent)
-
-
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield an empty staging directory that becomes `target` when the block ends well, and vanishes
@@ -141,7 +114,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             remove(staging)
             staging.mkdir(parents=True)
             yield staging
-            publish_directory(staging, target)
+            sync_tree(staging)
+            remove(target)
+            staging.replace(target)
+            sync(target.parent)
         except BaseException:
             remove(staging)
             raise
@@ -152,6 +128,8 @@ def move_into(staging: Path, directory: Path, last: str) -> None:
     things too.
 
     Args:
+        staging: see there.
+        directory: where the files go.
         last: the file without which nobody takes the others for a whole; it is moved when they are
             safely in place.
 
@@ -162,7 +140,10 @@ def move_into(staging: Path, directory: Path, last: str) -> None:
     files = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
     first = [file for file in files if file != Path(last)]
     for file in first:
-        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        folder = (directory / file).parent
+        if folder != directory and folder.is_symlink():
+            folder.unlink()  # which would lead elsewhere
+        folder.mkdir(parents=True, exist_ok=True)
         (staging / file).replace(directory / file)
     for folder in {directory, *((directory / file).parent for file in first)}:
         sync(folder)
@@ -180,8 +161,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what an interrupted write left in a directory. Only for the one process that writes
-    there.
+    """Delete what an interrupted write left in a directory. For the one process that writes there.
 
     Raises:
         NextLatError: it cannot be deleted.

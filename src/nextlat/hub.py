@@ -47,7 +47,10 @@ def load_tokenizer(name: str | Path) -> Any:
 
     try:
         with hub_or_cache(name):
-            return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        # Used once, since much of its settings is believed until then.
+        tokenizer.decode([*tokenizer("a").input_ids, *tokenizer.all_special_ids])
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     # Missing files, no network, foreign classes: each raises its own; a panic of the tokenizers

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 
 class StopSignal:
-    """Inside this context either signal raises KeyboardInterrupt. Inside `deferred` it is only noted
-    and a second one raises. (In other threads than the main one, where no handler can be installed,
-    this does nothing.)
+    """Inside this context either signal raises KeyboardInterrupt. Inside `deferred` it is only
+    noted, and a second one raises. (In other threads than the main one, where no handler can be
+    installed, this does nothing.)
 
     Attributes:
         received: number of the signal that came, or None.

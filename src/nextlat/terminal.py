@@ -1,11 +1,16 @@
 """What the command line shows: sentences and bars on standard error, what a run would cost."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+import typer.core
+
+from nextlat.errors import NextLatError
 from nextlat.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -17,8 +22,8 @@ Update = Callable[[str, str, int, int], None]
 
 
 def say(sentence: str) -> None:
-    """On standard error."""
-    print(sentence, file=sys.stderr)
+    """On standard error, in one line whatever it quotes."""
+    print(re.sub(r"[\x00-\x1f\x7f]", lambda c: repr(c[0])[1:-1], sentence), file=sys.stderr)
 
 
 def no_library_bars() -> None:
@@ -26,6 +31,29 @@ def no_library_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+class Commands(typer.core.TyperGroup):
+    """What the user can mend is one sentence and exit code 2; an interrupt is 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with StopSignal():
+                return super().invoke(ctx)
+        except NextLatError as error:
+            say(f"error: {str(error).rstrip('.')}.")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            say(str(error) or "stopped.")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            # Of click's errors of usage, whose classes typer has moved.
+            tell = getattr(error, "format_message", None)
+            if tell is None:
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
+            say(f"error: {tell().rstrip('.')} (see '{path} --help').")
+            raise typer.Exit(2) from None
 
 
 @contextmanager
@@ -93,13 +121,15 @@ def collect(jobs: "list[Job]", out: Path) -> None:
         report([job.directory for job in jobs], out)
 
 
-def evaluate(directory: Path, progress: bool) -> None:
-    """Measure a finished run."""
+def evaluate(directory: Path, progress: bool, code: str | None = None) -> None:
+    """Measure a finished run; see `evaluation.evaluate`."""
     from nextlat.evaluation import evaluate as measure
 
     no_library_bars()
     with bars(progress) as update:
-        measure(directory, progress=lambda *state: update(f"evaluating {directory}", *state))
+        measure(
+            directory, code=code, progress=lambda *state: update(f"evaluating {directory}", *state)
+        )
 
 
 def report(directories: list[Path], out: Path | None, markdown: Path | None = None) -> None:
@@ -141,7 +171,8 @@ class Stream:
         stream = self._stream
         if not self._begun:  # not before: whatever is wrong with a request has been said by now
             if self._drafts:
-                say(stream.legend(colours=self._colours, styled=self._coloured_legend))
+                legend = stream.legend(colours=self._colours, styled=self._coloured_legend)
+                print(legend, file=sys.stderr)
             self._write(self._text.add(self._ids))
         if self._stop.received:
             raise KeyboardInterrupt

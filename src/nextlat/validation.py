@@ -101,11 +101,17 @@ def read_json(path: Path, way_out: str) -> Any:
         FileNotFoundError: there is no such file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_whole_number)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise NextLatError(f"{path} is corrupt ({error}): {way_out}.") from error
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
+        raise ValueError("it holds a whole number beyond 64 bits")
+    return number
 
 
 def check_format(version: Any, known: int, path: Path, again: str) -> None:

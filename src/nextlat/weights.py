@@ -8,21 +8,30 @@ found by the checksums that every save leaves beside the sidecar.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+import transformers
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as library_logging
 from transformers.utils.hub import cached_file
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import write_text
+from nextlat.validation import Settings, read_json
 
 T = TypeVar("T")
 
@@ -32,6 +41,15 @@ SUMS = "nextlat/SHA256SUMS"  # as sha256sum writes and checks it
 MODEL_FILES = ("config.json", "model*.safetensors", INDEX, "nextlat/objective.*")
 STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
 SHOWN = 3  # names in an error
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 = none, in some old models
+
+
+class _GenerationConfig(Settings, extra="allow"):
+    """What decoding takes from generation_config.json without a look at it."""
+
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
 
 
 def find(directory: str | Path, name: str, subfolder: str = "") -> Path | None:
@@ -101,10 +119,10 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     verbosity = library_logging.get_verbosity()
     library_logging.set_verbosity_error()  # what it reports is a table; ours is a sentence
     try:
-        opened(directory, lambda: _check_config(directory, arguments))
+        config = opened(directory, lambda: _checked_config(directory, arguments))
         loaded: Any = opened(
             directory,
-            lambda: AutoModelForCausalLM.from_pretrained(
+            lambda: _architecture(config).from_pretrained(
                 directory, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
             ),
         )
@@ -122,12 +140,27 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
         # Some architectures are stored under other names than they have in memory.
         both = {name: x for name, x in state.items() if name in saved}
         converts = arguments.get("dtype", "auto") != "auto"
-        _refuse(directory, misread=_other_dtypes(saved, both, converts))
+        _refuse(
+            directory,
+            misread=_other_dtypes(saved, both, converts),
+            not_finite=not_finite(lm.named_parameters()),
+        )
     return lm
 
 
-def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
-    """What would do harm while a model is made of it: code of the hub, and absurd sizes.
+def _architecture(config: PreTrainedConfig) -> Any:
+    """`AutoModelForCausalLM`, or the class that a configuration names which that does not know: the
+    text halves of some multimodal models."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    return AutoModelForCausalLM
+
+
+def _checked_config(directory: str | Path, arguments: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration, without what would do harm while a model is made of it: code of the hub,
+    and absurd sizes.
 
     Raises:
         NextLatError: config.json asks for such.
@@ -137,11 +170,16 @@ def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
         kernel = getattr(config, f"_{name}", None)
         if "/" in str(kernel) and name not in arguments:
             raise NextLatError(
-                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if you "
-                f"trust that, load it with {name} given."
+                f"config.json of {directory} asks for code of the hub ({name} = {kernel!r}): if "
+                f"you trust that, load it with {name} given."
             )
+    generation = find(directory, "generation_config.json")
+    if generation is not None:  # transformers passes over one that it cannot read
+        again = "restore it, or delete it"
+        content = read_json(generation, again)
+        _GenerationConfig.from_json(content, f"{generation} is damaged, {again}")
     if getattr(config, "quantization_config", None) is not None:
-        return
+        return config
     saved = read_lm(directory)
     parts = max([len(saved), *(size for x in saved.values() for size in x.shape)], default=0)
     for name, number in vars(config.get_text_config(decoder=True)).items():
@@ -149,13 +187,18 @@ def _check_config(directory: str | Path, arguments: dict[str, Any]) -> None:
         if counted and isinstance(number, int) and number > parts:
             raise NextLatError(f"{directory} has no weights for {name} = {number}: restore it.")
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        kind = _architecture(config)
+        auto = kind is AutoModelForCausalLM
+        lm = (
+            kind.from_config(config, trust_remote_code=False) if auto else kind._from_config(config)
+        )
     expected, found = (sum(x.numel() for x in xs) for xs in (lm.parameters(), saved.values()))
     if expected > 2 * found:
         raise NextLatError(
             f"config.json of {directory} describes {expected:,} weights, and its files hold "
             f"{found:,}: restore it or use an earlier checkpoint."
         )
+    return config
 
 
 def check(
@@ -181,7 +224,16 @@ def check(
         left_over=saved.keys() - state.keys(),
         misshapen=[name for name, x in both.items() if x.shape != saved[name].shape],
         misread=_other_dtypes(saved, both, converts),
+        not_finite=not_finite((n, saved[n]) for n, _ in module.named_parameters() if n in saved),
     )
+
+
+def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of those in which some number is not finite."""
+    found = [(name, torch.isfinite(x).all()) for name, x in parameters]
+    if not found or torch.stack([x for _, x in found]).all():  # so that a GPU is waited for once
+        return []
+    return [name for name, finite in found if not finite]
 
 
 def copy_into(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -209,12 +261,14 @@ def _refuse(
     left_over: Collection[str] = (),
     misshapen: Collection[str] = (),
     misread: Collection[str] = (),
+    not_finite: Collection[str] = (),
 ) -> None:
     faults = {
         "lacks": missing,
         "holds, beyond the weights of the model,": left_over,
         "holds in another shape than the model": misshapen,
         "holds in another dtype than the model": misread,
+        "holds numbers that are not finite in": not_finite,
     }
     for fault, names in faults.items():
         if names:

@@ -10,100 +10,118 @@ it is there (the slot is written again before a query can see it), shapes are st
 no padding inside.
 
 `GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows
-then advance together, padded on the left as `transformers` does it. Measured on 5.17 and 5.23:
-`crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding window or a
-convolution throw their past away unless they were told beforehand to record it; those have to be
-cropped after every forward pass, by zero tokens too, because only `crop` brings them back to size.
+then advance together, padded on the left, and read as `transformers` reads them. Measured on 5.17
+and 5.23: `crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding
+window or a convolution throw their past away unless they were told beforehand to record it; those
+have to be cropped after every forward pass, by zero tokens too, because only `crop` brings them
+back to size.
 
 Shapes: B rows, T prompt tokens, K tokens read at a time, S slots, D width, H heads, E width of a
     head.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from nextlat.backbone import Backbone, evaluation_mode
-from nextlat.errors import NextLatError
+
+T = TypeVar("T")
 
 SPAN = 64  # attention runs over the slots in use, rounded up to a multiple of this
 
-
-class CannotForgetError(NextLatError):
-    """The model's layers sum up all of their past: what was read cannot be taken back."""
+GROWING = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+"""Arguments of `generate` that transformers lengthens with the text."""
 
 
 class GrowingCache:
-    """The library's cache, which every model knows.
+    """The library's cache, read the library's way: `prepare_inputs_for_generation` says what the
+    model is given at every step, as in `transformers`' own loop. So it decodes whatever that does,
+    with positions, windows, recurrent states and caches that begin anew as they are there.
 
     Args:
         backbone: of the model.
-        config: `Objective.cache_config`, what the cache is built from.
-        forgets: whether tokens will be taken back, possible for one row only; otherwise the model
-            chooses a cache of its own.
+        arguments: what `generate` has prepared for the model besides the tokens.
+        cache: in which tokens can be taken back, of one row; None = the one in `arguments`, or
+            whatever the model makes.
+        direct: whether positions and a mask are known to be all that the model needs after the
+            prompts, which saves the library's preparations; not with `cache`.
     """
 
-    def __init__(self, backbone: Backbone, config: PreTrainedConfig, *, forgets: bool) -> None:
-        self._backbone, self._forgets, self._last = backbone, forgets, 0
-        self._counts_positions = "position_ids" in backbone.step_arguments
-        self._cache: Cache | None = None
-        self._mask_BT: Tensor | None = None  # 0 on the padding of a batch that has any
-        self._next_B1: Tensor  # position of each row's next token
-        if forgets:
-            self._cache = DynamicCache(config=config)
-            self._cache.activate_past_recording()
+    def __init__(
+        self,
+        backbone: Backbone,
+        arguments: Mapping[str, Any],
+        cache: DynamicCache | None = None,
+        *,
+        direct: bool = False,
+    ) -> None:
+        self._backbone, self._arguments, self._cache = backbone, dict(arguments), cache
+        self._direct = direct and self._arguments.get("position_ids") is not None
+        self._arguments.pop("logits_to_keep", None)  # some transformers leave out states by it
+        self._lm: Any = backbone.lm
+        self._output: Any = None  # of the last step
+        self._ids_BT: Tensor
+        self._last = 0
+        if cache is not None:
+            cache.activate_past_recording()
+            self._arguments |= {"past_key_values": cache, "use_cache": True}
 
     def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompts (T,) as (B, T), filled up on the left; their states (B, T, D); and where each
-        ends, (B,).
-
-        Raises:
-            CannotForgetError: the model has recurrent layers, but `forgets`.
-        """
-        lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
-        longest = max(lengths)
-        tokens_BT = torch.stack([F.pad(x, (longest - len(x), 0)) for x in prompts])
-        self._next_B1 = torch.tensor(lengths, device=device)[:, None] - longest
-        if min(lengths) < longest:
-            self._mask_BT = (torch.arange(longest, device=device) >= -self._next_B1).long()
-        h_BTD = self._step(tokens_BT)
-        # Only now: a recurrent layer does not know what it stores before the first pass.
-        if self._forgets and self._cache is not None and not self._cache.is_croppable:
-            raise CannotForgetError(
-                "this model has recurrent layers, whose state cannot forget a rejected draft: use "
-                "draft_length=0"
-            )
-        return tokens_BT, h_BTD, torch.full((len(prompts),), longest - 1, device=device)
+        """The prompts (T,), of one length with their padding, as (B, T); their states (B, T, D);
+        and where each ends, (B,)."""
+        self._ids_BT = torch.stack(list(prompts))
+        h_BTD = self._step(self._ids_BT.shape[1], is_first_iteration=True)
+        mask = self._arguments.get("attention_mask")
+        if self._direct and mask is not None and bool(mask.all()):
+            self._arguments["attention_mask"] = None
+        return self._ids_BT, h_BTD, torch.full_like(self._ids_BT[:, 0], h_BTD.shape[1] - 1)
 
     def read(self, tokens_BK: Tensor) -> Tensor:
         """(B, K, D): one forward pass over the next tokens of every row."""
-        if self._mask_BT is not None:
-            self._mask_BT = F.pad(self._mask_BT, (0, tokens_BK.shape[1]), value=1)
-        return self._step(tokens_BK)
+        if self._direct:
+            return self._read_directly(tokens_BK)
+        K = tokens_BK.shape[1]
+        self._ids_BT = torch.cat([self._ids_BT, tokens_BK], dim=1)
+        self._arguments = self._lm._update_model_kwargs_for_generation(
+            self._output, self._arguments, num_new_tokens=K
+        )
+        return self._step(K, next_sequence_length=K if self._arguments.get("use_cache") else None)
 
-    def _step(self, tokens_BK: Tensor) -> Tensor:
-        arguments, self._last = {}, tokens_BK.shape[1]
-        if self._mask_BT is not None:
-            arguments["attention_mask"] = self._mask_BT
-        if self._counts_positions:
-            positions_BK = self._next_B1 + torch.arange(self._last, device=tokens_BK.device)
-            arguments["position_ids"] = positions_BK.clamp(min=0)
-        self._next_B1 = self._next_B1 + self._last
-        h_BKD, self._cache = self._backbone.step(tokens_BK, self._cache, **arguments)
+    def _step(self, tokens: int, **how: Any) -> Tensor:
+        inputs = self._lm.prepare_inputs_for_generation(self._ids_BT, **how, **self._arguments)
+        self._output, self._last = self._backbone.read(inputs), tokens
+        return self._output[0][:, -tokens:]
+
+    def _read_directly(self, tokens_BK: Tensor) -> Tensor:
+        K, mask = tokens_BK.shape[1], self._arguments.get("attention_mask")
+        mask = None if mask is None else F.pad(mask, (0, K), value=1)
+        steps = torch.arange(1, K + 1, device=tokens_BK.device)
+        positions = self._arguments["position_ids"][:, -1:] + steps
+        self._arguments |= {"attention_mask": mask, "position_ids": positions}
+        h_BKD, _ = self._backbone.step(
+            tokens_BK, self._output.past_key_values, attention_mask=mask, position_ids=positions
+        )
         return h_BKD
 
     def keep(self, counts: Sequence[int]) -> None:
         """Forget all but the first so many of the tokens read last; to be called once after every
         `read`."""
-        if self._forgets and self._cache is not None:
-            rejected = self._last - counts[0]
-            self._cache.crop(-rejected)
-            self._next_B1 = self._next_B1 - rejected
+        if self._cache is None:
+            return
+        rejected = self._last - counts[0]
+        self._cache.crop(-rejected)
+        length = self._ids_BT.shape[1] - rejected
+        self._ids_BT = self._ids_BT[:, :length]
+        for name in GROWING:
+            if (values := self._arguments.get(name)) is not None:
+                self._arguments[name] = values[..., :length]
 
 
 class RaggedCache:
@@ -111,8 +129,8 @@ class RaggedCache:
 
     Args:
         backbone: of the model, for which `supports_ragged` must hold.
-        config: `Objective.cache_config`, for the number of layers.
         length: tokens of the longest row when all is done.
+        extra_layers: `Objective.cached_layers`.
 
     Attributes:
         slots: S, at least one more than `length`: rows that have nothing left to read write into
@@ -122,17 +140,15 @@ class RaggedCache:
 
     lengths_B: Tensor
 
-    def __init__(self, backbone: Backbone, config: PreTrainedConfig, length: int) -> None:
+    def __init__(self, backbone: Backbone, length: int, extra_layers: int = 0) -> None:
         self._backbone = backbone
         self.slots = -(-(length + 1) // SPAN) * SPAN
-        config = config.get_text_config(decoder=True)
+        config = backbone.lm.config.get_text_config(decoder=True)
         self._last_position = (getattr(config, "max_position_embeddings", None) or self.slots) - 1
         self._additive = config._attn_implementation == "eager"
         self._write = _Write()
-        layers: list[Any] = [
-            _RaggedLayer(self.slots, self._write) for _ in range(config.num_hidden_layers)
-        ]
-        self._cache = Cache(layers=layers)
+        layers = backbone.new_cache(extra_layers).layers
+        self._cache = Cache(layers=[_RaggedLayer(self.slots, self._write) for _ in layers])
         self._lengths: list[int] = []
 
     def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,33 +257,98 @@ class _RaggedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 5.17
 
 
+SHORT_ONLY = {
+    "doge": "it attends to a selection of its keys that depends on how many are read at a time",
+    "moshi": "it looks at more keys than it keeps where several tokens are read at a time",
+}
+"""Type of configuration -> what goes wrong with drafts on texts longer than those tried here."""
+
+
+def drafting_obstacle(backbone: Backbone, extra_layers: int) -> str:
+    """Why a row cannot take back what was read of a draft, as a clause; "" if it can, tried out on
+    one with padding against transformers' way of one token at a time."""
+    lm = backbone.lm
+    if reason := SHORT_ONLY.get(lm.config.model_type):
+        return reason
+    if foreign := backbone.foreign_layers:
+        return f"it keeps its past in a way of its own ({', '.join(foreign)})"
+    ids, mask = _ids(backbone)[None], torch.tensor([[0, 1, 1, 1]], device=lm.device)
+
+    def tried() -> str:
+        cache = backbone.new_cache(extra_layers)
+        drafting = GrowingCache(backbone, _arguments(backbone, mask), cache)
+        drafting.prefill([*ids[:, :4]])
+        if not cache.is_croppable:  # a layer knows what it keeps after the first pass
+            return "it has recurrent layers, whose state cannot forget a rejected draft"
+        drafting.keep([4])
+        drafting.read(ids[:, [4, 7, 0]])
+        drafting.keep([1])
+        want = _one_by_one(backbone, ids[:, :4], mask, ids[:, 4:7])[:, -2:]
+        same = backbone.close(drafting.read(ids[:, 5:7]), want)
+        return "" if same else NOT_TAKEN_BACK
+
+    return _try(lm, tried, NOT_TAKEN_BACK)
+
+
+NOT_TAKEN_BACK = "its cache cannot take back what was read"
+
+
 def supports_ragged(backbone: Backbone) -> bool:
-    """Whether a `RaggedCache` gives the states of this model: full attention in every layer, tried
-    out on two rows."""
+    """Whether a `RaggedCache` gives the states that transformers gives to a batch padded on the
+    left: full attention in every layer, tried out on two rows."""
     lm = backbone.lm
     kernel = lm.config.get_text_config(decoder=True)._attn_implementation
-    if kernel not in ("sdpa", "eager") or "position_ids" not in backbone.step_arguments:
+    if lm.config.model_type in SHORT_ONLY or kernel not in ("sdpa", "eager"):
         return False
-    if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=lm.config).layers):
-        return False
-    ids = torch.arange(1, 9, device=lm.device) % backbone.vocab_size
+    ids = _ids(backbone)
+
+    def tried() -> bool:
+        if not all(type(layer) is DynamicLayer for layer in backbone.new_cache().layers):
+            return False
+        ragged = RaggedCache(backbone, 8)
+        ragged.prefill([ids[:4], ids[3:5]])
+        ragged.keep([4, 2])
+        ragged.read(torch.stack([ids[[4, 7, 0]], ids[[5, 2, 1]]]))
+        ragged.keep([1, 2])
+        h_BKD = ragged.read(torch.stack([ids[[5, 6]], ids[[7, 0]]]))
+        prompts = torch.stack([ids[:4], ids[[0, 0, 3, 4]]])
+        mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=lm.device)
+        rest = torch.stack([ids[[4, 5, 6, 0]], ids[[5, 2, 7, 0]]])
+        want_BKD = _one_by_one(backbone, prompts, mask, rest)
+        return backbone.close(h_BKD, torch.stack([want_BKD[0, 1:3], want_BKD[1, 2:4]]))
+
+    return "position_ids" in backbone.step_arguments and _try(lm, tried, False)
+
+
+def _ids(backbone: Backbone) -> Tensor:
+    return torch.arange(1, 9, device=backbone.lm.device) % backbone.vocab_size
+
+
+def _arguments(backbone: Backbone, mask: Tensor) -> dict[str, Any]:
+    """What `generate` prepares for prompts with this padding."""
+    arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+    if "position_ids" in inspect.signature(backbone.lm.forward).parameters:
+        arguments["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    return arguments
+
+
+def _one_by_one(backbone: Backbone, prompts: Tensor, mask: Tensor, rest_BK: Tensor) -> Tensor:
+    """(B, K, D): the states of tokens after the prompts as transformers reads them."""
+    cache = GrowingCache(backbone, _arguments(backbone, mask))
+    cache.prefill([*prompts])
+    return torch.cat([cache.read(token_B1) for token_B1 in rest_BK.split(1, dim=1)], dim=1)
+
+
+def _try(lm: PreTrainedModel, tried: Callable[[], T], otherwise: T) -> T:
+    """What it gives; whatever a foreign model raises on a cache that it does not know is an answer
+    too."""
     try:
         with evaluation_mode(lm), torch.autocast(lm.device.type, enabled=False):
-            cache = RaggedCache(backbone, lm.config, 8)
-            cache.prefill([ids[:4], ids[3:5]])
-            cache.keep([4, 2])
-            cache.read(torch.stack([ids[[4, 7, 0]], ids[[5, 2, 1]]]))
-            cache.keep([1, 2])
-            h_BKD = cache.read(torch.stack([ids[[5, 6]], ids[[7, 0]]]))
-            rows = [ids[[0, 1, 2, 3, 4, 5, 6]], ids[[3, 4, 5, 2, 7, 0]]]
-            return all(
-                backbone.close(h_KD, backbone.states(row[None])[0, -2:])
-                for h_KD, row in zip(h_BKD, rows, strict=True)
-            )
+            return tried()
     except Exception as error:
         if out_of_memory(error):  # says nothing about the model
             raise
-        return False  # whatever a foreign model raises on a cache it does not know
+        return otherwise
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -211,7 +211,7 @@ class Eager:
         """Read the prompts and choose the first token of each row.
 
         Args:
-            prompts: (T,) each, without padding.
+            prompts: (T,) each, as the cache takes them.
             texts: what logits processors are to see of each row.
         """
         objective, sampler = self.objective, self.sampler

@@ -18,7 +18,8 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextlat.backbone import evaluation_mode
-from nextlat.decoding.cache import CannotForgetError, out_of_memory
+from nextlat.decoding.cache import out_of_memory
+from nextlat.decoding.draft_length import LONGEST
 from nextlat.decoding.loop import Request, Stopping, decode
 from nextlat.decoding.options import (
     AUTO,
@@ -26,10 +27,12 @@ from nextlat.decoding.options import (
     check_draft_length,
     check_prompts,
     check_request,
+    of_rows,
+    other_arguments,
     refuse,
     unpadded,
 )
-from nextlat.decoding.prepared import shares_passes, warn_once
+from nextlat.decoding.prepared import obstacle, prepared, shares_passes, warn_once
 from nextlat.decoding.sampling import Greedy, Sampling, Scores
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
 from nextlat.errors import NextLatError
@@ -89,15 +92,31 @@ def speculative(
             )
         if objective.max_draft_length == 0:
             draft_length = 0
-        together = draft_length == 0 or shares_passes(objective)
-        if B > 1 and not together:
+        others = other_arguments(model_arguments)
+        longest = max(map(len, prompts)) + stopping.limit
+        reaches = longest + (LONGEST if draft_length == AUTO else int(draft_length))
+        change = objective.backbone.rotary_change
+        stays = change is None or reaches <= change
+        usual = stays and not others
+        together = usual and (draft_length != 0 or compile) and shares_passes(objective)
+        direct = usual and bool(prepared(objective).shares_passes)  # if that has been tried
+        if draft_length != 0 and not together:
+            why = "" if stays else f"its rotary factors change at a length of {change} tokens"
+            if B > 1 and others:
+                why = f"{', '.join(sorted(others))} cannot be divided into rows"
+            if not why and (why := obstacle(objective)) and draft_length != AUTO:
+                raise NextLatError(f"{type(lm).__name__} cannot draft, {why}: use draft_length=0")
+            if why:
+                warn_once(objective, f"{type(lm).__name__} is decoded without drafts: {why}")
+                draft_length = 0
+        if B > 1 and draft_length != 0 and not together:
             warn_once(
                 objective,
                 f"{type(lm).__name__} with attention '{lm.config._attn_implementation}' keeps a "
                 "cache whose rows cannot have lengths of their own (sliding windows, or another "
                 "kind): rows are decoded one after another, with the same output",
             )
-        compile = compile and _can_compile(objective, Scores(logits_processor))
+        compile = compile and _can_compile(objective, Scores(logits_processor), together)
         listed = config.return_dict_in_generate and (config.output_scores or config.output_logits)
 
         def request(group: range) -> Request:
@@ -108,6 +127,9 @@ def speculative(
                 stopping,
                 draft_length,
                 [input_ids[b] for b in group],
+                together,
+                of_rows(model_arguments, group, B),
+                direct,
                 compile,
                 bool(listed),
             )
@@ -125,19 +147,9 @@ def speculative(
         stats, rows = GenerationStats(), list[list[Cycle]]()
         begun = time.perf_counter()
         with evaluation_mode(lm, objective), _memory(B, T + stopping.limit):
-            for group in [range(B)] if together else [range(b, b + 1) for b in range(B)]:
-                try:
-                    rows += _gather(decode(objective, request(group)), group, stats, tell)
-                except CannotForgetError:  # found out before any token came
-                    if draft_length != AUTO:
-                        raise
-                    warn_once(
-                        objective,
-                        f"{type(lm).__name__} has recurrent layers, which cannot forget a draft: "
-                        "decoding plainly",
-                    )
-                    draft_length = 0
-                    rows += _gather(decode(objective, request(group)), group, stats, tell)
+            whole = together or draft_length == 0
+            for group in [range(B)] if whole else [range(b, b + 1) for b in range(B)]:
+                rows += _gather(decode(objective, request(group)), group, stats, tell)
         stats.seconds = time.perf_counter() - begun
         if streamer is not None:
             streamer.end()
@@ -284,12 +296,12 @@ def _memory(rows: int, tokens: int) -> Iterator[None]:
         ) from error
 
 
-def _can_compile(objective: Objective, scores: Scores) -> bool:
+def _can_compile(objective: Objective, scores: Scores, together: bool) -> bool:
     """Whether one static graph can do it; where it cannot, that is said once."""
     reason = ""
-    if not shares_passes(objective):
+    if not together:
         reason = "the model keeps a cache of changing shape"
-    elif objective.cache_config is not objective.backbone.lm.config:
+    elif objective.cached_layers:
         reason = f"the objective '{objective.name}' drafts with layers of its own"
     elif scores.need_prefixes:
         reason = "a logits processor looks at the tokens before"

@@ -18,9 +18,9 @@ Shapes: B rows, T tokens, D width, V vocabulary, k drafted tokens, S width of th
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from nextlat.decoding.cache import GrowingCache, RaggedCache
 from nextlat.decoding.cycle import Compiled, Eager, Outcome, Plan, Start, Verdict
 from nextlat.decoding.draft_length import LONGEST, AdaptiveLength, FixedLength
-from nextlat.decoding.prepared import prepared, shares_passes
+from nextlat.decoding.prepared import prepared
 from nextlat.decoding.sampling import Sampler, Sampling
 from nextlat.decoding.stats import Cycle, Pass
 from nextlat.errors import NextLatError
@@ -72,13 +72,16 @@ class Request:
     """What is to be decoded, and how.
 
     Attributes:
-        prompts: (T,) each, without padding. More than one only without drafts, or where
-            `shares_passes`.
+        prompts: (T,) each, without padding.
         sampler: chooses the tokens.
         stopping: ends the rows.
         draft_length: tokens drafted per cycle; 0 = none, "auto" = as many as are worth their time.
-        texts: the prompts as logits processors and stopping criteria are to see them, with their
-            padding; None = without.
+        texts: the prompts with their padding, as logits processors and stopping criteria are to see
+            them; None = without.
+        together: whether rows of unequal length share passes, see `RaggedCache`; otherwise there is
+            one row, or no draft.
+        arguments: what `generate` has prepared for the model besides the tokens.
+        direct: whether it is known to need no more than mask and positions, see `GrowingCache`.
         compile: one graph per cycle.
         keep_scores: leave scores and logits of every new token in the cycles.
     """
@@ -88,6 +91,9 @@ class Request:
     stopping: Stopping
     draft_length: int | str
     texts: Sequence[Tensor] | None = None
+    together: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": True})
+    direct: bool = False
     compile: bool = False
     keep_scores: bool = False
 
@@ -167,7 +173,8 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
     """
     sampler, stopping = request.sampler, request.stopping
     grows = sampler.scores.need_prefixes or bool(stopping.criteria)
-    rows = [Row(text, stopping, grows) for text in request.texts or request.prompts]
+    texts = request.texts or request.prompts
+    rows = [Row(text, stopping, grows) for text in texts]
     kind = Compiled if request.compile else Eager
 
     def settle(
@@ -185,7 +192,8 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
         cycle = kind(objective, sampler, cache, drafts=request.drafts)
         clock = cycle.clock
         begun = clock.mark()
-        out = cycle.prefill(request.prompts, [row.text for row in rows])
+        prompts = request.prompts if request.together else texts
+        out = cycle.prefill(prompts, [row.text for row in rows])
         verdicts = Verdict.of_rows(out.packed)
         prefill = clock.seconds(begun, clock.mark())
         yield Pass(settle(out, verdicts, [0] * len(rows)), prefill=prefill)
@@ -221,13 +229,13 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
 
 @contextmanager
 def _cache(objective: Objective, request: Request) -> Iterator[RaggedCache | GrowingCache]:
-    backbone, config = objective.backbone, objective.cache_config
+    backbone, extra = objective.backbone, objective.cached_layers
+    if not request.together:
+        own = backbone.new_cache(extra) if request.drafts else None
+        yield GrowingCache(backbone, request.arguments, own, direct=request.direct and own is None)
+        return
     if not request.compile:
-        # Without drafts nothing is ragged.
-        if request.drafts and shares_passes(objective):
-            yield RaggedCache(backbone, config, request.longest)
-        else:
-            yield GrowingCache(backbone, config, forgets=request.drafts)
+        yield RaggedCache(backbone, request.longest, extra)
         return
     # Compiled graphs write to fixed addresses, so their cache outlives the call.
     slots = 1 << (request.longest + 1).bit_length()
@@ -235,7 +243,7 @@ def _cache(objective: Objective, request: Request) -> Iterator[RaggedCache | Gro
     cache = caches.pop(size, None)
     if cache is None:
         caches.clear()
-        cache = RaggedCache(backbone, config, slots - 1)
+        cache = RaggedCache(backbone, slots - 1)
     try:
         yield cache
     finally:

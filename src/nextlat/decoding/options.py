@@ -1,7 +1,7 @@
 """What a request for decoding may be: everything that our loop cannot do as `transformers` does is
 refused by name, in one sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "use_cache": (None, True),
     "cache_implementation": (None, "dynamic"),
     "low_memory": (None, False),
 }
@@ -33,12 +32,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 REFUSED_ARGUMENTS = (
     "assistant_model", "negative_prompt_ids", "inputs_embeds", "past_key_values", "synced_gpus",
 )  # fmt: skip
+# What `generate` prepares for every model. Others are handed on with the library's own cache.
 MODEL_ARGUMENTS = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache",
+    "logits_to_keep",
 }  # fmt: skip
 
 
-def refuse(config: Any, model_arguments: dict[str, Any]) -> None:
+def refuse(config: Any, arguments: Mapping[str, Any]) -> None:
     for name, harmless in REFUSED.items():
         value = getattr(config, name, None)
         if value not in harmless:
@@ -46,11 +47,45 @@ def refuse(config: Any, model_arguments: dict[str, Any]) -> None:
                 f"{name}={value!r} is not supported by self-speculative decoding: leave it out, or "
                 "use model.lm.generate"
             )
-    given = {name for name, value in model_arguments.items() if value is not None}
-    if unknown := sorted(given - MODEL_ARGUMENTS):
+    if _holds_tokens(arguments.get("past_key_values")):
         raise NextLatError(
-            f"{', '.join(unknown)}: not supported by self-speculative decoding, leave it out"
+            "past_key_values that hold tokens are not supported by self-speculative decoding: "
+            "leave them out, or use model.lm.generate"
         )
+
+
+def _holds_tokens(cache: Any) -> bool:
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except ValueError:  # recurrent layers alone, which do not count
+        return any(any(layer.has_previous_state.values()) for layer in cache.layers)
+
+
+def other_arguments(arguments: Mapping[str, Any]) -> set[str]:
+    """Names of those that `generate` does not give to every model, or not with these values."""
+    empty = {name for name, x in arguments.items() if x is None or (type(x) is dict and not x)}
+    others = arguments.keys() - MODEL_ARGUMENTS - empty
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if positions is not None:
+        mask = torch.ones_like(positions) if mask is None else mask
+        usual = mask.long().cumsum(dim=-1) - 1
+        if positions.shape != usual.shape or bool(((positions != usual) & (mask != 0)).any()):
+            others.add("position_ids")
+    return others
+
+
+def of_rows(arguments: Mapping[str, Any], group: range, rows: int) -> dict[str, Any]:
+    """What `generate` has prepared for the model, of these rows."""
+    if len(group) == rows:
+        return dict(arguments)
+    chosen = slice(group.start, group.stop)
+    return {
+        name: value[chosen] if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+        if name in MODEL_ARGUMENTS
+    }
 
 
 def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -127,6 +162,8 @@ def check_request(
         )
     longest, text_config = max(map(len, prompts)), lm.config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None)
+    if objective.backbone.rotary_change == positions:
+        positions = None  # rotary factors that grow with the text are made to go beyond
     if positions is not None and longest + max_new_tokens > positions:
         raise NextLatError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from nextlat.decoding.cache import RaggedCache, supports_ragged
+from nextlat.decoding.cache import RaggedCache, drafting_obstacle, supports_ragged
 from nextlat.decoding.draft_length import AdaptiveLength, Costs
 from nextlat.objectives import Objective
 
@@ -20,12 +20,14 @@ class Prepared:
 
     Attributes:
         shares_passes: whether rows of unequal length can share a forward pass; None = not tried.
+        obstacle: why a single row cannot draft, "" if it can; None = not tried.
         lengths: draft lengths that adapt, with their measured costs, by setting of the call.
         caches: which compiled graphs are bound to, by size; taken out while in use.
         warnings: sentences that have been logged.
     """
 
     shares_passes: bool | None = None
+    obstacle: str | None = None
     lengths: dict[Any, AdaptiveLength] = field(default_factory=dict)
     caches: dict[Any, RaggedCache] = field(default_factory=dict)
     warnings: set[str] = field(default_factory=set)
@@ -61,6 +63,14 @@ def shares_passes(objective: Objective) -> bool:
     if record.shares_passes is None:
         record.shares_passes = supports_ragged(objective.backbone)
     return record.shares_passes
+
+
+def obstacle(objective: Objective) -> str:
+    """Why the model cannot take back a draft that it has read, as a clause; "" if it can."""
+    record = prepared(objective)
+    if record.obstacle is None:
+        record.obstacle = drafting_obstacle(objective.backbone, objective.cached_layers)
+    return record.obstacle
 
 
 def measured_costs(objective: Objective, rows: int, *, sampled: bool) -> Costs | None:

@@ -154,8 +154,7 @@ class BST(Objective):
         states = [_with(f_ND, self.empty_prefix), _with(b_ND, self.empty_suffix)]
         divisors = torch.cat([counts["pairs_next"], counts["pairs_previous"]]).clamp(min=1)
         pieces = [self._piece(chunk, divisors) for chunk in pairs.chunks()]
-        output_head = self.backbone.lm.get_output_embeddings()
-        learning = [*self.text_head.parameters(), *output_head.parameters()]
+        learning = [*self.text_head.parameters(), *self.backbone.head.parameters()]
         total, parts = one_by_one(pieces, states, learning)
         next_tokens, previous_tokens = parts.expand(2).split(1)
         once, next_token = torch.ones_like(counts["next_token"]), self._next_token(f_ND, batch)

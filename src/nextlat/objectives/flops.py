@@ -51,7 +51,7 @@ def attention_flops(backbone: Backbone, layers: int, batch: Batch) -> float:
 def transformer_flops(backbone: Backbone, batch: Batch) -> float:
     """All layers of the LM, without its head."""
     layers = backbone.lm.config.num_hidden_layers
-    products = per_weight(backbone) * weights(backbone.lm.base_model) * batch.input_ids.numel()
+    products = per_weight(backbone) * weights(backbone.transformer) * batch.input_ids.numel()
     return products + attention_flops(backbone, layers, batch)
 
 

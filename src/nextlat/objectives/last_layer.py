@@ -7,38 +7,68 @@ Shapes: B rows, T tokens, D width.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache
 
 from nextlat.backbone import Backbone, evaluation_mode, probe_ids
 from nextlat.errors import NextLatError
 
 
-@dataclass(frozen=True)
 class LastCall:
     """What the last decoder layer was given in one forward pass.
 
     Attributes:
-        trunk: (B, T, D) states.
-        arguments: the other positional ones.
-        keywords: the masks, positions and cache.
+        states: the tensors with a graph, which gradients go back through: the (B, T, D) trunk, and
+            whatever else some models hand to every layer. Without any, the trunk.
     """
 
-    trunk: Tensor
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+    def __init__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not arguments:
+            keywords = dict(keywords)
+            arguments = (keywords.pop("hidden_states"),)
+        self._leaves, self._tree = tree_flatten(
+            (arguments, keywords), is_leaf=lambda x: isinstance(x, Cache)
+        )
+        of_graph = [i for i, x in enumerate(self._leaves) if _has_graph(x)]
+        self._at = of_graph or [
+            next(i for i, x in enumerate(self._leaves) if isinstance(x, Tensor))
+        ]
+        self.states: list[Tensor] = [self._leaves[i] for i in self._at]
 
-    def run(self, layer: nn.Module, norm: nn.Module, trunk_BTD: Tensor | None = None) -> Tensor:
-        """(B, T, D) states of another layer and norm instead of the last ones, on the same trunk or
-        the one given."""
-        trunk_BTD = self.trunk if trunk_BTD is None else trunk_BTD
-        return norm(_states(layer(trunk_BTD, *self.arguments, **self.keywords)))
+    def detached(self) -> "LastCall":
+        """The same without its graph."""
+        leaves = [x.detach() if _has_graph(x) else x for x in self._leaves]
+        return LastCall(*tree_unflatten(leaves, self._tree))
+
+    def run(
+        self, layer: nn.Module, norm: nn.Module, states: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """(B, T, D) states of another layer and norm in the place of the last ones, on what those
+        were given, or with other tensors in the place of `states`."""
+        leaves = list(self._leaves)
+        for i, x in zip(self._at, self.states if states is None else states, strict=True):
+            leaves[i] = x
+        arguments, keywords = tree_unflatten(leaves, self._tree)
+        return norm(_states(layer(*arguments, **keywords)))
+
+
+def _reaches(out: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether gradients go from here to any of the parameters."""
+    wanted = [p for p in parameters if p.requires_grad]
+    if not wanted or not out.requires_grad:
+        return False
+    grads = torch.autograd.grad(out.sum(), wanted, allow_unused=True)
+    return any(grad is not None for grad in grads)
+
+
+def _has_graph(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 class LastLayer:
@@ -46,8 +76,7 @@ class LastLayer:
     the layer is called with.
 
     It goes on watching: the last layer's call of the newest forward pass is kept until the next
-    one, or until it is taken. The trunk comes without its graph, unless the pass ran inside
-    `with_graph`.
+    one, or until it is taken. It comes without its graph, unless the pass ran inside `with_graph`.
 
     Attributes:
         layer, norm: the two modules of the LM.
@@ -70,7 +99,7 @@ class LastLayer:
         self._handle = self._watch(self.layer)
 
     def _find(self, backbone: Backbone) -> tuple[nn.Module, nn.Module] | None:
-        base = backbone.lm.base_model
+        base = backbone.transformer
         named = {n: m for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
         outer = [m for n, m in named.items() if not any(n.startswith(f"{o}.") for o in named)]
         if not outer:
@@ -94,9 +123,19 @@ class LastLayer:
             for handle in handles:
                 handle.remove()
         norm = readers[0] if len(readers) == 1 else nn.Identity()
-        if self._call is None or not backbone.close(self.take().run(layer, norm), h_BTD):
-            return None
-        return layer, norm
+        ends_so = self._call is not None and self._repeats(
+            backbone, self.take(), layer, norm, h_BTD
+        )
+        return (layer, norm) if ends_so else None
+
+    @staticmethod
+    def _repeats(
+        backbone: Backbone, call: LastCall, layer: nn.Module, norm: nn.Module, h_BTD: Tensor
+    ) -> bool:
+        try:
+            return backbone.close(call.run(layer, norm), h_BTD)
+        except Exception:  # whatever a foreign layer raises when it is run once more
+            return False
 
     def _watch(self, layer: nn.Module) -> Any:
         """Keep every call of this layer from now on; the handle ends that."""
@@ -105,13 +144,12 @@ class LastLayer:
     def _keep(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
-        keywords = dict(keywords)
-        trunk, *rest = arguments if arguments else (keywords.pop("hidden_states"),)
-        self._call = LastCall(trunk if self._keep_graph else trunk.detach(), tuple(rest), keywords)
+        call = LastCall(arguments, keywords)
+        self._call = call if self._keep_graph else call.detached()
 
     @contextmanager
     def with_graph(self) -> Iterator[None]:
-        """Forward passes inside keep the graph of their trunk, so that gradients can go back
+        """Forward passes inside keep the graph behind the call, so that gradients can go back
         through it."""
         self._keep_graph = True
         try:
@@ -145,10 +183,20 @@ class LastLayer:
         with evaluation_mode(backbone.lm, *(layer for layer, _ in made)):
             h_BTD = backbone.states(probe_ids(backbone.lm))
             call = self.take()
-            if not all(backbone.close(call.run(*head), h_BTD) for head in made):
+            if not all(self._repeats(backbone, call, *head, h_BTD) for head in made):
                 raise NextLatError(
                     f"a copy of the last layer of {type(backbone.lm).__name__} gives other states "
                     "than the layer: multi-token prediction does not support this architecture."
+                )
+            with torch.enable_grad(), self.with_graph():
+                backbone.states(probe_ids(backbone.lm))
+                call = self.take()
+                out = call.run(*made[0], [x.detach() for x in call.states])
+                beyond = _reaches(out, backbone.transformer.parameters())
+            if beyond:
+                raise NextLatError(
+                    f"the last layer of {type(backbone.lm).__name__} reads keys and values of "
+                    "others: multi-token prediction does not support this architecture."
                 )
         return made
 
@@ -164,7 +212,7 @@ class LastLayer:
             try:
                 backbone.states(ids)
                 whole = states()
-                cache = DynamicCache(config=backbone.cache_config(len(heads)))
+                cache = backbone.new_cache(len(heads))
                 pieces = []
                 for piece in (ids[:, :3], ids[:, 3:]):
                     backbone.step(piece, cache)

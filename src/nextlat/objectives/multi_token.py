@@ -3,12 +3,11 @@
 Shapes: B rows, T tokens, N = B*T positions, D width, V vocabulary, d horizon.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
@@ -61,9 +60,9 @@ class ExtraHead(nn.Module):
         super().__init__()
         self.layer, self.norm = layer, norm
 
-    def forward(self, call: LastCall, trunk_BTD: Tensor | None = None) -> Tensor:
+    def forward(self, call: LastCall, states: Sequence[Tensor] | None = None) -> Tensor:
         """(B, T, D) states from the trunk of a forward pass, with its masks and its cache."""
-        return call.run(self.layer, self.norm, trunk_BTD)
+        return call.run(self.layer, self.norm, states)
 
 
 class MTP(TokensAhead):
@@ -83,6 +82,8 @@ class MTP(TokensAhead):
         self.last_layer = LastLayer(backbone)
         copies = self.last_layer.copies(backbone, config.horizon)
         self.heads = nn.ModuleList(ExtraHead(layer, norm) for layer, norm in copies)
+        # The heads attend over the whole prefix.
+        self.cached_layers = config.horizon
         self.max_draft_length = config.horizon if self.last_layer.caches(backbone, copies) else 0
 
     def loss(self, batch: Batch, counts: Counts | None = None) -> Losses:
@@ -100,9 +101,8 @@ class MTP(TokensAhead):
             for head, (at, targets), divisor in rows
             if len(at)
         ]
-        output_head = self.backbone.lm.get_output_embeddings()
-        learning = [*self.heads.parameters(), *output_head.parameters()]
-        extra, _ = one_by_one(pieces, [call.trunk], learning)
+        learning = [*self.heads.parameters(), *self.backbone.head.parameters()]
+        extra, _ = one_by_one(pieces, call.states, learning)
         once = torch.ones_like(counts["next_token"])
         return Losses(
             {
@@ -114,10 +114,10 @@ class MTP(TokensAhead):
     def _piece(
         self, head: nn.Module, call: LastCall, at: Tensor, targets: Tensor, divisor: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        """Head i's share of the mean: L_i / d, as a function of the trunk."""
+        """Head i's share of the mean: L_i / d, as a function of `call.states`."""
 
-        def piece(trunk_BTD: Tensor) -> Tensor:
-            states_MD = head(call, trunk_BTD).flatten(0, 1).index_select(0, at)
+        def piece(*states: Tensor) -> Tensor:
+            states_MD = head(call, states).flatten(0, 1).index_select(0, at)
             return cross_entropy(self.backbone.head, states_MD, targets).view(1) / divisor
 
         return piece
@@ -130,12 +130,6 @@ class MTP(TokensAhead):
         return super().flops(batch) | {"extra heads": products + attention}
 
     # ---- drafting: all d tokens from the trunk state of t, independently of each other ----
-
-    @property
-    def cache_config(self) -> PreTrainedConfig:
-        """The heads attend over the whole prefix: their keys and values lie after those of the LM's
-        layers, in the same cache."""
-        return self.backbone.cache_config(extra_layers=self.horizon)
 
     def drafting_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
         """(B, T, d * D): what heads 1..d give side by side on the trunk of the forward pass that

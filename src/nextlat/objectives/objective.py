@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
@@ -30,6 +29,8 @@ class Objective(nn.Module):
         published_as: what the paper calls it.
         parts: titles of the loss parts that it logs besides `next_token`, by name.
         max_draft_length: tokens it can draft per cycle; None = any number, 0 = it cannot draft.
+        cached_layers: layers of its own that keep keys and values while it drafts, in the cache of
+            the LM and after its layers.
         needed_at_inference: whether the LM alone is not the model (JTP, BST).
         tokens_only: why it has nothing to learn where labels are not the tokens themselves, but a
             function of inputs that it has not read yet, or of all before; "" = it has.
@@ -46,6 +47,7 @@ class Objective(nn.Module):
     published_as: ClassVar[str]
     parts: ClassVar[Mapping[str, str]] = {}
     max_draft_length: int | None = 0
+    cached_layers: int = 0
     needed_at_inference: ClassVar[bool] = False
     tokens_only: ClassVar[str] = ""
     step: int | None = None
@@ -105,12 +107,6 @@ class Objective(nn.Module):
         """(..., D) -> (..., V): the distribution of the next token in a state (see
         `output_states`)."""
         return self.backbone.head(h)
-
-    @property
-    def cache_config(self) -> PreTrainedConfig:
-        """What the KV cache of decoding is built from: the LM's own configuration, or one with more
-        layers (MTP)."""
-        return self.backbone.cache_config()
 
     def drafting_states(self, h: Tensor, input_ids: Tensor) -> Tensor:
         """(B, T, D), (B, T) -> (B, T, S): where drafts after each position start; h itself by

@@ -111,8 +111,8 @@ def _grids(table: Table) -> list[Grid]:
         for name in table.names:
             grid.add_column(Text(plain(name)), overflow="fold")
         for column in columns:
-            side = "left" if table.words else "right"
-            grid.add_column(Text(plain(table.head[column]), style="bold"), justify=side)  # type: ignore[arg-type]
+            head = Text(plain(table.head[column]), style="bold")
+            grid.add_column(head, justify="left" if table.words else "right")
         for names, cells in table.rows:
             shown = [_terminal_cell(cells[c], beside=len(columns) <= NARROW) for c in columns]
             grid.add_row(*(Text(plain(name)) for name in names), *shown)

@@ -205,7 +205,7 @@ def first_run(runs: dict[int, Run]) -> Run:
 
 
 def _model_recipe(run: Run) -> dict[str, Any]:
-    """What defines a model: its recipe without the seed, and without what cannot change the result."""
+    """What defines a model: its recipe without the seed and what cannot change the result."""
     left_out = ("seed", "gradient_accumulation", "run")
     kept = {key: value for key, value in run.recipe.items() if key not in left_out}
     return {**kept, "precision": run.recipe["run"]["precision"]}

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nextlat.batch import Batch
+from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
 from nextlat.results import Chart, Measurement, Metric, Picture, Published, Solved
 from nextlat.scores import Score, ratio_score
@@ -52,6 +53,22 @@ class TaskConfig(Settings, ABC):
         Raises:
             NextLatError: settings that no world has, or data that are not there.
         """
+
+    @property
+    def code(self) -> str | None:
+        """The path in these settings from which Python code may be run, if there is any."""
+        return None
+
+    def trusting(self, code: str | None) -> Self:
+        """These settings, which came with a run, for use: with `code` from the user in the place of
+        what the run names, which may be a stranger's.
+
+        Raises:
+            NextLatError: there is code in only one of the two.
+        """
+        if code is not None:
+            raise NextLatError(f"--code {code}: this task runs no code: leave it out.")
+        return self
 
 
 class Task(ABC):
@@ -175,8 +192,8 @@ def word_tokenizer(
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that a table of its tokens needs: the largest id + 1, which is more than `len(tokenizer)`
-    where there are gaps between the ids."""
+    """Rows that a table of its tokens needs: the largest id + 1, more than `len(tokenizer)` where
+    there are gaps between the ids."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

@@ -82,8 +82,8 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             if "allocate memory" not in str(error):
                 raise
             raise NextLatError(
-                f"the objective {recipe.objective} with these settings does not fit into the memory "
-                "of this machine: make it smaller."
+                f"the objective {recipe.objective} with these settings does not fit into this "
+                "machine's memory: make it smaller."
             ) from error
 
 

@@ -35,6 +35,12 @@ class _TrainerState(Settings, extra="allow"):
     epoch: float | None
     total_flos: float
     max_steps: int
+    num_train_epochs: int | None = None
+    train_batch_size: int | None = None
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    log_history: list[dict[str, Any]] = []
     stateful_callbacks: dict[str, Any] = {}
 
 
@@ -55,14 +61,14 @@ def last_complete_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and one sentence about each newer one that is not."""
     faults: list[str] = []
     for checkpoint in reversed(checkpoints(directory)):
-        fault = model_fault(checkpoint) or _state_fault(checkpoint)
+        fault = _model_fault(checkpoint) or _state_fault(checkpoint)
         if fault is None:
             return checkpoint, faults
         faults.append(f"{checkpoint.name} is damaged ({fault})")
     return None, faults
 
 
-def model_fault(directory: Path) -> str | None:
+def _model_fault(directory: Path) -> str | None:
     """What is wrong with the files of a saved model, or None."""
     index = directory / "model.safetensors.index.json"
     weights = {"model.safetensors"}

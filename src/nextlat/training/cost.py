@@ -21,7 +21,7 @@ from nextlat.training.recipe import Recipe
 from nextlat.training.train import FirstRows, threads
 from nextlat.training.trainer import Item, collate
 
-BUDGET = 4.0  # seconds of matrix products that timing may take, the rest coming on top; longer steps are not tried
+BUDGET = 4.0  # seconds of matrix products that timing may take; longer steps are not tried
 TIMED_STEPS = 3  # after one that is not timed
 
 
@@ -30,14 +30,19 @@ class Cost:
     """The cost of one run.
 
     Attributes:
-        lm_parameters, objective_parameters: of the transformer, and of what the objective adds.
-        steps, rows: optimiser steps, and rows of each. tokens: of the whole run, padding left out;
-            estimated from one batch.
+        lm_parameters: of the transformer.
+        objective_parameters: of what the objective adds.
+        steps: optimiser steps.
+        rows: of each step.
+        tokens: of the whole run, padding left out; estimated from one batch.
         flops: of the whole run by part, see `flops.step_flops`; None for an objective of which
             there is no formula.
-        step_seconds: of one optimiser step. timed: whether steps were made; otherwise one takes at
-            least as long as its matrix products alone, or as many rows one after another.
-        flops_per_second: of matrix products of the model's size here. device, threads: where.
+        step_seconds: of one optimiser step.
+        timed: whether steps were made; otherwise one takes at least as long as its matrix products
+            alone, or as many rows one after another.
+        flops_per_second: of matrix products of the model's size here.
+        device: where.
+        threads: of torch.
     """
 
     lm_parameters: int
@@ -62,6 +67,7 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
     """Find out what `training.train` of a recipe would cost in one process.
 
     Args:
+        recipe: see `recipe.load_recipe`.
         device: None = where it would be trained.
 
     Raises:
@@ -71,14 +77,17 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
     with threads(recipe.run.threads), torch.random.fork_rng():
         task = recipe.task.build()
         model = build_model(recipe, task).to(place).train()
-        batch = _first_batch(recipe, task)
-        (rows, length), steps = batch["input_ids"].shape, recipe.steps
-        tokens = int(batch.get("attention_mask", torch.ones(rows, length)).sum())
+        batch, steps = _first_batch(recipe, task), recipe.steps
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         flops = step_flops(model.objective, Batch.from_inputs(**batch))
         throughput = _matmul_flops_per_second(recipe, model)
-        expected = (
-            sum(flops.values()) / throughput if flops else _seconds_row_by_row(recipe, model, batch)
-        )
+        if flops:
+            expected = sum(flops.values()) / throughput
+        else:  # more than a step that computes the rows together
+            row = {name: value[:1] for name, value in batch.items()}
+            single = min(_seconds(lambda: _loss(recipe, model, row), place) for _ in range(2))
+            expected = single * recipe.batch_size
         timed = expected * (TIMED_STEPS + 1) < BUDGET
         return Cost(
             lm_parameters=sum(p.numel() for p in model.lm.parameters()),
@@ -113,30 +122,20 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def _matmul_flops_per_second(recipe: Recipe, model: ObjectiveModel) -> float:
-    """Of a product like those of the layers: (rows, D) by (D, 4 D), rows of the order of a batch."""
-    width, device = model.backbone.width, model.device
-    rows = 2048
-    x, weight = (
-        torch.randn(rows, width, device=device),
-        torch.randn(width, 4 * width, device=device),
-    )
+    """Of a product like those of the layers: (rows, D) by (D, 4 D), rows as many as a batch has."""
+    rows, D, device = 2048, model.backbone.width, model.device
+    x, weight = torch.randn(rows, D, device=device), torch.randn(D, 4 * D, device=device)
     with torch.no_grad(), _autocast(recipe, device):
         seconds = [_seconds(lambda: x @ weight, device) for _ in range(6)]
-    return 2 * rows * width * 4 * width / statistics.median(seconds[1:])
+    return 2 * rows * D * 4 * D / statistics.median(seconds[1:])
 
 
-def _seconds_row_by_row(recipe: Recipe, model: ObjectiveModel, batch: Item) -> float:
-    """Forward and backward of one row, as many times as there are rows: more than a step that
-    computes them together."""
-    row = {name: value[:1].to(model.device) for name, value in batch.items()}
-
-    def action() -> None:
-        with _autocast(recipe, model.device):
-            loss = model(**row).loss
-        loss.backward()
-        model.zero_grad()
-
-    return min(_seconds(action, model.device) for _ in range(2)) * len(batch["input_ids"])
+def _loss(recipe: Recipe, model: ObjectiveModel, batch: Item) -> None:
+    """Forward and backward pass of a batch."""
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    with _autocast(recipe, model.device):
+        loss = model(**inputs).loss
+    loss.backward()
 
 
 def _seconds_per_step(recipe: Recipe, task: Task, model: ObjectiveModel) -> float:
@@ -149,10 +148,7 @@ def _seconds_per_step(recipe: Recipe, task: Task, model: ObjectiveModel) -> floa
     def step() -> None:
         batch = ready or _first_batch(recipe, task)
         for part in range(parts):
-            inputs = {name: value[part::parts].to(device) for name, value in batch.items()}
-            with _autocast(recipe, device):
-                loss = model(**inputs).loss
-            loss.backward()
+            _loss(recipe, model, {name: value[part::parts] for name, value in batch.items()})
         optimizer.step()
         optimizer.zero_grad()
 

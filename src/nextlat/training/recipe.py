@@ -341,7 +341,7 @@ def read_recipe_file(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
             guess = nearest(text, built_in_recipes())
             raise NextLatError(f"unknown recipe '{text}': {guess}; a path ends in .toml.")
     try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
     except (OSError, ValueError) as error:

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import transformers
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import write_errors
@@ -30,11 +30,14 @@ from nextlat.training.checkpoints import checkpoints
 from nextlat.validation import Settings, check_format, read_json
 
 RECORD, METRICS, FORMAT = "run.json", "metrics.jsonl", 1
-_LINE = TypeAdapter(dict[str, int | float | None], config={"strict": True})
+_LINE = TypeAdapter(
+    dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)] | float | None],
+    config={"strict": True, "allow_inf_nan": False},
+)
 
 
-class Named(Settings, extra="allow"):
-    """A table with a name in it, whatever else it holds."""
+class RecordedTask(Settings, extra="allow"):
+    """Its name, in the recipe with its settings."""
 
     name: str
 
@@ -42,10 +45,10 @@ class Named(Settings, extra="allow"):
 class RecordedRecipe(Settings, extra="allow"):
     """What a reader of run.json may rely on; `Recipe.from_dict` checks all of it."""
 
-    task: Named
+    task: RecordedTask
     objective: str
     objectives: dict[str, dict[str, Any]]
-    steps: int
+    steps: Annotated[int, Field(ge=1)]
     seed: int
 
 
@@ -102,6 +105,13 @@ class Record(Settings):
     seconds: float = Field(default=0.0, ge=0)
     finished: str = ""
 
+    @model_validator(mode="after")
+    def _is_of_its_recipe(self) -> Self:
+        recipe, finished = self.recipe, self.status == "finished"
+        if self.seed != recipe.seed or (finished and self.steps != recipe.steps):
+            raise ValueError("it contradicts its own recipe")
+        return self
+
 
 def read_record(directory: Path) -> dict[str, Any] | None:
     """run.json of a directory, checked against `Record`, or None where there is none.
@@ -109,16 +119,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     Raises:
         NextLatError: it cannot be read, is not the record of a run, or one of another version.
     """
-    path, way_out = directory / RECORD, "restore it, or choose another run directory"
+    path, way_out = directory / RECORD, "restore it or choose another run directory"
     try:
         content = read_json(path, way_out)
     except FileNotFoundError:
         return None
-    if not isinstance(content, dict) or not {"status", "recipe", "task"} <= content.keys():
-        raise NextLatError(f"{path} is not the record of a run: choose another run directory.")
-    check_format(content.get("format", FORMAT), FORMAT, path, way_out)
-    record = Record.from_json(content, f"{path} is damaged")
-    return record.model_dump(mode="json")
+    if isinstance(content, dict):
+        check_format(content.get("format"), FORMAT, path, way_out)
+    return Record.from_json(content, f"{path} is damaged, {way_out}").model_dump(mode="json")
 
 
 def is_finished(directory: str | Path) -> bool:
@@ -224,7 +232,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def last_metrics(directory: Path) -> dict[str, Any] | None:
-    """The last line of metrics.jsonl, of a run that may be writing it now; None if there is none."""
+    """The last line of metrics.jsonl of a run that may be writing it now; None if there is none."""
     try:
         with (directory / METRICS).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))

@@ -45,7 +45,7 @@ class RunLog(TrainerCallback):
         self._before = max((line.get("seconds") or 0.0 for line in lines), default=0.0)
         self._started: float | None = None
         self._shown = ""
-        if first and self._path.exists():
+        if first and (self._path.exists() or self._path.is_symlink()):
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @property

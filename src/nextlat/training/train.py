@@ -22,14 +22,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write_errors, write_json
-from nextlat.model import ObjectiveModel
+from nextlat.model import ObjectiveModel, load
 from nextlat.signals import StopSignal
 from nextlat.training.build import build_model
 from nextlat.training.checkpoints import (
     checkpoint_step,
     last_complete_checkpoint,
     load_trainer_state,
-    model_fault,
     rotate_checkpoints,
 )
 from nextlat.training.recipe import Recipe, differences
@@ -185,12 +184,11 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
                 remove_unfinished(out)
         if record is None or record["status"] != "finished":
             _train(recipe, out, args, record, stop, progress)
-        elif fault := model_fault(out):
-            raise NextLatError(
-                f"the finished run {out} is damaged ({fault}): restore it or train in another "
-                "directory."
-            )
-        else:
+        elif first:
+            try:
+                load(out)
+            except NextLatError as error:
+                raise NextLatError(f"the finished run {out} is damaged: {error}") from error
             logger.info("%s is finished: nothing to train.", out)
         return out
 
@@ -258,7 +256,7 @@ def _train(
         write_json(out / RECORD, record)
     if recipe.run.compile:
         # The layers: fixed shapes and one graph, which the losses' masked positions have not.
-        model.lm.base_model.compile()
+        model.backbone.transformer.compile()
     log = RunLog(out, step, stop, progress, first=first)
     trainer = NextLatTrainer(
         model,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
-from nextlat.training.checkpoints import load_state, rotate_checkpoints
-from nextlat.weights import read_sums, write_sums
+from nextlat.training.checkpoints import load_state, load_trainer_state, rotate_checkpoints
+from nextlat.weights import not_finite, read_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
@@ -73,34 +73,37 @@ def evaluation_loss(
     return {name: value.item() for name, value in sums.items()}
 
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+class NextLatTrainer(Trainer):
+    """`transformers.Trainer` for what `nextlat.attach` gives, with the same arguments.
 
+    Every loss part is divided by its own count over the whole optimiser step (micro-batches and
+    processes) and logged. What is saved is a plain Hugging Face directory with the sidecar
+    `nextlat/`. A checkpoint gets its name only when all of it is on the disk, and what is read from
+    it on resume is compared with the model. A loss or weight that is not finite ends the training.
 
-class NextLatMixin(_Base):
-    """Makes any subclass of `transformers.Trainer` one for objective models.
+    It is a mixin, too: `class MyTrainer(NextLatTrainer, SomeTrainer)` does the same for any other
+    subclass of the Trainer.
 
-    `class MyTrainer(NextLatMixin, SomeTrainer)` divides every loss part by its own count over the
-    whole optimiser step (micro-batches and processes), logs the parts, and saves and resumes plain
-    Hugging Face directories with the sidecar `nextlat/`, comparing what it reads with the model.
+    Example:
+        trainer = nextlat.NextLatTrainer(model, args, train_dataset=rows)
+        trainer.train()
+        trainer.save_model("my-model")  # opens with nextlat.load and AutoModelForCausalLM
 
     Raises:
-        NextLatError: from the constructor, if the model is not an `ObjectiveModel`, or is told to
-            do what an objective model cannot.
+        NextLatError: a model that is none of ours, a setting that asks for what an objective model
+            cannot do, or a checkpoint of something else.
     """
+
+    args: TrainingArguments
 
     def create_accelerator_and_postprocess(self) -> None:
         if not isinstance(self.model, ObjectiveModel):
-            raise NextLatError(
-                f"{type(self).__name__} trains what nextlat.attach gives, not a "
-                f"{type(self.model).__name__}."
-            )
+            kind = type(self.model).__name__
+            raise NextLatError(f"NextLatTrainer trains what nextlat.attach gives, not a {kind}.")
+        if self.args.label_smoothing_factor:
+            raise NextLatError("label_smoothing_factor is not for objective models: leave it out.")
         if self.args.n_gpu > 1:
-            logger.warning(
-                "One GPU of %d is used: start it with torchrun to use all.", self.args.n_gpu
-            )
+            logger.warning("one GPU of %d is used: torchrun uses all.", self.args.n_gpu)
             self.args._n_gpu = 1
         if self.args.ddp_find_unused_parameters is None:
             self.args.ddp_find_unused_parameters = False
@@ -133,6 +136,8 @@ class NextLatMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        if self.compute_loss_func is not None:
+            raise NextLatError("an objective model has its own loss: leave compute_loss_func out.")
         step = self.state.global_step + 1
         # Restored on resume, so that a loss that changes over the steps is the same there.
         self.objective_model.objective.step = step
@@ -182,9 +187,8 @@ class NextLatMixin(_Base):
         super().log(logs, start_time)
 
     def _check_weights(self) -> None:
-        named = [(n, torch.isfinite(p).all()) for n, p in self.objective_model.named_parameters()]
-        if not torch.stack([finite for _, finite in named]).all():
-            raise self._not_sound(f"{next(n for n, finite in named if not finite)} is not finite")
+        if names := not_finite(self.objective_model.named_parameters()):
+            raise self._not_sound(f"{names[0]} is not finite")
 
     def _not_sound(self, told: str) -> NextLatError:
         return NextLatError(
@@ -238,7 +242,9 @@ class NextLatMixin(_Base):
     ) -> None:
         with no_library_bars():
             self.objective_model.load_weights(resume_from_checkpoint)
-        self._sound_step = int(resume_from_checkpoint.rpartition("-")[2])
+        checkpoint = Path(resume_from_checkpoint)
+        with _of_this_run(checkpoint / "trainer_state.json"):
+            self._sound_step = load_trainer_state(checkpoint).global_step
 
     def _load_best_model(self) -> None:
         self.objective_model.load_weights(str(self.state.best_model_checkpoint))
@@ -255,72 +261,16 @@ class NextLatMixin(_Base):
         with _of_this_run(directory / "scheduler.pt"):
             scheduler: Any = self.lr_scheduler
             state, own = load_state(directory / "scheduler.pt"), scheduler.state_dict()
-            if any(type(value) is not type(own[key]) for key, value in state.items()):
+            own |= {"last_epoch": load_trainer_state(directory).global_step}
+            if any(state[key] != own[key] for key in ("base_lrs", "last_epoch")) or any(
+                type(value) is not type(own[key]) for key, value in state.items()
+            ):
                 raise ValueError("it is of another schedule")
             scheduler.load_state_dict(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _of_this_run(Path(checkpoint or "") / "rng_state.pth"):
             super()._load_rng_state(checkpoint)
-
-
-@contextmanager
-def _of_this_run(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (NextLatError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise NextLatError(
-            f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
-            "the checkpoint before it, or choose another run directory."
-        ) from error
-
-
-def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Compare what torch does not compare before it computes with it.
-
-    Raises:
-        ValueError: the state belongs to other parameters or another optimiser.
-    """
-    groups = optimizer.param_groups
-    for own, other in zip(groups, state["param_groups"], strict=True):
-        if len(own["params"]) != len(other["params"]):
-            raise ValueError("it is of a model with other parameters")
-        for key in {"lr", "betas", "eps", "weight_decay"} & own.keys():
-            if type(other[key]) is not type(own[key]):
-                raise ValueError(f"its {key} is {other[key]!r}")
-    parameters = [p for group in groups for p in group["params"]]
-    if not state["state"]:
-        raise ValueError("it is empty")
-    for index, values in state["state"].items():
-        shapes = {name: x.shape for name, x in values.items() if isinstance(x, torch.Tensor)}
-        expected = parameters[index].shape
-        for name in _OF_PARAMETER_SHAPE & shapes.keys():
-            if shapes[name] != expected:
-                found, expected = tuple(shapes[name]), tuple(expected)
-                raise ValueError(
-                    f"{name} of parameter {index} is {found}, the parameter {expected}"
-                )
-        if "exp_avg" in values and not (
-            {"exp_avg", "exp_avg_sq"} <= shapes.keys() and torch.as_tensor(values["step"]).ndim == 0
-        ):
-            raise ValueError(f"the state of parameter {index} is not whole")
-
-
-class NextLatTrainer(NextLatMixin, Trainer):
-    """`transformers.Trainer` for what `nextlat.attach` gives, with the same arguments.
-
-    Besides what `NextLatMixin` says, a checkpoint gets its name only when all of it is on the disk:
-    whatever happens while it is saved, `train(resume_from_checkpoint=True)` finds a whole one.
-
-    Example:
-        trainer = nextlat.NextLatTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-        trainer.train()
-        trainer.save_model("my-model")      # opens with nextlat.load and AutoModelForCausalLM
-    """
-
-    args: TrainingArguments
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         state: Any = self.state
@@ -360,3 +310,53 @@ class NextLatTrainer(NextLatMixin, Trainer):
             self.accelerator.wait_for_everyone()
             yield staging_directory(target)
             self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _of_this_run(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever torch makes of what it was not made for
+        raise NextLatError(
+            f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
+            "the checkpoint before it, or choose another run directory."
+        ) from error
+
+
+def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Compare what torch does not compare before it computes with it.
+
+    Raises:
+        ValueError: the state belongs to other parameters or another optimiser.
+    """
+    groups = optimizer.state_dict()["param_groups"]  # parameters by their numbers
+    for own, other in zip(groups, state["param_groups"], strict=True):
+        if own["params"] != other["params"]:
+            raise ValueError("it is of a model with other parameters")
+        for key, value in other.items():  # the learning rate follows from the schedule
+            same = type(value) is type(own[key]) and (key == "lr" or value == own[key])
+            if not same:
+                raise ValueError(f"its {key} is {value!r} and not {own[key]!r}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not state["state"]:
+        raise ValueError("it is empty")
+    if not state["state"].keys() <= {*range(len(parameters))}:
+        raise ValueError("it is of a model with other parameters")
+    for index, values in state["state"].items():
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        own = parameters[index]
+        for name in _OF_PARAMETER_SHAPE & tensors.keys():
+            x = tensors[name]
+            if (x.shape, x.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"{name} of parameter {index} is {tuple(x.shape)} {x.dtype}, the parameter "
+                    f"{tuple(own.shape)} {own.dtype}"
+                )
+        if "exp_avg" in values and not (
+            {"exp_avg", "exp_avg_sq"} <= tensors.keys()
+            and torch.as_tensor(values["step"]).ndim == 0
+            and torch.as_tensor(values["step"]).is_floating_point()
+        ):
+            raise ValueError(f"the state of parameter {index} is not whole")

@@ -24,6 +24,8 @@ from nextlat.results import Measurement, Metric
 from nextlat.scores import Score, exp_score, mean_score, ratio_score
 from nextlat.tasks.task import find_data
 
+logger = logging.getLogger(__name__)
+
 METRICS = {  # of the harness -> in words; all others it may have are left out
     "acc": "accuracy",
     "acc_norm": "accuracy, normalised by length",
@@ -187,6 +189,7 @@ def _manager(files: str | None) -> Any:
         raise NextLatError(
             f"there is no directory {files} (nor in $NEXTLAT_DATA): correct task.lm_eval_files."
         )
+    logger.warning("the benchmarks in %s can run Python code of theirs.", directory)
     return TaskManager(include_path=str(directory))
 
 

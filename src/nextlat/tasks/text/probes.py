@@ -7,9 +7,13 @@ Shapes: N positions, D width, V vocabulary, K offsets, B positions of a minibatc
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
+from nextlat.backbone import evaluation_mode
 from nextlat.batch import IGNORE, Batch
+from nextlat.model import ObjectiveModel
 
+ROWS_PER_BATCH = 16  # whose states are computed at a time
 PROBE_BATCH = 256  # positions of a minibatch
 CHUNK = 2**24  # probe logits held at a time where no gradient is needed
 
@@ -25,6 +29,21 @@ def future_tokens(batch: Batch, offsets: int) -> Tensor:
         reached = reached & _ahead(linked, step, False)
         columns.append(torch.where(reached, _ahead(ids, step + 1, IGNORE), IGNORE))
     return torch.stack(columns, dim=1)
+
+
+def states_and_futures(
+    model: ObjectiveModel, rows: Dataset[dict[str, Tensor]], offsets: int
+) -> tuple[Tensor, Tensor]:
+    """h_ND and the tokens ahead, (N, K), of the positions of some rows that have any."""
+    states, targets = [], []
+    with evaluation_mode(model):
+        for part in DataLoader(rows, batch_size=ROWS_PER_BATCH):
+            batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in part.items()})
+            ahead_NK = future_tokens(batch, offsets)
+            some_N = (ahead_NK >= 0).any(1)
+            states.append(model.backbone.hidden(batch).flatten(0, 1)[some_N].float())
+            targets.append(ahead_NK[some_N])
+    return torch.cat(states), torch.cat(targets)
 
 
 def _ahead(x: Tensor, steps: int, fill: int | bool) -> Tensor:

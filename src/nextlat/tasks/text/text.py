@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
-from nextlat.backbone import evaluation_mode
-from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
 from nextlat.results import (
@@ -52,7 +50,7 @@ from nextlat.tasks.text.lm_eval import (
     check_benchmarks,
     language_benchmark,
 )
-from nextlat.tasks.text.probes import PROBE_BATCH, future_tokens, probe_cross_entropy
+from nextlat.tasks.text.probes import PROBE_BATCH, probe_cross_entropy, states_and_futures
 from nextlat.tasks.text.tokens import (
     END_OF_TEXT,
     PackedDocuments,
@@ -116,7 +114,8 @@ class TextConfig(TaskConfig):
         lm_eval: benchmarks of the LM Evaluation Harness (needs the extra `nextlat[lm-eval]`), with
             commas between them; "" = none.
         lm_eval_limit: documents of each benchmark, 0 = all.
-        lm_eval_files: a directory of further benchmarks, defined in the harness's YAML.
+        lm_eval_files: a directory of further benchmarks, defined in the harness's YAML, which can
+            run Python code.
     """
 
     train: str | None = None
@@ -178,6 +177,22 @@ class TextConfig(TaskConfig):
             if sum(setting is not None for setting in pair) == given:
                 return f"the task text needs {names}, one of the two"
         return None
+
+    @property
+    def code(self) -> str | None:
+        """Definitions of benchmarks: they can name Python functions, which the harness calls."""
+        return self.lm_eval_files
+
+    def trusting(self, code: str | None) -> Self:
+        if (code is None) != (self.lm_eval_files is None):
+            raise NextLatError(
+                "the run names no benchmarks of its own: leave --code out."
+                if code is not None
+                else "the run was trained with benchmarks of its own (task.lm_eval_files = "
+                f"'{self.lm_eval_files}'), which can run Python code: if you trust them, give "
+                "their directory as --code."
+            )
+        return self.model_copy(update={"lm_eval_files": code})
 
     def build(self) -> "Text":
         if problem := self._pair(given=0):
@@ -361,8 +376,8 @@ class Text(Task):
         rows = range(-(-positions // self.config.row_length))
         training = Subset(PackedDocuments(self.train, self.config.row_length, seed=6), rows)
         losses = probe_cross_entropy(
-            *self._states(model, training),
-            *self._states(model, self.eval_dataset()),
+            *states_and_futures(model, training, self.config.probes),
+            *states_and_futures(model, self.eval_dataset(), self.config.probes),
             vocab_size=vocabulary_size(self.tokenizer),
             steps=self.config.probe_steps,
         )
@@ -381,17 +396,3 @@ class Text(Task):
             linear_within=0.1,
         )
         return [chart]
-
-    def _states(
-        self, model: ObjectiveModel, rows: Dataset[dict[str, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Rows -> h_ND and the tokens ahead, targets_NK, of the positions that have any."""
-        states, targets = [], []
-        with evaluation_mode(model):
-            for part in DataLoader(rows, batch_size=ROWS_PER_BATCH):
-                batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in part.items()})
-                ahead_NK = future_tokens(batch, self.config.probes)
-                some_N = (ahead_NK >= 0).any(1)
-                states.append(model.backbone.hidden(batch).flatten(0, 1)[some_N].float())
-                targets.append(ahead_NK[some_N])
-        return torch.cat(states), torch.cat(targets)
