@@ -17,6 +17,7 @@ from nextlat.backbone import Backbone
 from nextlat.errors import NextLatError
 from nextlat.results import Chart, Measurement
 from nextlat.scores import effective_rank, paired_difference
+from nextlat.tasks.dynamics_alone import driver
 from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.streets import rides
 from nextlat.tasks.streets.map import read_map_record, reconstruct
@@ -33,7 +34,7 @@ from nextlat.tasks.streets.measuring import (
 )
 from nextlat.tasks.streets.network import Pairs, StreetNetwork
 from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
-from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, driver, prefix_pairs, ride
+from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, prefix_pairs, ride
 from nextlat.tasks.streets.sources import generate_city
 from nextlat.tasks.streets.streets import StreetsConfig
 from nextlat.tasks.streets.walks import Walks
@@ -769,7 +770,7 @@ def test_the_dynamics_alone_drive_from_the_state_after_source_and_destination(
 ):
     """In batches that shrink, with prefixes of many lengths: as the rollout p_psi(h, x) of each
     ride alone."""
-    alone, embed = driver(nextlat, "dynamics"), nextlat.lm.get_input_embeddings()
+    alone, embed = driver(nextlat, "dynamics", 2), nextlat.lm.get_input_embeddings()
     monkeypatch.setattr(rides, "BATCH", 8)
     for prompts in (Prompts.of_pairs(pairs[:20]), prefixes.first[np.arange(20)]):
         told = ride(alone, city, prompts, 12, leave_map=True)
@@ -790,11 +791,11 @@ def test_the_dynamics_alone_drive_from_the_state_after_source_and_destination(
 
 
 def test_only_recurrent_drafters_drive_alone(city, nextlat):
-    assert driver(nextlat, "transformer") is nextlat
+    assert driver(nextlat, "transformer", 2) is nextlat
     for config in (NextTokenConfig(), JTPConfig()):
-        assert driver(attach(Plain(city).lm, config), "dynamics") is None
+        assert driver(attach(Plain(city).lm, config), "dynamics", 2) is None
     nextlat.train()
-    greedy_rides(driver(nextlat, "dynamics"), city, Pairs(np.array([0]), np.array([1])), 3)
+    greedy_rides(driver(nextlat, "dynamics", 2), city, Pairs(np.array([0]), np.array([1])), 3)
     assert nextlat.training and nextlat.objective.dynamics.training
 
 

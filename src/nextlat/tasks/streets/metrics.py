@@ -8,15 +8,10 @@ arXiv 2511.05963, as they are declared; `measuring` measures them.
 from typing import Any, Literal
 
 from nextlat.results import Metric, Picture, Published, PublishedFigures
-from nextlat.tasks.streets.rides import Driver
+from nextlat.tasks.dynamics_alone import ALONE_NOTE, DYNAMICS, Driver
 from nextlat.tasks.task import NEXTLAT, OURS
 
 VAFA = "Vafa et al., arXiv 2406.03689"
-DYNAMICS = "latent dynamics model alone"
-NOTE = (
-    "The dynamics model run alone is compared with the transformer of the baseline at the same "
-    "length."
-)
 PAPER_PROBABILITY = 0.75  # of a detour, arXiv 2511.05963
 
 MAP = Picture(
@@ -151,7 +146,11 @@ def variant(metric: Metric, who: Driver, length: int | None, *, headline: bool) 
         definition += f" Rides of up to {length} moves."
     if who == "dynamics":
         same = metric if length is None else variant(metric, "transformer", length, headline=False)
-        changes = {"counterpart": same.key, "counterpart_name": "the transformer of", "note": NOTE}
+        changes = {
+            "counterpart": same.key,
+            "counterpart_name": "the transformer of",
+            "note": ALONE_NOTE,
+        }
         parameters["driver"] = who
         noun += f" of the {DYNAMICS}"
         definition += (

@@ -9,21 +9,18 @@ Shapes: P rides, B rides of the running batch, D width, V vocabulary, L the long
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
-from nextlat.model import ObjectiveModel
 from nextlat.tasks.streets.map import Ride
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
 from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.task import PAD, SequenceModel
 
-Driver = Literal["transformer", "dynamics"]
 BATCH = 256  # rides in lockstep
 COMPACT_BELOW = 0.85  # share of rides under way below which finished ones leave batch and cache
 ROUNDS = 200  # of drawing before a network counts as too small for pairs of prefixes
@@ -219,58 +216,6 @@ def ride(
                     alive = np.ones(len(rows), dtype=bool)
                 input_ids = token[:, None]
     return rides
-
-
-def driver(model: ObjectiveModel, who: Driver) -> SequenceModel | None:
-    """Who drives: the transformer, or the latent dynamics alone; None if the model has none."""
-    if who == "transformer":
-        return model
-    return DynamicsAlone(model) if model.objective.max_draft_length is None else None
-
-
-@dataclass
-class LatentState:
-    """What the latent dynamics remember: one state (B, D)."""
-
-    h_BD: Tensor
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rides, as `transformers.Cache` does."""
-        self.h_BD = self.h_BD[indices]
-
-
-class DynamicsAlone(nn.Module):
-    """The latent dynamics model as a driver: the transformer reads source and destination, and from
-    its state there the dynamics alone go on, h' = p_psi(h, x) (arXiv 2511.05963, as in the word
-    problem)."""
-
-    def __init__(self, model: ObjectiveModel) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    @property
-    def device(self) -> torch.device:
-        """That of the model."""
-        return self.model.device
-
-    def step(
-        self, input_ids: Tensor, past: LatentState | None = None
-    ) -> tuple[Tensor, LatentState]:
-        """See `SequenceModel`; the first tokens read are source and destination."""
-        states: list[Tensor] = []
-        if past is None:
-            h_BTD, _ = self.model.step(input_ids[:, :2])
-            states, input_ids = list(h_BTD.unbind(1)), input_ids[:, 2:]
-        h_BD = states[-1] if past is None else past.h_BD
-        for token in input_ids.unbind(1):
-            h_BD, _ = self.model.objective.draft(h_BD, token)
-            states.append(h_BD)
-        return torch.stack(states, dim=1), LatentState(h_BD)
-
-    def next_token_logits(self, h: Tensor) -> Tensor:
-        """See `SequenceModel`."""
-        return self.model.next_token_logits(h)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from nextlat.results import (
     Published,
 )
 from nextlat.scores import Score, mean_score
+from nextlat.tasks.dynamics_alone import DRIVERS, DYNAMICS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
 from nextlat.tasks.streets.map import map_record, reconstruct
@@ -37,7 +38,6 @@ from nextlat.tasks.streets.measuring import (
     valid_trajectories,
 )
 from nextlat.tasks.streets.metrics import (
-    DYNAMICS,
     IDENTICAL_CONTINUATIONS,
     IDENTICAL_VALID_CONTINUATIONS,
     LEGAL_RIDES,
@@ -53,7 +53,7 @@ from nextlat.tasks.streets.metrics import (
 )
 from nextlat.tasks.streets.network import Pairs, StreetNetwork, held_out_pairs
 from nextlat.tasks.streets.packing import pack, ride_stream, tokenizer
-from nextlat.tasks.streets.rides import Driver, Prompts, Rides, driver, prefix_pairs
+from nextlat.tasks.streets.rides import Prompts, Rides, prefix_pairs
 from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
 from nextlat.tasks.streets.walks import Walks, conditioned_walks, random_walks, stopping_rides
 from nextlat.tasks.task import Measure, Seed, SequenceModel, Task, TaskConfig, find_data
@@ -61,6 +61,7 @@ from nextlat.validation import Share
 
 MAP_RIDES = 1000  # at least so many are driven for the map
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
+PROMPT = 2  # tokens of source and destination
 NOISE = 0.2  # of noisy shortest paths
 MAX_MOVES = 10_000
 
@@ -199,8 +200,7 @@ class Streets(Task):
         self.network = config.network()
         self.tokenizer = tokenizer(self.network)
         self._multiples = sorted({1, *config.multiples})
-        drivers: tuple[Driver, ...] = ("transformer", "dynamics")
-        self._variants = [*product(drivers[: 1 + config.dynamics_alone], self._multiples)]
+        self._variants = [*product(DRIVERS[: 1 + config.dynamics_alone], self._multiples)]
         self.max_length = self._multiples[-1] * config.max_moves + 3
         self.pairs = held_out_pairs(
             self.network,
@@ -345,7 +345,7 @@ class Streets(Task):
         multiple = self._multiples[-1]
         walks, lines = self._walks(multiple), []
         for who in dict.fromkeys(who for who, _ in self._variants):
-            if at_the_wheel := driver(model, who):
+            if at_the_wheel := driver(model, who, PROMPT):
                 legal = legal_positions(at_the_wheel, self.network, walks, stop=self._stop)
                 means = np.nanmean(legal[:, : walks.lengths.max() + 1], axis=0)
                 series = DYNAMICS if who == "dynamics" else who
@@ -362,7 +362,7 @@ class Streets(Task):
     def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """The city in the model's head, rebuilt from rides that it holds possible."""
         for who, multiple in self._variants:
-            if at_the_wheel := driver(model, who):
+            if at_the_wheel := driver(model, who, PROMPT):
                 max_moves = multiple * self.config.max_moves
                 pairs, rides = self._sampled_rides(at_the_wheel, max_moves)
                 # Where training rides are cut, those without an end belong to the language.
@@ -392,5 +392,5 @@ def _measure(
     who: Driver, metrics: Sequence[Metric], scores: Scores, model: ObjectiveModel
 ) -> Iterable[Measurement]:
     """Nothing where the model has no such driver."""
-    at_the_wheel = driver(model, who)
+    at_the_wheel = driver(model, who, PROMPT)
     return map(Measurement, metrics, scores(at_the_wheel)) if at_the_wheel else []
