@@ -39,12 +39,13 @@ class Head:
 
     @property
     def weight(self) -> Tensor | None:
-        return self._table().weight if self._linear and _is_plain(self._module) else None
+        plain = self._plain()
+        return None if plain is None else plain[0]
 
     @property
     def bias(self) -> Tensor | None:
-        plain = self._linear and _is_plain(self._module)
-        return getattr(self._table(), "bias", None) if plain else None
+        plain = self._plain()
+        return None if plain is None else plain[1]
 
     @property
     def _module(self) -> Any:
@@ -52,8 +53,13 @@ class Head:
         any time."""
         return self._lm.get_output_embeddings()
 
-    def _table(self) -> Any:
-        return _Frozen(self._module) if self._frozen else self._module
+    def _plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, where they are all there is."""
+        module = self._module
+        if not (self._linear and _is_plain(module)):
+            return None
+        table = _Frozen(module) if self._frozen else module
+        return table.weight, getattr(table, "bias", None)
 
     def parameters(self) -> list[nn.Parameter]:
         """All that belong to the head: its own, and those that it shares with the embeddings."""
@@ -62,12 +68,13 @@ class Head:
         return list({id(p): p for p in [*own, *self._module.parameters()]}.values())
 
     def __call__(self, h: Tensor) -> Tensor:
+        if (plain := self._plain()) is not None:
+            weight, bias = plain
+            return F.linear(h.to(weight.dtype), weight, bias)
         if self._linear:
-            weight, bias = self.weight, self.bias
-            if weight is not None:
-                return F.linear(h.to(weight.dtype), weight, bias)
+            table = _Frozen(self._module) if self._frozen else self._module
             dtypes = [p.dtype for p in self._module.parameters() if p.is_floating_point()]
-            logits: Tensor = self._table()(h.to(next(iter(dtypes), self._lm.dtype)))
+            logits: Tensor = table(h.to(next(iter(dtypes), self._lm.dtype)))
             return logits
         states = h.reshape(1, -1, h.shape[-1]).to(next(self._lm.parameters()).dtype)
         given: Any = Around(

@@ -56,7 +56,7 @@ def speculative(
 
     Args:
         model: the `ObjectiveModel` around that very `lm`.
-        streamer: as of `generate`, which (up to 5.23 at least) does not hand its own on.
+        streamer: as of `generate`; what that was given itself is heard too.
         on_pass: as of `generate` below.
 
     Returns:
@@ -209,15 +209,16 @@ def generate(
         tokenizer: needed for `stop_strings`.
         generation: `generation_config` or its fields, `logits_processor`, `stopping_criteria`, ...
             as of `transformers`' `generate`, with the same defaults (those of the model's own
-            generation_config first).
+            generation_config first). Processors of one's own may keep a state between calls, and so
+            may stopping criteria of a batch: they are asked once a step with all rows, without
+            drafts, unless they have an attribute `stateless = True`, which says that they depend on
+            nothing but the number, the tokens and the scores of a row.
 
     Returns:
         What `transformers` would: ids (B, T + new), the prompts as given and then the new tokens,
         rows that ended early filled up with the padding token; or a `GenerateDecoderOnlyOutput`
         with `return_dict_in_generate`, whose scores and logits are zero after the end of a row.
-        With `return_stats` a pair of that and the stats. One difference: in a batch of a model
-        without end-of-sequence token, `transformers` lets rows that a stopping criterion has ended
-        run on with the others; here they end.
+        With `return_stats` a pair of that and the stats. It holds no cache.
 
     Raises:
         NextLatError: an option that is not supported (by name), a value outside its range, an empty

@@ -209,6 +209,7 @@ class Rows:
         self.rows = [Row(text, *stopping) for text in texts]
         self._over = [False] * len(texts)
         self._scores: list[Tensor] = []
+        self._new: tuple[Tensor, ...] = ()  # (K, V) scores of the row in question, if to be told
 
     def settle(
         self, out: Outcome, verdicts: Sequence[Verdict], limits: Sequence[int]
@@ -217,12 +218,12 @@ class Rows:
         _check_finite(verdicts, self.rows)
         request, cycles = self._request, list[Cycle | None]()
         for b, (row, verdict, limit) in enumerate(zip(self.rows, verdicts, limits, strict=True)):
-            self._new = out.scores_BKV[b]
             if row.ended:
                 cycles.append(None)
                 row.extend([request.pad] if self._even else [])
                 continue
             kept = (out.scores_BKV[b], out.logits_BKV[b]) if request.keep_scores else ()
+            self._new = kept[:1]
             cycles.append(row.settle(verdict, limit, kept))
         if self._even and self._stopping.criteria:
             self._end_together(out.scores_BKV[:, 0])
@@ -240,7 +241,7 @@ class Rows:
 
     def _is_end(self, row: Row, tokens: Sequence[int]) -> bool:
         if self._request.tell_scores:
-            self._scores.append(self._new[len(tokens) - 1][None])
+            self._scores.append(self._new[0][len(tokens) - 1][None])
         ids, over = row.text_with(tokens)[None], torch.zeros(1, dtype=torch.bool)
         for criterion in self._stopping.criteria:
             over = over.to(ids.device) | criterion(ids, self._told())
