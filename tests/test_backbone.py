@@ -169,6 +169,18 @@ def test_evaluation_mode_puts_every_flag_back_even_after_an_error() -> None:
     assert [m.training for m in lm.modules()] == flags and torch.is_grad_enabled()
 
 
+def test_a_thread_that_ends_does_not_switch_the_dropout_of_another_on() -> None:
+    lm = tiny_lm("gpt2").train()
+    first, second = evaluation_mode(lm), evaluation_mode(lm)
+    with torch.enable_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not any(module.training for module in lm.modules())
+        second.__exit__(None, None, None)
+    assert all(module.training for module in lm.modules())
+
+
 def test_a_model_without_a_key_value_cache_is_refused_where_it_would_decode() -> None:
     lm = tiny_lm("llama")
     backbone = Backbone(lm)
