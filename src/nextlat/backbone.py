@@ -297,7 +297,9 @@ class Backbone:
         drawn as those of a new LM."""
         lm, config = self.lm, copy.deepcopy(self.lm.config)
         kernel = lm.config._attn_implementation
-        new = AutoModel.from_config(config, attn_implementation=kernel, dtype=lm.dtype)
+        new = AutoModel.from_config(
+            config, attn_implementation=kernel, dtype=lm.dtype, trust_remote_code=False
+        )
         return new.to(lm.device)
 
     def new_cache(self, extra_layers: int = 0) -> DynamicCache:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.files import TEMPORARY, write_text
+from nextlat.files import write_text
 from nextlat.hub import load_tokenizer
 from nextlat.tasks.rows import STREAM, epoch_order
 from nextlat.tasks.task import find_data, vocabulary_size
@@ -105,12 +105,9 @@ def _cached(path: Path) -> Tokenizer | None:
 
 
 def _keep(core: Tokenizer, path: Path) -> None:
-    """Under a name of this process first: two runs that start together may write the same file."""
-    own = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(own, core.to_str())
-        own.replace(path)
+        write_text(path, core.to_str())
     except (OSError, NextLatError) as error:
         logger.info("the tokenizer is not cached: %s", error)
 
