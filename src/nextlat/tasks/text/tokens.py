@@ -148,10 +148,11 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
         # The library gives one that the vocabulary lacks the number of its entries, which where
         # there are gaps is another token's.
         number = tokenizer.convert_tokens_to_ids(token)
-        if (other := tokenizer.convert_ids_to_tokens(number)) != token:
+        vocabulary = tokenizer.get_vocab().items()
+        if others := [word for word, i in vocabulary if i == number and word != token]:
             raise NextLatError(
-                f"task.tokenizer = '{name}' has one id, {number}, for '{token}' and '{other}': set "
-                "its special tokens in tokenizer_config.json to some of its vocabulary."
+                f"task.tokenizer = '{name}' has one id, {number}, for '{token}' and '{others[0]}': "
+                "set its special tokens in tokenizer_config.json to some of its vocabulary."
             )
     return tokenizer
 
