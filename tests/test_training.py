@@ -542,7 +542,7 @@ def test_finished_run_with_a_damaged_model_is_named(whole: Path, tmp_path: Path)
 
 def test_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(NextLatError, match=r"holds a config.json but no run.json"):
+    with pytest.raises(NextLatError, match=r"holds config.json but no run.json"):
         train(tiny(), tmp_path, progress=False)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(NextLatError, match=r"run.json is corrupt"):
