@@ -58,6 +58,7 @@ TINY = [
     "run.eval_every=3",
     "run.log_every=1",
     "run.keep_checkpoints=3",
+    "run.threads=1",
     "backbone.layers=1",
     "backbone.width=16",
     "backbone.heads=2",
@@ -141,7 +142,7 @@ def reported(run: Path) -> Any:
 
 
 def generated(run: Path) -> Any:
-    cli("generate", run, PROMPTS[run.name], "--max-new-tokens", 12, "--draft-length", 3)
+    cli("generate", run, PROMPTS[run.name], "--max-new-tokens", 12, "--draft-length", 2)
 
 
 def resumed(run: Path) -> Any:
@@ -192,7 +193,8 @@ def targets(folder: Path) -> list[tuple[str, str]]:
     for base in SETTINGS:
         run = folder / f"{base}-0"
         names = [p.relative_to(run).as_posix() for p in sorted(run.rglob("*")) if p.is_file()]
-        skipped = "checkpoint-" if base != "stopped" else ("checkpoint-2", "checkpoint-4")
+        skipped = ("checkpoint-2", "checkpoint-4") if base == "stopped" else ("checkpoint-",)
+        skipped = (*skipped, "nextlat/config.json") if base == "text" else skipped  # not served
         found += [(base, name) for name in names if not name.startswith(skipped)]
     return found
 

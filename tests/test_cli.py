@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import nextlat
@@ -176,6 +176,17 @@ def test_bad_input_is_one_sentence(trained: dict[str, Path], tmp_path: Path) -> 
     assert "seeds 1 1" in fails("demo", "--seeds", "1", "1", "--out", tmp_path / "demo")
 
 
+def test_tokens_that_were_added_after_training_are_refused_in_a_prompt(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(trained["nextlat"], tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    tokenizer.add_tokens(["elsewhere"])
+    tokenizer.save_pretrained(tmp_path / "run")
+    assert "restore the tokenizer" in fails("generate", tmp_path / "run", "0 elsewhere")
+    assert run("generate", tmp_path / "run", "0 5", "--max-new-tokens", "2")[0] == 0
+
+
 def test_truncated_weights_are_one_sentence(trained: dict[str, Path], tmp_path: Path) -> None:
     nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig()).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -238,7 +249,7 @@ def test_a_signal_while_starting_or_measuring_ends_in_one_word(
     assert run("train", "city-tiny", *TINY, "--out", out, "--no-progress", "--no-evaluate")[0] == 0
 
 
-@pytest.mark.parametrize("name", ["", "x" * 300])
+@pytest.mark.parametrize("name", ["", "x" * 300, "run-\udcff"])
 def test_a_name_that_no_directory_has_is_refused(
     name: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,24 @@ def test_unfinished_work_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """A directory of a stranger's may hold links that lead out of it."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for folder in (outside, inside / f"{TEMPORARY}export/nextlat"):
+        folder.mkdir(parents=True)
+        (folder / "a").write_text(folder.name)
+    (inside / f"{TEMPORARY}export/last").write_text("")
+    for name in ("a", f"{TEMPORARY}{os.getpid()}-a", "nextlat", f"{TEMPORARY}old"):
+        target = outside if name in ("nextlat", f"{TEMPORARY}old") else outside / "a"
+        (inside / name).symlink_to(target)
+    write_text(inside / "a", "new")
+    move_into(inside / f"{TEMPORARY}export", inside, "last")
+    remove_unfinished(inside)
+    assert names(outside) == {"a"} and (outside / "a").read_text() == "outside"
+    assert names(inside) == {"a", "last", "nextlat/a"}
+    assert (inside / "nextlat/a").read_text() == "nextlat"
+
+
 def test_libraries_that_fail_to_write_end_in_the_same_sentence(tmp_path: Path) -> None:
     weights = torch.zeros(100_000)
     writers = {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import nextlat
 from conftest import forget_sums, tiny_lm
-from nextlat.weights import SUMS
+from nextlat.weights import SUMS, not_finite
 
 
 def batch_of(vocab: int = 50) -> dict[str, torch.Tensor]:
@@ -93,6 +93,53 @@ def test_faults_of_directories_are_named(tmp_path: Path) -> None:
     model.lm.save_pretrained(tmp_path / "plain")
     with pytest.raises(nextlat.NextLatError, match=r"nextlat\.attach"):
         nextlat.load(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").unlink()
+    forget_sums(tmp_path / "pickled")
+    torch.save(model.lm.state_dict(), tmp_path / "pickled/pytorch_model.bin")
+    with pytest.raises(nextlat.NextLatError, match=r"pickled has no model\.safetensors: restore"):
+        nextlat.load(tmp_path / "pickled")
+
+
+def test_a_weight_that_is_not_finite_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
+    model.save_pretrained(tmp_path / "good")
+    with torch.no_grad():
+        model.objective.dynamics.f[2].weight[0, 0] = float("nan")
+    with pytest.raises(nextlat.NextLatError, match=r"dynamics\.f\.2\.weight is not finite"):
+        model.save_pretrained(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    path = tmp_path / "good/model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][0, 0] = float("inf")
+    save_file(weights, path, metadata={"format": "pt"})
+    forget_sums(tmp_path / "good")
+    with pytest.raises(nextlat.NextLatError, match=r"not finite in lm_head\.weight: restore"):
+        nextlat.load(tmp_path / "good")
+    assert not_finite([("one byte", torch.zeros(2, dtype=torch.float8_e4m3fn))]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("nextlat/objective.json", {"config": {"hidden_size": 10**12}}, "cannot open"),
+        ("nextlat/objective.json", {"config": {"num_layers": 10**9}}, "'num_layers' = 1000000000"),
+        ("config.json", {"num_hidden_layers": 10**9}, "no weights for num_hidden_layers"),
+        ("config.json", {"vocab_size": 10**9}, "describes .* weights, and its files hold"),
+        ("config.json", {"_attn_implementation": "some/kernel"}, "asks for code of the hub"),
+        ("generation_config.json", {"eos_token_id": "end"}, "'eos_token_id' = \"end\""),
+    ],
+)
+def test_a_description_of_something_absurd_is_refused_before_it_is_made(
+    name: str, change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig()).save_pretrained(tmp_path)
+    forget_sums(tmp_path)
+    content = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(content | change))
+    with pytest.raises(nextlat.NextLatError, match=told) as caught:
+        nextlat.load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def without(name: str) -> Callable[[dict[str, Any]], object]:

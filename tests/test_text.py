@@ -4,7 +4,7 @@ and what is measured."""
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from conftest import by_key, tiny_lm
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import attach
 from nextlat.objectives import NextTokenConfig
+from nextlat.tasks.task import vocabulary_size
 from nextlat.tasks.text.probes import future_tokens, probe_cross_entropy
 from nextlat.tasks.text.text import Text, TextConfig
 from nextlat.tasks.text.tokens import (
@@ -29,6 +34,7 @@ from nextlat.tasks.text.tokens import (
     tokenize,
     trained_tokenizer,
 )
+from nextlat.training.build import build_model
 from nextlat.training.recipe import load_recipe
 
 ANIMALS = ("cat", "dog", "fish", "bird")
@@ -222,7 +228,90 @@ def test_gpt2s_tokenizer_gets_the_end_of_text_that_its_bare_files_do_not_name(
     assert tokenize(["Hello world"], tokenizer).ids.tolist() == [50256, 15496, 995, 50256]
 
 
+WORDS = {"<unk>": 0, END_OF_TEXT: 1, "cat": 2, "dog": 3, "sat": 4, "ran": 90}  # ids with gaps
+
+
+def save_words(
+    directory: Path,
+    words: dict[str, int] = WORDS,
+    *,
+    added: Sequence[str] = (),
+    **special: str,
+) -> str:
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": END_OF_TEXT, **special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.add_tokens([*added])
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("special", "added", "size"),
+    [({}, [], 91), ({"pad_token": END_OF_TEXT}, [], 91), ({}, [str(i) for i in range(99)], 105)],
+    ids=["gaps", "pad is end", "added"],
+)
+def test_a_vocabulary_reaches_to_its_largest_id(
+    special: dict[str, str], added: list[str], size: int, tmp_path: Path
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(END_OF_TEXT.join(["cat sat dog ran 98", "dog ran cat sat"] * 40))
+    tokenizer = save_words(tmp_path / "words", added=added, **special)
+    task = [f"task.train={text}", "task.validation=", "task.vocab_size=", "task.held_out=10"]
+    more = [f"task.tokenizer={tokenizer}", "backbone.layers=1", "backbone.width=16"]
+    recipe = load_recipe("text-small", [*task, *more, "backbone.heads=2"])
+    built = recipe.task.build()
+    assert vocabulary_size(built.tokenizer) == size
+    model = build_model(recipe, built)
+    table = model.lm.get_input_embeddings()
+    assert len(table.weight) == size and table.weight[1].norm() > 0  # the end of text is trained
+    row = built.train_dataset(0)[0]
+    model(**{name: x[None] for name, x in row.items()}).loss.backward()
+    assert table.weight.grad[1].norm() > 0
+
+
+def test_a_special_token_that_would_share_an_id_is_refused(tmp_path: Path) -> None:
+    directory = save_words(tmp_path, {**WORDS, "ran": 6}, bos_token="<s>")
+    with pytest.raises(NextLatError, match=r"has one id, 6, for '<s>' and 'ran': set"):
+        existing_tokenizer(directory)
+
+
 # ---- documents ----
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents", "mended"),
+    [
+        ("a.txt", BOM + b"one\r\ntwo\r\n###\r\nthree\rfour", ["one\ntwo", "three\nfour"], 0),
+        (
+            "a.jsonl",
+            BOM + b'{"text": "one\\r\\ntwo"}\r\n{"text": "thr\xe2\x80\xa8ee"}\r\n',
+            ["one\r\ntwo", "thr\u2028ee"],
+            0,
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "half \\ud83d"}\n{"text": "whole \\ud83d\\ude00 \\udc00"}',
+            ["half \ufffd", "whole \N{GRINNING FACE} \ufffd"],
+            2,
+        ),
+    ],
+    ids=["txt", "jsonl", "surrogates"],
+)
+def test_marks_line_ends_and_half_pairs_of_any_system(
+    name: str, content: bytes, documents: list[str], mended: int, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    config = TextConfig(
+        train=str(tmp_path / name), validation=str(tmp_path / name), separator="###\n", **SMALL
+    )
+    source, _ = config.sources()
+    assert list(source) == documents and source.mended == mended
+    tokenize(source, trained_tokenizer(source, 300))
 
 
 def documents_of(config: TextConfig) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nextlat
@@ -542,7 +542,7 @@ def test_finished_run_with_a_damaged_model_is_named(whole: Path, tmp_path: Path)
 
 def test_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(NextLatError, match=r"holds a config.json but no run.json"):
+    with pytest.raises(NextLatError, match=r"holds config.json but no run.json"):
         train(tiny(), tmp_path, progress=False)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(NextLatError, match=r"run.json is corrupt"):
@@ -790,6 +790,8 @@ def test_a_held_out_loss_that_is_not_finite_ends_a_run_unfinished(
         (["batch_size=1000000000000"], "less than or equal to"),
         (["task.row_length=1000000000000"], "less than or equal to"),
         (["run.workers=100000"], "less than or equal to"),
+        (["steps=1000000000000"], "less than or equal to"),
+        (["objectives.nextlat.num_layers=1000000000000"], "less than or equal to"),
     ],
 )
 def test_absurd_sizes_are_refused_before_anything_is_made(
@@ -837,7 +839,7 @@ def test_pretrained_backbone_that_does_not_fit_is_named(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sizes = [f"backbone.{name}=" for name in ("layers", "width", "heads")]
-    with pytest.raises(NextLatError, match="cannot be loaded"):
+    with pytest.raises(NextLatError, match=r"backbone.pretrained = .* cannot open"):
         train(tiny(*sizes, f"backbone.pretrained={tmp_path}"), tmp_path / "run", progress=False)
     larger_city = tiny(*sizes, f"backbone.pretrained={whole}", "task.rows=9", "task.columns=9")
     with pytest.raises(NextLatError, match=r"knows \d+ tokens, the task streets needs"):
@@ -846,6 +848,12 @@ def test_pretrained_backbone_that_does_not_fit_is_named(
     with pytest.raises(NextLatError, match=r"gives 23 positions, the task streets needs 28"):
         train(longer_rides, tmp_path / "longer", progress=False)
     assert capfd.readouterr().err == ""  # no bar of a library
+    shutil.copytree(whole, tmp_path / "part")
+    tensors = load_file(whole / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NextLatError, match=r"backbone.pretrained = .*lacks model.norm.weight"):
+        train(tiny(*sizes, f"backbone.pretrained={tmp_path / 'part'}"), tmp_path / "drawn")
 
 
 def test_too_few_positions_are_refused_before_training(tmp_path: Path) -> None:

@@ -311,7 +311,8 @@ class Backbone:
         drawn as those of a new LM."""
         lm = self.lm
         how: Any = {"attn_implementation": lm.config._attn_implementation, "dtype": lm.dtype}
-        return AutoModel.from_config(copy.deepcopy(lm.config), **how).to(lm.device)
+        config = copy.deepcopy(lm.config)
+        return AutoModel.from_config(config, trust_remote_code=False, **how).to(lm.device)
 
     def new_cache(self, extra_layers: int = 0) -> DynamicCache:
         """The cache that transformers makes for this model, with room for `extra_layers` more

@@ -15,6 +15,7 @@ from typer import Argument, Option
 
 from nextlat import terminal
 from nextlat.errors import NextLatError, first_line
+from nextlat.files import named_directory
 
 if TYPE_CHECKING:
     from nextlat.training.sweep import Job
@@ -33,18 +34,6 @@ app = typer.Typer(
 )
 
 
-def _directory(text: str) -> Path:
-    """A path that a directory can have."""
-    path = Path(text)
-    try:
-        path.exists()
-    except OSError as error:
-        raise NextLatError(f"{text} cannot be a directory: {error.strerror}.") from error
-    if not text:
-        raise NextLatError("a directory without a name was given: name one, or '.'.")
-    return path
-
-
 RecipeName = Annotated[
     str, Argument(help="A built-in recipe (city-small, manhattan, ...) or a .toml file.")
 ]
@@ -55,7 +44,7 @@ Overrides = Annotated[
         help="Settings of the recipe to change, e.g. optimizer.learning_rate=1e-3.",
     ),
 ]
-Runs = Annotated[list[Path], Argument(parser=_directory, help="Finished run directories.")]
+Runs = Annotated[list[Path], Argument(parser=named_directory, help="Finished run directories.")]
 Shown = Annotated[bool, Option(help="Show a progress bar.")]
 
 
@@ -93,7 +82,7 @@ def train(
     out: Annotated[
         Path | None,
         Option(
-            parser=_directory,
+            parser=named_directory,
             help="Run directory; default: runs/<recipe>-<objective>-d<horizon>-s<seed>.",
         ),
     ] = None,
@@ -111,7 +100,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
     if dry_run:
         return terminal.print_cost(loaded)
-    directory = out or _directory(f"runs/{loaded.run_name}")
+    directory = out or named_directory(f"runs/{loaded.run_name}")
     was_finished = is_finished(directory)
     with terminal.bars(progress) as update:
         run_training(loaded, directory, progress=lambda *state: update("training", *state))
@@ -314,7 +303,7 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        Option(parser=_directory, help="Where everything goes; default: compare/<recipe>."),
+        Option(parser=named_directory, help="Where everything goes; default: compare/<recipe>."),
     ] = None,
     jobs: Annotated[
         int | None,
@@ -353,7 +342,7 @@ def compare(
 def report(
     runs: Runs,
     out: Annotated[
-        Path, Option("--out", "-o", parser=_directory, help="Where the report goes.")
+        Path, Option("--out", "-o", parser=named_directory, help="Where the report goes.")
     ] = Path("report"),
     markdown: Annotated[
         Path | None,
@@ -366,7 +355,9 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, Option(parser=_directory, help="Where everything goes.")] = Path("demo"),
+    out: Annotated[Path, Option(parser=named_directory, help="Where everything goes.")] = Path(
+        "demo"
+    ),
     seeds: Annotated[int, Option(help="One or several, as in --seeds 0 1 2.")] = 0,
     more_seeds: Annotated[list[int] | None, Argument(hidden=True)] = None,
 ) -> None:

@@ -51,6 +51,23 @@ def write_errors(
         ) from error
 
 
+def named_directory(name: str | Path) -> Path:
+    """A path that a directory can have.
+
+    Raises:
+        NextLatError: it is empty, too long, or not valid UTF-8.
+    """
+    try:
+        str(name).encode()  # not every library can write anywhere else
+        Path(name).exists()
+    except (OSError, UnicodeEncodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not valid UTF-8"
+        raise NextLatError(f"{name} cannot be a directory: {reason}.") from error
+    if not str(name):
+        raise NextLatError("a directory without a name was given: name one, or '.'.")
+    return Path(name)
+
+
 def sync(path: Path) -> None:
     """Force one file, or the entries of one directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -74,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         NextLatError: the file cannot be written; the old one is untouched.
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     with write_errors(path):
         try:
             remove(temporary)  # whatever lies there, a link that leads elsewhere too

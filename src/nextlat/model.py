@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -28,20 +28,24 @@ from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.serving.draft_config import write_draft_config
 from nextlat.validation import Settings, check_format, nearest, read_json
 from nextlat.weights import (
+    SIDECAR,
+    WEIGHTS,
     add_aliases,
     check,
     check_restorable,
     check_sums,
     copy_into,
     drop_aliases,
-    find,
     load_lm,
+    not_finite,
     opened,
     read_lm,
+    read_objective,
+    sidecar_file,
     write_sums,
 )
 
-SIDECAR, DESCRIPTION, WEIGHTS = "nextlat", "objective.json", "objective.safetensors"
+DESCRIPTION = "objective.json"
 FORMAT: Literal[1] = 1
 PART = (
     "The transformer beside this is only part of the model: open the directory with nextlat.load."
@@ -230,8 +234,11 @@ class ObjectiveModel(nn.Module):
         itself: see `training`.
 
         Raises:
-            NextLatError: the LM has modules that would not come back, such as adapters.
+            NextLatError: a weight is not finite, the LM has modules that would not come back, such
+                as adapters, or something cannot be written.
         """
+        if names := not_finite(self.named_parameters()):
+            raise NextLatError(f"{names[0]} is not finite: the model is not saved.")
         check_restorable(self.lm)
         sidecar, objective = Path(directory) / SIDECAR, self.objective
         sidecar.mkdir(parents=True, exist_ok=True)
@@ -272,7 +279,7 @@ class ObjectiveModel(nn.Module):
         if saved.keys() - self.lm.state_dict().keys():
             # An architecture that is stored under other names than it has in memory, or an error.
             saved = load_lm(directory, dtype=self.lm.dtype).state_dict()
-        weights = _objective_weights(directory)
+        weights = read_objective(directory)
         check(saved, self.lm, directory)
         check(weights, objective, path.with_name(WEIGHTS))
         copy_into(self.lm, saved)
@@ -336,8 +343,9 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
         check_sums(directory)
         lm = load_lm(directory, **model_arguments)
         path, description = _description(directory)
-        weights = _objective_weights(directory)
-    model = attach(lm, _config(path, description))
+        weights = read_objective(directory)
+    config = _config(path, description)
+    model = opened(path, lambda: attach(lm, config))  # a size may be beyond all memory
     trained_on, sizes = description.backbone, _sizes(model.backbone)
     if trained_on != sizes:
         raise NextLatError(
@@ -364,7 +372,7 @@ def _sizes(backbone: Backbone) -> dict[str, str | int]:
 
 def _description(directory: str | Path) -> tuple[Path, Description]:
     """The path and content of objective.json."""
-    path = _sidecar_file(directory, DESCRIPTION)
+    path = sidecar_file(directory, DESCRIPTION)
     content = read_json(path, "restore it")
     version = content.get("format") if isinstance(content, dict) else None
     check_format(version, FORMAT, path, "save the model again")
@@ -377,18 +385,3 @@ def _config(path: Path, description: Description) -> Settings:
         raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
     config_type, _ = OBJECTIVES[name]
     return config_type.from_json(description.config, f"{path}, objective '{name}'")
-
-
-def _objective_weights(directory: str | Path) -> dict[str, Tensor]:
-    path = _sidecar_file(directory, WEIGHTS)
-    return opened(path, lambda: load_file(path))
-
-
-def _sidecar_file(directory: str | Path, name: str) -> Path:
-    found = find(directory, name, SIDECAR)
-    if found is None:
-        raise NextLatError(
-            f"{directory} has no {SIDECAR}/{name}: it is a model without an objective; "
-            "load it with AutoModelForCausalLM and attach one with nextlat.attach."
-        )
-    return found

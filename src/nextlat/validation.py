@@ -17,6 +17,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from nextlat.errors import NextLatError
 
+SHOWN = 200  # characters of a value in an error
+
 Count = Annotated[int, Field(ge=1, le=2**53)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**53)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -181,7 +183,14 @@ def sentence(
         return f"{where}: '{key}' must be a table." if key else f"{where}: it is not a table."
     if not key:
         return f"{where}: it is not valid: {message}."
-    return f"{where}: '{key}' = {json.dumps(value, default=str)} is not valid: {message}."
+    return (
+        f"{where}: '{clip(key)}' = {clip(json.dumps(value, default=str))} is not valid: {message}."
+    )
+
+
+def clip(text: str) -> str:
+    """A text that fits into a sentence."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def locate(

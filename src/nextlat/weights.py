@@ -37,7 +37,8 @@ from nextlat.validation import Settings, read_json
 T = TypeVar("T")
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SUMS = "nextlat/SHA256SUMS"  # as sha256sum writes and checks it
+SIDECAR, WEIGHTS = "nextlat", "objective.safetensors"
+SUMS = f"{SIDECAR}/SHA256SUMS"  # as sha256sum writes and checks it
 # Those that define a model, and those that a run goes on from.
 MODEL_FILES = ("config.json", "model*.safetensors", INDEX, "nextlat/objective.*")
 STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
@@ -103,6 +104,31 @@ def read_lm(directory: str | Path) -> dict[str, Tensor]:
             raise NextLatError(f"{directory} has no {name}: restore it.")
         tensors |= opened(path, partial(load_file, path))
     return tensors
+
+
+def sidecar_file(directory: str | Path, name: str) -> Path:
+    """A file of what the objective added.
+
+    Raises:
+        NextLatError: there is none.
+    """
+    found = find(directory, name, SIDECAR)
+    if found is None:
+        raise NextLatError(
+            f"{directory} has no {SIDECAR}/{name}: it is a model without an objective; "
+            "load it with AutoModelForCausalLM and attach one with nextlat.attach."
+        )
+    return found
+
+
+def read_objective(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of an objective.
+
+    Raises:
+        NextLatError: the file is missing or corrupt.
+    """
+    path = sidecar_file(directory, WEIGHTS)
+    return opened(path, lambda: load_file(path))
 
 
 def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
@@ -283,7 +309,8 @@ def add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: 
 
 def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of those in which some number is not finite."""
-    found = [(name, torch.isfinite(x).all()) for name, x in parameters]
+    # torch does not tell it of numbers of one byte.
+    found = [(name, torch.isfinite(x).all()) for name, x in parameters if x.itemsize > 1]
     if not found or torch.stack([x for _, x in found]).all():  # so that a GPU is waited for once
         return []
     return [name for name, finite in found if not finite]

@@ -4,9 +4,10 @@ Shapes: B rows, T tokens, N = B*T positions, D width, V vocabulary, d horizon.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from nextlat.backbone import Backbone
@@ -15,7 +16,7 @@ from nextlat.losses import Counts, Losses, Term, cross_entropy, one_by_one
 from nextlat.objectives.flops import TRAINING, attention_flops, head_weights, weights
 from nextlat.objectives.last_layer import LastCall, LastLayer
 from nextlat.objectives.objective import Objective
-from nextlat.validation import Count, Positive, Settings
+from nextlat.validation import Positive, Settings
 
 
 class MTPConfig(Settings):
@@ -30,7 +31,7 @@ class MTPConfig(Settings):
         NextLatError: a value outside its range.
     """
 
-    horizon: Count = 1
+    horizon: Annotated[int, Field(ge=1, le=2**12)] = 1
     lambda_mtp: Positive = 1.0
 
 

@@ -9,10 +9,10 @@ Shapes: B rows, T tokens, N = B*T positions, D width, E embedding width, V vocab
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nextlat.backbone import Backbone
@@ -73,7 +73,7 @@ class NextLatConfig(Settings):
     lambda_next_h: NotNegative = 1.0
     lambda_kl: NotNegative = 1.0
     hidden_size: Count | None = None
-    num_layers: Count = 3
+    num_layers: Annotated[int, Field(ge=1, le=2**10)] = 3
     next_h_loss: Literal["smooth_l1", "mse"] = "smooth_l1"
     kl_loss: Literal["kl", "cross_entropy"] = "kl"
     stop_gradient_target: bool = True

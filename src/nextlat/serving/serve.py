@@ -197,8 +197,9 @@ def command_line(
     else:  # `vllm serve` asks for the version of a distribution 'vllm', which this is not called
         command += ["vllm.entrypoints.openai.api_server", "--model", str(directory)]
     defaults = {"--host": host, "--port": port}
-    dtype = json.loads((directory / "config.json").read_text()).get("dtype")
-    if dtype:  # as it was saved: vLLM rounds what was saved in fp32 to bf16
+    config = read_json(directory / "config.json", "restore it")
+    dtype = config.get("dtype") if isinstance(config, dict) else None
+    if isinstance(dtype, str):  # as it was saved: vLLM rounds what was saved in fp32 to bf16
         defaults["--dtype"] = dtype
     for name, value in defaults.items():
         if _option(options, name) is None:

@@ -4,17 +4,16 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from nextlat.backbone import llama
-from nextlat.errors import NextLatError, first_line
+from nextlat.errors import NextLatError
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach
 from nextlat.tasks import Task
 from nextlat.tasks.task import vocabulary_size
 from nextlat.training.recipe import Recipe
 from nextlat.training.trainer import no_library_bars
+from nextlat.weights import load_lm
 
 
 def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
@@ -32,14 +31,9 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
         given = f"backbone.pretrained = '{backbone.pretrained}'"
         try:
             with hub_or_cache(backbone.pretrained), no_library_bars():
-                lm = AutoModelForCausalLM.from_pretrained(
-                    backbone.pretrained, dtype=torch.float32, trust_remote_code=False
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise NextLatError(
-                f"{given} cannot be loaded ({first_line(error)}): give the directory of a saved "
-                "causal LM, or a hub id that can be reached."
-            ) from error
+                lm = load_lm(backbone.pretrained, dtype=torch.float32)
+        except NextLatError as error:
+            raise NextLatError(f"{given}: {error}") from error
         known, needed = lm.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
         if known < needed:
             raise NextLatError(

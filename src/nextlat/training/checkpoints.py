@@ -83,8 +83,13 @@ def _model_fault(directory: Path) -> str | None:
         if fault:
             return f"{path.relative_to(directory)} {fault}"
     for name in [*sorted(weights), "nextlat/objective.safetensors"]:
-        if fault := _safetensors_fault(directory / name):
-            return f"{name} {fault}"
+        try:
+            with safe_open(directory / name, "pt"):  # which compares its length with its header
+                pass
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, SafetensorError) as error:
+            return f"{name} is truncated or corrupt ({first_line(error)})"
     return _sums_fault(directory, MODEL_FILES)
 
 
@@ -94,16 +99,6 @@ def _sums_fault(directory: Path, patterns: Sequence[str]) -> str | None:
     except NextLatError as error:
         return str(error).partition(":")[0].removeprefix(f"{directory}/")
     return None
-
-
-def _safetensors_fault(path: Path) -> str | None:
-    try:
-        with safe_open(path, "pt"):  # which compares the length of the file with its header
-            return None
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, SafetensorError) as error:
-        return f"is truncated or corrupt ({first_line(error)})"
 
 
 def load_state(path: Path, *, mmap: bool = False) -> Any:

@@ -24,11 +24,11 @@ from pydantic import (
 from nextlat.errors import NextLatError
 from nextlat.objectives import OBJECTIVES
 from nextlat.tasks import TASKS
-from nextlat.validation import Lookup, Settings, locate, nearest
+from nextlat.validation import Lookup, Settings, clip, locate, nearest
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
-Steps = Annotated[int, Field(ge=1, le=10**12)]
+Steps = Annotated[int, Field(ge=1, le=10**10)]
 StepsOrZero = Annotated[int, Field(ge=0, le=10**12)]
 Size = Annotated[int, Field(ge=1, le=2**20)]  # beyond what any machine trains
 Small = Annotated[int, Field(ge=0, le=2**12)]  # of processes, threads and the like
@@ -290,7 +290,7 @@ def load_recipe(
             settings that contradict.
     """
     path, content = read_recipe_file(name_or_path)
-    given = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
+    given = {key: (text, f"'{clip(item)}'") for item in overrides for key, text in [_split(item)]}
     if objective is not None:
         given["objective"] = (objective, f"--objective {objective}")
     if seed is not None:
@@ -314,6 +314,8 @@ def load_recipe(
 
     try:
         recipe = Recipe.model_validate_json(json.dumps(content, default=str))
+    except RecursionError as error:
+        raise NextLatError(f"recipe {path.name}: it is nested too deeply.") from error
     except ValidationError as error:
         # `task.place=10115` is a place too: where words are wanted, the override is taken as words.
         for key in _keys_of_words(error, content) & {
@@ -351,9 +353,10 @@ def read_recipe_file(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _split(item: str) -> tuple[str, str]:
     key, equals, text = item.partition("=")
-    if not equals or not all(key.strip().split(".")):
+    is_text = item.encode(errors="replace").decode() == item
+    if not (is_text and equals and all(key.strip().split("."))):
         raise NextLatError(
-            f"'{item}' is not an override: write key=value, e.g. optimizer.learning_rate=1e-3."
+            f"'{clip(item)}' is not an override: write key=value in UTF-8, e.g. steps=100."
         )
     return key.strip(), text.strip()
 
@@ -374,7 +377,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+    except (tomllib.TOMLDecodeError, KeyError, RecursionError):
         return text
 
 

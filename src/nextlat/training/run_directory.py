@@ -146,15 +146,12 @@ def refuse_foreign_directory(directory: Path) -> None:
     Raises:
         NextLatError: there is no run.json, but files of the names that a run would write.
     """
-    for name in ("config.json", "model.safetensors", "nextlat", METRICS):
-        if (directory / name).exists():
+    names = ("config.json", "model.safetensors", "nextlat", METRICS)
+    for path in [*(directory / name for name in names), *checkpoints(directory)]:
+        if path.exists():
             raise NextLatError(
-                f"{directory} holds a {name} but no {RECORD}: choose another run directory."
+                f"{directory} holds {path.name} but no {RECORD}: choose another run directory."
             )
-    if found := checkpoints(directory):
-        raise NextLatError(
-            f"{directory} holds {found[-1].name} but no {RECORD}: choose another run directory."
-        )
 
 
 _locks: set[int] = set()  # descriptors

@@ -21,7 +21,15 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nextlat.errors import NextLatError
-from nextlat.files import TEMPORARY, move_into, remove, remove_unfinished, write_errors, write_json
+from nextlat.files import (
+    TEMPORARY,
+    move_into,
+    named_directory,
+    remove,
+    remove_unfinished,
+    write_errors,
+    write_json,
+)
 from nextlat.model import ObjectiveModel, load
 from nextlat.signals import StopSignal
 from nextlat.training.build import build_model
@@ -170,7 +178,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
         Interrupted: by Ctrl-C or SIGTERM, after a checkpoint.
         KeyboardInterrupt: by one of them, before the first step or after the last.
     """
-    out = Path(out)
+    out = named_directory(out)
     with write_errors(out, "choose another place"):
         out.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, out)

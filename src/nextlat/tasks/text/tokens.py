@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.files import TEMPORARY, write_text
+from nextlat.files import write_text
 from nextlat.hub import load_tokenizer
 from nextlat.tasks.rows import STREAM, epoch_order
 from nextlat.tasks.task import find_data, vocabulary_size
@@ -105,12 +105,9 @@ def _cached(path: Path) -> Tokenizer | None:
 
 
 def _keep(core: Tokenizer, path: Path) -> None:
-    """Under a name of this process first: two runs that start together may write the same file."""
-    own = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(own, core.to_str())
-        own.replace(path)
+        write_text(path, core.to_str())
     except (OSError, NextLatError) as error:
         logger.info("the tokenizer is not cached: %s", error)
 
@@ -151,10 +148,11 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
         # The library gives one that the vocabulary lacks the number of its entries, which where
         # there are gaps is another token's.
         number = tokenizer.convert_tokens_to_ids(token)
-        if (other := tokenizer.convert_ids_to_tokens(number)) != token:
+        vocabulary = tokenizer.get_vocab().items()
+        if others := [word for word, i in vocabulary if i == number and word != token]:
             raise NextLatError(
-                f"task.tokenizer = '{name}' has one id, {number}, for '{token}' and '{other}': set "
-                "its special tokens in tokenizer_config.json to some of its vocabulary."
+                f"task.tokenizer = '{name}' has one id, {number}, for '{token}' and '{others[0]}': "
+                "set its special tokens in tokenizer_config.json to some of its vocabulary."
             )
     return tokenizer
 
