@@ -203,7 +203,9 @@ def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_pat
     assert len(decoded) == 5
     points = np.asarray(exact.get_offsets())
     corners = [[0, 0], [1, 0], [0.5, 3**0.5 / 2]]
-    np.testing.assert_allclose(points[:3], corners)  # certainty of one state is its corner
+    np.testing.assert_allclose(
+        points[:3], corners, atol=1e-9
+    )  # certainty of one state is its corner
     assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3
     for scatter in decoded:
         assert np.array_equal(scatter.get_facecolor(), exact.get_facecolor())
@@ -215,8 +217,19 @@ def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_pat
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
 
 
-def test_beliefs_about_other_than_three_states_are_not_drawn(tmp_path: Path) -> None:
-    run = write_hmm_run(tmp_path / "four", "nextlat", 0, 0.9, states=4)
+def test_beliefs_about_more_states_are_drawn_in_a_polygon(tmp_path: Path) -> None:
+    path = write_hmm_run(tmp_path / "eight", "nextlat", 0, 0.9, states=8)
+    content = json.loads((path / "beliefs.json").read_text())
+    figure = pictures.draw_simplexes({"NextLat": pictures.Simplex.from_json(content, "")})
+    exact = figure.axes[0].collections[0]
+    corners = np.asarray(exact.get_offsets())[:8]
+    radii = np.linalg.norm(corners - corners.mean(axis=0), axis=1)
+    np.testing.assert_allclose(radii, radii[0])  # certainty of a state is as far out for each
+    assert len(np.unique(exact.get_facecolor()[:8], axis=0)) == 8
+
+
+def test_beliefs_about_too_many_states_are_not_drawn(tmp_path: Path) -> None:
+    run = write_hmm_run(tmp_path / "many", "nextlat", 0, 0.9, states=13)
     assert pictures.Drawer(compare(read_runs([run]))[0], tmp_path).of_models() == []
 
 

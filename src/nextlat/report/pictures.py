@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from matplotlib.colors import to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure as Canvas
 from pydantic import model_validator
 
@@ -29,10 +29,7 @@ from nextlat.results import Picture
 from nextlat.tasks.streets.map import read_map_record
 from nextlat.validation import Settings, read_json
 
-CORNERS = np.array(
-    [[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]]
-)  # of the simplex of three states
-CORNER_COLORS = np.array([to_rgb(color) for color in figures.PALETTE[:3]])
+MAX_CORNERS = 12  # states whose beliefs are drawn
 FILE_NAME = 80  # characters of one
 
 Content = TypeVar("Content")
@@ -154,19 +151,20 @@ class Drawer:
         return [Paragraph(f"Seed {first}."), beside, *folded]
 
     def _simplexes(self, picture: Picture) -> list[Element]:
-        """Exact beliefs about three hidden states and those read off each model, as points of the
-        triangle whose corners are certainty of one state (as in Shai et al., arXiv 2405.15943)."""
+        """Exact beliefs about the hidden states and those read off each model, as points of the
+        polygon whose corners are certainty of one state (of three, the triangle of Shai et al.,
+        arXiv 2405.15943)."""
         found = {
             label: known
             for label, runs in self._task.models.items()
             if _has(run := first_run(runs), picture)
-            and len((known := _read(run, picture, Simplex.from_json)).true[0]) == len(CORNERS)
+            and len((known := _read(run, picture, Simplex.from_json)).true[0]) <= MAX_CORNERS
         }
         if not found:
             return []
         alt = (
-            "Exact beliefs about the three hidden states as points of a triangle, and those read "
-            "off the states of {models}."
+            "Exact beliefs about the hidden states as points of a polygon, and those read off the "
+            "states of {models}."
         )
         caption = (
             "Corners: certainty of one hidden state; colour: the exact belief. First seed of each."
@@ -187,10 +185,23 @@ def _read(run: Run, picture: Picture, read: Callable[[Any, str], Content]) -> Co
         raise NextLatError(f"{path} is missing: {again}.") from error
 
 
+def _polygon(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """(S, 2) corners of a regular polygon, of three states the triangle of side 1 on its base; and
+    their (S, 3) colours."""
+    angle = math.pi / 2 + 2 * math.pi / states * np.arange(1, states + 1)
+    corners = np.stack([np.cos(angle), np.sin(angle)], axis=1) / math.sqrt(3)
+    enough = states <= len(figures.PALETTE)
+    hues = np.arange(states) / states
+    circle = [hsv_to_rgb((hue, 0.9, 0.8)) for hue in hues]
+    colors = [to_rgb(color) for color in figures.PALETTE[:states]] if enough else circle
+    return corners + np.array([0.5, math.sqrt(1 / 12)]), np.array(colors)
+
+
 def draw_simplexes(found: Mapping[str, Simplex]) -> Canvas:
-    """The exact beliefs, and those read off every model (by label), each in its triangle and in the
+    """The exact beliefs, and those read off every model (by label), each in its polygon and in the
     colour of the exact one."""
     exact = np.array(next(iter(found.values())).true)  # the positions are the same for all
+    corners, corner_colors = _polygon(exact.shape[1])
     panels = [(f"exact\n{len(exact):,} positions", exact, exact)]
     for label, one in found.items():
         title = f"{figures.wrapped(label, figures.PANEL_LINE)}\nR\N{SUPERSCRIPT TWO} = {one.r2:.3f}"
@@ -199,15 +210,15 @@ def draw_simplexes(found: Mapping[str, Simplex]) -> Canvas:
     rows = math.ceil(len(panels) / columns)
     canvas = figures.new_figure(2.15 * rows)
     grid = canvas.add_gridspec(rows, columns)
-    drawn = np.concatenate([CORNERS, *(points @ CORNERS for _, points, _ in panels)])
+    drawn = np.concatenate([corners, *(points @ corners for _, points, _ in panels)])
     (left, low), (right, high) = drawn.min(axis=0) - 0.02, drawn.max(axis=0) + 0.02
     for place, (title, beliefs_PS, true_PS) in enumerate(panels):
         ax = canvas.add_subplot(grid[divmod(place, columns)])
-        ax.plot(*np.array([*CORNERS, CORNERS[0]]).T, color="#b5b5b5", linewidth=0.8, zorder=1)
-        colors = (true_PS @ CORNER_COLORS).clip(0, 1)
-        x, y = (beliefs_PS @ CORNERS).T
+        ax.plot(*np.array([*corners, corners[0]]).T, color="#b5b5b5", linewidth=0.8, zorder=1)
+        colors = (true_PS @ corner_colors).clip(0, 1)
+        x, y = (beliefs_PS @ corners).T
         ax.scatter(x, y, s=2.5, c=colors, linewidths=0, zorder=2)
-        ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")  # so that triangles are alike
+        ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")  # so that polygons are alike
         ax.set_axis_off()
         ax.set_title(title, size=figures.TITLE, color=figures.INK)
     return canvas
