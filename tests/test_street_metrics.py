@@ -450,6 +450,7 @@ def test_several_draws_of_detours_are_averaged_by_pair(city, pairs):
 # --- batches, draws, pairs ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_or_on_the_other_pairs(
     city, pairs, prefixes, monkeypatch
 ):

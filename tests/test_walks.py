@@ -281,6 +281,7 @@ def test_training_never_sees_a_held_out_pair():
     assert len(seen) > 0.75 * (len(CITY) * (len(CITY) - 1) - len(held_out))
 
 
+@pytest.mark.slow
 def test_manhattan_walks(data_dir):
     """The network as it is, with its dead ends and loops; sequences of at most 100 tokens."""
     manhattan = read_csv(data_dir / "manhattan")
