@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nextlat.errors import NextLatError
+from nextlat.report import read_runs, write_report
 from nextlat.results import read_results
 from nextlat.training import sweep
 from nextlat.training.recipe import BUILT_IN
@@ -26,23 +27,44 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     path = tmp_path / "tiny.toml"
     path.write_text(recipe)
-    monkeypatch.setattr(sweep, "DEMO_RECIPES", (str(path),))
+    jobs = [("nextlat", ()), ("next-token", ()), ("next-token", (sweep.NO_POSITIONS,))]
+    monkeypatch.setattr(sweep, "DEMO", tuple((str(path), *job, 1) for job in jobs))
     return tmp_path / "out"
 
 
-def test_the_demo_trains_both_objectives_and_gathers_the_results(tiny: Path) -> None:
-    jobs = demo(tiny, [3])
-    assert [(job.objective, job.seed) for job in jobs] == [("nextlat", 3), ("next-token", 3)]
+def test_the_demo_trains_all_models_and_gathers_the_results(tiny: Path) -> None:
+    jobs, skipped = demo(tiny, [3])
+    assert [(job.objective, job.seed) for job in jobs] == [
+        ("nextlat", 3), ("next-token", 3), ("next-token", 3),
+    ]  # fmt: skip
+    assert len({job.directory for job in jobs}) == len({job.name for job in jobs}) == 3
+    assert jobs[2].name.endswith("positions none s3") and skipped == []
     states = list(run(jobs))
     assert [state for job, _, state in states if job == jobs[0]][-1] == "done"
     collect(jobs, tiny)
     results = read_results(tiny)
-    assert [result.objective.name for result in results] == ["nextlat", "next-token"]
+    assert [result.objective.name for result in results] == ["nextlat", "next-token", "next-token"]
     assert results == [result for job in jobs for result in read_results(job.directory)]
+    # Both are told apart, and the one that is trained as NextLat is the baseline.
+    write_report(read_runs([job.directory for job in jobs]), tiny)
+    page = (tiny / "report.html").read_text()
+    assert "backbone.positions is none" in page and "Not trained alike" in page
+
+
+def test_the_full_demo_leaves_out_a_world_whose_data_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXTLAT_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.chdir(tmp_path)
+    jobs, skipped = demo(tmp_path, [0], full=True)
+    assert [sentence.split()[0] for sentence in skipped] == ["district-arrival", "text-small"]
+    assert {job.recipe for job in jobs} == {
+        "city-arrival", "path-star-small", "rrxor", "city-small", "word-problem-small",
+    }  # fmt: skip
 
 
 def test_a_job_that_fails_says_why(tiny: Path) -> None:
-    jobs = demo(tiny, [0])
+    jobs, _ = demo(tiny, [0])
     jobs[1].directory.parent.mkdir(parents=True)
     jobs[1].directory.write_text("in the way")
     with pytest.raises(NextLatError, match="next-token s0' failed"):

@@ -1,6 +1,7 @@
 """The figures and pictures of a report: every seed is in them at its value."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fabricated_runs import (
     CITY,
@@ -25,6 +27,7 @@ from fabricated_runs import (
 from nextlat.errors import NextLatError
 from nextlat.report import claims, compare, figures, pictures, read_runs, write_report
 from nextlat.report.comparison import TaskComparison
+from nextlat.report.elements import SideBySide
 
 OBJECTIVES = ("next-token", "nextlat")
 
@@ -179,6 +182,34 @@ def test_figures_of_one_name_do_not_replace_one_another(tmp_path: Path) -> None:
         paths.append(run)
     page = write_report(read_runs(paths), tmp_path / "report")
     assert len([*page.parent.glob("map-*.png")]) == 3
+
+
+def test_several_maps_of_a_model_are_rows_and_columns_of_one_picture(tmp_path: Path) -> None:
+    """Those of the transformer above, of the dynamics alone below."""
+    paths = [write_city_run(tmp_path / name, name, 0) for name in ("next-token", "nextlat")]
+    cells = [("", 24), ("", 48), ("dynamics alone", 24), ("dynamics alone", 48)]
+    for path, shown in zip(paths, (cells[:2], cells), strict=True):
+        results = json.loads((path / "results.json").read_text())
+        [picture] = results["runs"][0]["pictures"]
+        results["runs"][0]["pictures"] = [
+            {**picture, "file": f"map-{row}-{n}.json", "row": row, "column": f"{n} moves"}
+            for row, n in shown
+        ]
+        (path / "results.json").write_text(json.dumps(results))
+        for row, n in shown:
+            shutil.copy(path / "map.json", path / f"map-{row}-{n}.json")
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    [_, beside] = pictures.Drawer(compare(read_runs(paths))[0], folder).of_models()
+    assert isinstance(beside, SideBySide)
+    told = [figure.alt.split(", seed")[0].split("rides of ")[1] for figure in beside.figures]
+    assert told == [
+        "next-token, 24 moves", "next-token, 48 moves", "NextLat d=2, 24 moves",
+        "NextLat d=2, 48 moves", "NextLat d=2, dynamics alone, 24 moves",
+        "NextLat d=2, dynamics alone, 48 moves",
+    ]  # fmt: skip
+    with Image.open(beside.together.path) as drawn:
+        assert drawn.height > 1.2 * drawn.width  # three rows of two
 
 
 # ---- beliefs ----

@@ -17,13 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError

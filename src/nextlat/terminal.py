@@ -105,11 +105,20 @@ def watch(
     """`training.sweep.run`, with how far each job is on standard error."""
     from nextlat.training.sweep import run
 
+    seconds = {job: job.seconds or job.steps for job in todo}
+    done = dict.fromkeys(todo, 0.0)
     with bars() as update:
         for job in todo:
             update(job.name, "waiting", 0, job.steps)
         for job, step, state in run(todo, processes, failures):
             update(job.name, state, step, job.steps)
+            finished = state in ("done", "failed")
+            # The last tenth is left for measuring.
+            done[job] = seconds[job] * (1.0 if finished else 0.9 * step / job.steps)
+            if len(todo) > 1:
+                left = sum(one != 1.0 * seconds[job] for job, one in done.items())
+                models = f"{len(todo) - left} of {len(todo)} models"
+                update("all", models, round(sum(done.values())), sum(seconds.values()))
 
 
 def collect(jobs: "list[Job]", out: Path) -> None:

@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,13 +78,16 @@ class Drawer:
         """
         kinds = {"map": self._maps, "simplex": self._simplexes}
         pictures = {one.file: one for run in self._task.runs for one in run.result.pictures}
+        together: dict[tuple[str, str, str], list[Picture]] = {}
+        for one in pictures.values():
+            together.setdefault((one.kind, one.title, one.text), []).append(one)
         found: list[Element] = []
-        for picture in pictures.values():
-            drawn = kinds[picture.kind](picture) if picture.kind else []
-            if drawn and picture.title:
-                found.append(Heading(picture.title, 3))
-            if drawn and picture.text:
-                found.append(Paragraph(picture.text))
+        for (kind, title, text), alike in together.items():
+            drawn = kinds[kind](alike) if kind else []
+            if drawn and title:
+                found.append(Heading(title, 3))
+            if drawn and text:
+                found.append(Paragraph(text))
             found += drawn
         return found
 
@@ -121,27 +126,34 @@ class Drawer:
         figures.save(canvas, path)
         return [Figure(path, alt, caption or "One line per seed.")]
 
-    def _maps(self, picture: Picture) -> list[Element]:
-        """One map per model and seed, and for each seed one with all models side by side."""
+    def _maps(self, pictures: Sequence[Picture]) -> list[Element]:
+        """The maps of every model and seed, and for each seed all in one file, where those of a
+        model are several by their rows and columns."""
         shown: list[tuple[int, SideBySide]] = []
+        rows, columns = ([*dict.fromkeys(map(attrgetter(x), pictures))] for x in ("row", "column"))
+        ordered = sorted(pictures, key=lambda x: (rows.index(x.row), columns.index(x.column)))
         for seed in self._task.seeds:
             single, maps = [], {}
-            for label, runs in self._task.models.items():
+            for (label, runs), picture in product(self._task.models.items(), ordered):
                 if seed not in runs or not _has(runs[seed], picture):
                     continue
                 city = _read(runs[seed], picture, read_map_record)
-                title = plain(label).replace("$", r"\$")  # between them would be a formula
+                which = ", ".join(filter(None, (picture.row, picture.column)))
+                name = plain(label).replace("$", r"\$")  # between them would be a formula
+                title = f"{name}\n{which}" if which else name
                 maps[title] = city
                 counts = city[1].counts()
                 alt = (
-                    f"Street map rebuilt from the rides of {label}, seed {seed}: "
-                    f"{counts['true_used']} true streets used, {counts['invented']} invented."
+                    f"Street map rebuilt from the rides of {label}{', ' * bool(which)}{which}, "
+                    f"seed {seed}: {counts['true_used']} true streets used, {counts['invented']} "
+                    "invented."
                 )
-                path = draw_maps(self._path("map", f"{label} s{seed}"), {title: city})
+                path = draw_maps(self._path("map", f"{label} {which} s{seed}"), {title: city})
                 single.append(Figure(path, alt))
             together = single[:1]
             if len(single) > 1:
-                path = draw_maps(self._path("maps", f"s{seed}"), maps)
+                path = self._path("maps", f"s{seed}")
+                path = draw_maps(path, maps, columns=len(columns) if len(columns) > 1 else None)
                 together = [Figure(path, " ".join(figure.alt for figure in single))]
             shown += [(seed, SideBySide(single, figure)) for figure in together]
         if len(shown) < 2:
@@ -150,10 +162,11 @@ class Drawer:
         folded = [Details(f"Seed {seed}", [more]) for seed, more in others]
         return [Paragraph(f"Seed {first}."), beside, *folded]
 
-    def _simplexes(self, picture: Picture) -> list[Element]:
+    def _simplexes(self, pictures: Sequence[Picture]) -> list[Element]:
         """Exact beliefs about the hidden states and those read off each model, as points of the
         polygon whose corners are certainty of one state (of three, the triangle of Shai et al.,
         arXiv 2405.15943)."""
+        [picture, *_] = pictures
         found = {
             label: known
             for label, runs in self._task.models.items()

@@ -236,8 +236,7 @@ class Recipe(Settings):
         """What no single field can know, or None."""
         backbone, schedule = self.backbone, self.schedule
         own = {"pretrained", "frozen"}
-        unset = (None, "rotary")
-        sizes = [key for key, value in backbone if key not in own and value not in unset]
+        sizes = [key for key, value in backbone if key not in own and value not in (None, "rotary")]
         if backbone.frozen and (backbone.pretrained is None or self.objective != "nextlat"):
             return (
                 "backbone.frozen trains the dynamics of NextLat alone: it needs "
