@@ -161,6 +161,24 @@ def test_accepted_drafts_are_a_chart(city: TaskComparison) -> None:
     assert [*drawn[0][:, 0]] == [*range(1, 9)]
 
 
+def test_decoding_speeds_are_bars_of_means_with_their_seeds(tmp_path: Path) -> None:
+    rates = {"transformers": [90.0, 110.0], "0": [100.0, 102.0], "4": [150.0, 170.0]}
+    for seed in (0, 1):
+        path = write_run(tmp_path / str(seed), "nextlat", seed)
+        results = json.loads((path / "results.json").read_text())
+        results["runs"][0]["decoding"] = {
+            "draft_length": 4, "prompts": 2, "identical": True, "acceptance_by_position": [0.5],
+            "tokens_per_second": {way: seeds[seed] for way, seeds in rates.items()},
+        }  # fmt: skip
+        (path / "results.json").write_text(json.dumps(results))
+    figure = figures.decoding_speeds(compare(read_runs([tmp_path / "0", tmp_path / "1"]))[0])
+    assert figure is not None
+    [ax] = figure.axes
+    assert [[*line.get_xdata()] for line in ax.lines] == [*rates.values()]
+    assert [bar.get_width() for bar in ax.patches] == [100, 101, 160]  # type: ignore[attr-defined]
+    assert ax.get_yticklabels()[2].get_text().endswith("ours, 4 tokens drafted")
+
+
 def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write_log(run, [])

@@ -171,11 +171,11 @@ def draw_maps(
 def _caption(reconstructed: ReconstructedMap) -> list[tuple[str, str]]:
     """Its lines, with their colours."""
     invented, used = len(reconstructed.invented), len(reconstructed.used)
-    rides = reconstructed.rides
+    rides, lost = reconstructed.rides, reconstructed.failed + reconstructed.unclosed
     return [
         (f"{invented:,} invented street{'s'[: invented != 1]}", INVENTED if invented else QUIET),
         (f"{used:,} of {used + reconstructed.true_unused:,} true streets used", QUIET),
-        (f"{rides - reconstructed.explained:,} of {rides:,} rides unexplained", QUIET),
+        (f"of {rides:,} rides {reconstructed.astray:,} end elsewhere, {lost:,} on no map", QUIET),
     ]
 
 

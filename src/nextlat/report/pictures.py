@@ -105,6 +105,12 @@ class Drawer:
         charts = {one.name: one for run in self._task.runs for one in run.result.charts}
         for name, one in charts.items():
             found += self._save(name, figures.chart(self._task, name), one.alt, one.caption)
+        found += self._save(
+            "speeds",
+            figures.decoding_speeds(self._task),
+            "Tokens per second of {models}, by the way of decoding.",
+            "Greedy decoding of the same prompts, in turns; points: seeds.",
+        )
         curves = figures.learning_curves(self._task)
         alt = "Losses of {models} over the optimiser steps."
         found += self._save("learning-curves", curves, alt)
