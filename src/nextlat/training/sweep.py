@@ -40,9 +40,15 @@ DEMO = (
     ("path-star-small", "next-token", (), 100),
     ("rrxor", "next-token", (), 90),
 )
+FULL_SECONDS = {
+    "district-arrival": 1800,
+    "text-small": 900,
+    "city-small": 250,
+    "word-problem-small": 150,
+}
 FULL = tuple(
-    (recipe, objective, (), 600)
-    for recipe in ("district-arrival", "text-small", "city-small", "word-problem-small")
+    (recipe, objective, (), seconds)
+    for recipe, seconds in FULL_SECONDS.items()
     for objective in ("nextlat", "next-token")
 )
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
