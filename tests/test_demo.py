@@ -1,9 +1,11 @@
 """The demo on its smallest recipe: jobs side by side, results gathered, failures told."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from nextlat import terminal
 from nextlat.errors import NextLatError
 from nextlat.report import read_runs, write_report
 from nextlat.results import read_results
@@ -61,6 +63,28 @@ def test_the_full_demo_leaves_out_a_world_whose_data_are_missing(
     assert {job.recipe for job in jobs} == {
         "city-arrival", "path-star-small", "rrxor", "city-small", "word-problem-small",
     }  # fmt: skip
+
+
+def test_the_progress_of_all_models_is_told_in_their_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long, short = (
+        sweep.Job("city-tiny", "nextlat", s, 10, tmp_path, seconds=100 - 80 * s) for s in (0, 1)
+    )
+    states = [(long, 5, ""), (short, 10, "done"), (long, 10, "measuring"), (long, 10, "failed")]
+    monkeypatch.setattr(sweep, "run", lambda *_: iter(states))
+    told: list[tuple[str, str, int, int]] = []
+    monkeypatch.setattr(terminal, "bars", lambda: nullcontext(lambda *state: told.append(state)))
+    terminal.watch([long, short], 2)
+    everything = [state[1:] for state in told if state[0] == "all"]
+    assert everything == [
+        ("0 of 2 models", 0, 120),
+        (f"0 of 2 models, {long.name}", 45, 120),
+        (f"1 of 2 models, {long.name}", 65, 120),
+        (f"1 of 2 models, {long.name}", 110, 120),  # the last tenth is measuring
+        ("2 of 2 models", 120, 120),
+    ]
+    assert told[0][0] == "all"  # above the others
 
 
 def test_a_job_that_fails_says_why(tiny: Path) -> None:
