@@ -11,10 +11,14 @@ VLLM_PIP = timeout 600 $(VLLM_VENV)/bin/python -m pip install -q --timeout 30 --
 SEEDS ?= 0
 OUT ?= demo
 
-.PHONY: demo test quick serve-test check lint types docs clean
+.PHONY: demo demo-docs test quick serve-test check lint types docs clean
 
-demo: $(VENV)/.run  ## train both models, compare them, open demo/report.html
+demo: $(VENV)/.run  ## four claims in ten minutes: open demo/report.html
 	$(BIN)/nextlat demo --out $(OUT) --seeds $(SEEDS)
+
+demo-docs:  ## the pictures and figures of docs/demo, from the demo in $(OUT)
+	cp $(addprefix $(OUT)/,results.json comparison.json maps-streets-s0.png legal-tokens-streets.png \
+	beliefs-hmm.png filter-hmm.png accuracy-path-star.png speeds-hmm.png speeds-path-star.png) docs/demo/
 
 test: $(VENV)/.dev  ## install and test
 	$(BIN)/python -m pytest -n auto

@@ -3,7 +3,7 @@ sentence."""
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import (
 
 import nextlat
 from conftest import FAMILIES, tiny_lm
-from nextlat.backbone import Backbone, evaluation_mode
+from nextlat.backbone import Backbone, evaluation_mode, llama
 from nextlat.batch import Batch
 
 SHIMMED = {"gemma2", "granite"}  # soft-capping; division of the logits by a constant
@@ -362,3 +362,14 @@ def test_a_failing_allocation_says_nothing_about_the_model(
             patch.setattr(kind, name, allocate)
             with pytest.raises(torch.OutOfMemoryError):
                 nextlat.attach(lm, nextlat.NextLatConfig())
+
+
+@pytest.mark.parametrize("positions", ["rotary", "none"])
+def test_without_positions_only_the_causal_mask_orders_the_tokens(
+    positions: Literal["rotary", "none"],
+) -> None:
+    lm = llama(50, layers=1, width=32, heads=2, positions=positions, seed=0).eval()
+    ids, shuffled = torch.tensor([[3, 1, 4, 15, 9, 2]]), torch.tensor([[15, 9, 3, 4, 1, 2]])
+    with torch.no_grad():
+        last, other = (Backbone(lm).states(x)[:, -1] for x in (ids, shuffled))
+    assert torch.allclose(last, other, atol=1e-6) == (positions == "none")

@@ -377,6 +377,22 @@ def test_faulty_runs_are_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_the_baseline_of_two_is_the_one_that_is_most_like_the_others(tmp_path: Path) -> None:
+    items = {"valid_trajectories": half()}
+    paths = [
+        write_run(tmp_path / "longer", "next-token", items=items, changes={"steps": 999}),
+        write_run(tmp_path / "base", "next-token", items=items),
+        write_run(tmp_path / "nextlat", "nextlat", items=items),
+    ]
+    for order in (paths, paths[::-1]):
+        [task] = compare(read_runs(order))
+        assert task.baseline is not None
+        assert task.models[task.baseline][0].directory.name == "base"
+        [metric] = task.metrics
+        assert len(metric.differences) == 2  # the other one is compared as any model
+        assert len(task.caveats) == 1 and "steps is 999" in task.caveats[0]
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     items = {"valid_trajectories": half()}
     base = write_run(tmp_path / "base", "next-token", items=items)

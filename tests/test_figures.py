@@ -1,6 +1,7 @@
 """The figures and pictures of a report: every seed is in them at its value."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fabricated_runs import (
     CITY,
@@ -25,6 +27,7 @@ from fabricated_runs import (
 from nextlat.errors import NextLatError
 from nextlat.report import claims, compare, figures, pictures, read_runs, write_report
 from nextlat.report.comparison import TaskComparison
+from nextlat.report.elements import SideBySide
 
 OBJECTIVES = ("next-token", "nextlat")
 
@@ -158,6 +161,24 @@ def test_accepted_drafts_are_a_chart(city: TaskComparison) -> None:
     assert [*drawn[0][:, 0]] == [*range(1, 9)]
 
 
+def test_decoding_speeds_are_bars_of_means_with_their_seeds(tmp_path: Path) -> None:
+    rates = {"transformers": [90.0, 110.0], "0": [100.0, 102.0], "4": [150.0, 170.0]}
+    for seed in (0, 1):
+        path = write_run(tmp_path / str(seed), "nextlat", seed)
+        results = json.loads((path / "results.json").read_text())
+        results["runs"][0]["decoding"] = {
+            "draft_length": 4, "prompts": 2, "identical": True, "acceptance_by_position": [0.5],
+            "tokens_per_second": {way: seeds[seed] for way, seeds in rates.items()},
+        }  # fmt: skip
+        (path / "results.json").write_text(json.dumps(results))
+    figure = figures.decoding_speeds(compare(read_runs([tmp_path / "0", tmp_path / "1"]))[0])
+    assert figure is not None
+    [ax] = figure.axes
+    assert [[*line.get_xdata()] for line in ax.lines] == [*rates.values()]
+    assert [bar.get_width() for bar in ax.patches] == [100, 101, 160]  # type: ignore[attr-defined]
+    assert ax.get_yticklabels()[2].get_text().endswith("ours, 4 tokens drafted")
+
+
 def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write_log(run, [])
@@ -179,6 +200,34 @@ def test_figures_of_one_name_do_not_replace_one_another(tmp_path: Path) -> None:
         paths.append(run)
     page = write_report(read_runs(paths), tmp_path / "report")
     assert len([*page.parent.glob("map-*.png")]) == 3
+
+
+def test_several_maps_of_a_model_are_rows_and_columns_of_one_picture(tmp_path: Path) -> None:
+    """Those of the transformer above, of the dynamics alone below."""
+    paths = [write_city_run(tmp_path / name, name, 0) for name in ("next-token", "nextlat")]
+    cells = [("", 24), ("", 48), ("dynamics alone", 24), ("dynamics alone", 48)]
+    for path, shown in zip(paths, (cells[:2], cells), strict=True):
+        results = json.loads((path / "results.json").read_text())
+        [picture] = results["runs"][0]["pictures"]
+        results["runs"][0]["pictures"] = [
+            {**picture, "file": f"map-{row}-{n}.json", "row": row, "column": f"{n} moves"}
+            for row, n in shown
+        ]
+        (path / "results.json").write_text(json.dumps(results))
+        for row, n in shown:
+            shutil.copy(path / "map.json", path / f"map-{row}-{n}.json")
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    [_, beside] = pictures.Drawer(compare(read_runs(paths))[0], folder).of_models()
+    assert isinstance(beside, SideBySide)
+    told = [figure.alt.split(", seed")[0].split("rides of ")[1] for figure in beside.figures]
+    assert told == [
+        "next-token, 24 moves", "next-token, 48 moves", "NextLat d=2, 24 moves",
+        "NextLat d=2, 48 moves", "NextLat d=2, dynamics alone, 24 moves",
+        "NextLat d=2, dynamics alone, 48 moves",
+    ]  # fmt: skip
+    with Image.open(beside.together.path) as drawn:
+        assert drawn.height > 1.2 * drawn.width  # three rows of two
 
 
 # ---- beliefs ----
@@ -204,7 +253,9 @@ def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_pat
     assert len(decoded) == 5
     points = np.asarray(exact.get_offsets())
     corners = [[0, 0], [1, 0], [0.5, 3**0.5 / 2]]
-    np.testing.assert_allclose(points[:3], corners)  # certainty of one state is its corner
+    np.testing.assert_allclose(
+        points[:3], corners, atol=1e-9
+    )  # certainty of one state is its corner
     assert len(np.unique(exact.get_facecolor()[:3], axis=0)) == 3
     for scatter in decoded:
         assert np.array_equal(scatter.get_facecolor(), exact.get_facecolor())
@@ -216,8 +267,19 @@ def test_beliefs_are_drawn_in_the_simplex_and_coloured_by_the_exact_ones(tmp_pat
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
 
 
-def test_beliefs_about_other_than_three_states_are_not_drawn(tmp_path: Path) -> None:
-    run = write_hmm_run(tmp_path / "four", "nextlat", 0, 0.9, states=4)
+def test_beliefs_about_more_states_are_drawn_in_a_polygon(tmp_path: Path) -> None:
+    path = write_hmm_run(tmp_path / "eight", "nextlat", 0, 0.9, states=8)
+    content = json.loads((path / "beliefs.json").read_text())
+    figure = pictures.draw_simplexes({"NextLat": pictures.Simplex.from_json(content, "")})
+    exact = figure.axes[0].collections[0]
+    corners = np.asarray(exact.get_offsets())[:8]
+    radii = np.linalg.norm(corners - corners.mean(axis=0), axis=1)
+    np.testing.assert_allclose(radii, radii[0])  # certainty of a state is as far out for each
+    assert len(np.unique(exact.get_facecolor()[:8], axis=0)) == 8
+
+
+def test_beliefs_about_too_many_states_are_not_drawn(tmp_path: Path) -> None:
+    run = write_hmm_run(tmp_path / "many", "nextlat", 0, 0.9, states=13)
     assert pictures.Drawer(compare(read_runs([run]))[0], tmp_path).of_models() == []
 
 

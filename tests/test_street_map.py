@@ -317,6 +317,10 @@ def test_maps_side_by_side_as_a_png(tmp_path):
     )
     assert four.shape[1] == double.shape[1]  # two rows under one legend
     assert single.shape[0] < four.shape[0] < 2 * single.shape[0]
+    few = dict.fromkeys(("model\n24 moves", "model\n48 moves"), (city, clean))
+    grid_of_one = matplotlib.image.imread(draw_maps(tmp_path / "grid.png", few, columns=1, dpi=60))
+    assert grid_of_one.shape[0] > 1.5 * grid_of_one.shape[1]  # below one another
+    assert grid_of_one.shape[1] < single.shape[1]
 
 
 def test_pictures_refuse_what_they_cannot_do(tmp_path):

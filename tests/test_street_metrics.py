@@ -688,6 +688,7 @@ def test_a_ride_is_legal_up_to_its_last_move(city, pairs):
         rides = greedy_rides(Oracle(city, change), city, pairs, 2, leave_map=leave_map)
         home = (kind == 1) & (hops == 1)
         np.testing.assert_array_equal(rides.legal, home | (kind == 2))
+        np.testing.assert_array_equal(rides.real, kind != 0)  # wherever it ends
         longer = greedy_rides(Oracle(city, change), city, pairs, 3, leave_map=leave_map)
         np.testing.assert_array_equal(longer.legal, home | ((kind == 2) & (hops < 2)))
 
@@ -822,8 +823,8 @@ def test_drivers_and_lengths_are_variants_of_every_metric(kind):
     task = config.build()
     assert task.max_length == 4 * 8 + 3
     keys = [metric.key for metric in task.metrics]
-    assert len(set(keys)) == len(keys) == 8 * 6 + 1
-    assert keys[:8] == [metric.key for metric in StreetsConfig(rows=4).build().metrics[:8]]
+    assert len(set(keys)) == len(keys) == 9 * 6 + 1
+    assert keys[:9] == [metric.key for metric in StreetsConfig(rows=4).build().metrics[:9]]
     assert {"legal_rides", "legal_rides[length=32]", "legal_rides[driver=dynamics]"} <= set(keys)
     for metric in task.metrics:
         if metric.parameters.get("driver") == "dynamics":

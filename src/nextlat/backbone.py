@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -348,6 +348,7 @@ def llama(
     intermediate_size: int | None = None,
     initializer_range: float | None = None,
     tie_embeddings: bool = False,
+    positions: Literal["rotary", "none"] = "rotary",
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
@@ -366,6 +367,8 @@ def llama(
             (Llama's rule).
         initializer_range: standard deviation of the weights; None = 0.02, the paper's.
         tie_embeddings: one table for embeddings and head.
+        positions: none = no layer is told of them, and only the causal mask orders the tokens, so
+            that no position is new in a longer text.
         bos_token_id: of the tokenizer.
         eos_token_id: of the tokenizer.
         pad_token_id: of the tokenizer.
@@ -380,7 +383,10 @@ def llama(
             f"width {width} over {heads} heads does not give an even head size: change width or "
             "heads."
         )
+    # The angles of rotary positions vanish in fp32 where positions are divided by this.
+    stretched = {"rope_type": "linear", "factor": 1e15, "rope_theta": 10_000.0}
     config = LlamaConfig(
+        rope_parameters=stretched if positions == "none" else None,
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=intermediate_size or -(-width * 8 // 3 // 32) * 32,

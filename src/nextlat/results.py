@@ -165,12 +165,17 @@ class Picture(Settings):
         file: its name.
         title: heading above the pictures of all models, "" = none.
         text: below the heading.
+        row: what sets it apart from the model's other pictures of this kind in another row, "" =
+            nothing does.
+        column: the same of those in another column.
     """
 
     kind: Literal["map", "simplex", ""] = ""
     file: str
     title: str = ""
     text: str = ""
+    row: str = ""
+    column: str = ""
 
 
 class Solved(Settings):

@@ -105,11 +105,32 @@ def watch(
     """`training.sweep.run`, with how far each job is on standard error."""
     from nextlat.training.sweep import run
 
+    seconds = {job: job.seconds or job.steps for job in todo}
+    done = dict.fromkeys(todo, 0.0)
+    running: list[str] = []
+    finished = 0
+
     with bars() as update:
+
+        def show_all() -> None:
+            """Above the others, for those may be more than a screen holds."""
+            state = ", ".join([f"{finished} of {len(todo)} models", *running])
+            update("all", state, round(sum(done.values())), sum(seconds.values()))
+
+        if len(todo) > 1:
+            show_all()
         for job in todo:
             update(job.name, "waiting", 0, job.steps)
         for job, step, state in run(todo, processes, failures):
             update(job.name, state, step, job.steps)
+            if job.name not in running:
+                running.append(job.name)
+            done[job] = 0.9 * seconds[job] * step / job.steps  # measuring comes on top
+            if state in ("done", "failed"):
+                running.remove(job.name)
+                done[job], finished = seconds[job], finished + 1
+            if len(todo) > 1:
+                show_all()
 
 
 def collect(jobs: "list[Job]", out: Path) -> None:

@@ -174,6 +174,33 @@ def _set_axes(ax: Axes, one: Chart) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
+def decoding_speeds(task: TaskComparison) -> Figure | None:
+    """Tokens per second of every model that drafts, by the way of decoding: bars are means over
+    seeds, points the seeds."""
+    rates: dict[str, dict[str, list[float]]] = {}  # model -> way -> seeds
+    for label, runs in task.models.items():
+        for run in runs.values():
+            if (facts := run.result.decoding) is None:
+                continue
+            for way, rate in facts.tokens_per_second.items():
+                name = {"transformers": "transformers' generate", "0": "ours, without drafts"}
+                way = name.get(way, f"ours, {way} tokens drafted")
+                rates.setdefault(label, {}).setdefault(way, []).append(rate)
+    if not rates:
+        return None
+    rows = [(label, way, seeds) for label, ways in rates.items() for way, seeds in ways.items()]
+    figure, colors = new_figure(0.75 + 0.3 * len(rows)), model_colors(task)
+    ax = figure.add_subplot()
+    for y, (label, way, seeds) in enumerate(rows):
+        color = colors[label] if "drafted" in way else FAINT
+        ax.barh(y, np.mean(seeds), color=color, height=0.7, zorder=2)
+        ax.plot(seeds, [y] * len(seeds), "o", color=INK, markersize=3, zorder=3)
+    finish(ax, "Tokens per second", TITLE_LINE)
+    ax.set_yticks(range(len(rows)), [wrapped(f"{label}: {way}", 46, 1) for label, way, _ in rows])
+    ax.invert_yaxis()
+    return figure
+
+
 def learning_curves(task: TaskComparison) -> Figure | None:
     """Cross-entropy of all models on one axis, training thin and held-out with points; the other
     parts of the loss below."""

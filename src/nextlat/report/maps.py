@@ -26,7 +26,9 @@ PAPER, INK, QUIET = "#ffffff", "#1a1a1a", "#6b6b6b"
 CURVE_POINTS = 24
 MARGIN = 0.06  # free border as a share of the larger side of a city
 SMALLEST_PANEL, LARGEST_PANEL = 28.0, 64.0  # square inches of one map
+SMALL_PANEL = 15.0  # of one of many
 CAPTION, LEGEND = 1.05, 0.5  # inches above each map, and at the bottom
+TITLE_LINE = 0.2  # inches of another line of a title
 NARROWEST = 4.0  # inches, for the caption
 MAX_COLUMNS = 3  # maps in a row, for their words to be readable
 DOTTED = 1000  # intersections up to which they are marked
@@ -91,14 +93,21 @@ def draw_map(ax: Axes, network: StreetNetwork, reconstructed: ReconstructedMap) 
 
 
 def draw_maps(
-    path: str | Path, maps: Mapping[str, tuple[StreetNetwork, ReconstructedMap]], *, dpi: int = 160
+    path: str | Path,
+    maps: Mapping[str, tuple[StreetNetwork, ReconstructedMap]],
+    *,
+    columns: int | None = None,
+    dpi: int = 160,
 ) -> Path:
     """The maps side by side (from four on in rows) under their titles, with their counts and one
     legend, as a PNG.
 
     Args:
         path: file to write; its directory must exist.
-        maps: title -> (network, reconstructed map), from left to right, from top to bottom.
+        maps: title (of one line or several) -> (network, reconstructed map), from left to right,
+            from top to bottom.
+        columns: of small maps, to be compared with one another; None = large ones, in as few rows
+            as can be.
         dpi: dots per inch.
 
     Raises:
@@ -106,21 +115,24 @@ def draw_maps(
     """
     if not maps:
         raise NextLatError("there is no map to draw: reconstruct at least one.")
-    width, height = _panel_size(next(iter(maps.values()))[0])
-    rows = math.ceil(len(maps) / MAX_COLUMNS)
-    columns = math.ceil(len(maps) / rows)
-    total = rows * (height + CAPTION) + LEGEND
+    small = columns is not None
+    width, height = _panel_size(next(iter(maps.values()))[0], SMALL_PANEL if small else None)
+    rows = math.ceil(len(maps) / (columns or MAX_COLUMNS))
+    columns = columns or math.ceil(len(maps) / rows)
+    more = TITLE_LINE * max(title.count("\n") for title in maps)
+    caption = CAPTION + more
+    total = rows * (height + caption) + LEGEND
     figure = Figure(figsize=(width * columns, total), facecolor=PAPER)
     FigureCanvasAgg(figure)
     for number, (title, (network, reconstructed)) in enumerate(maps.items()):
         row, column = divmod(number, columns)
-        top = total - row * (height + CAPTION)
-        bottom = (top - CAPTION - height) / total
+        top = total - row * (height + caption)
+        bottom = (top - caption - height) / total
         ax = figure.add_axes((column / columns, bottom, 1 / columns, height / total))
         draw_map(ax, network, reconstructed)
-        lines = [(0.30, title, 15.0, INK)]
+        lines = [(0.30 + more / 2, title, 11.5 if small else 15.0, INK)]
         for line, (text, color) in enumerate(_caption(reconstructed)):
-            lines.append((0.60 + 0.21 * line, text, 10.5, color))
+            lines.append((0.60 + more + 0.21 * line, text, 10.5, color))
         for below, text, size, color in lines:
             x, y = (column + 0.5) / columns, (top - below) / total
             weight = "bold" if text is title else "normal"
@@ -159,20 +171,21 @@ def draw_maps(
 def _caption(reconstructed: ReconstructedMap) -> list[tuple[str, str]]:
     """Its lines, with their colours."""
     invented, used = len(reconstructed.invented), len(reconstructed.used)
-    rides = reconstructed.rides
+    rides, lost = reconstructed.rides, reconstructed.failed + reconstructed.unclosed
     return [
         (f"{invented:,} invented street{'s'[: invented != 1]}", INVENTED if invented else QUIET),
         (f"{used:,} of {used + reconstructed.true_unused:,} true streets used", QUIET),
-        (f"{rides - reconstructed.explained:,} of {rides:,} rides unexplained", QUIET),
+        (f"of {rides:,} rides {reconstructed.astray:,} end elsewhere, {lost:,} on no map", QUIET),
     ]
 
 
-def _panel_size(network: StreetNetwork) -> tuple[float, float]:
-    """Width and height in inches: the shape of the city, on an area that grows with it."""
+def _panel_size(network: StreetNetwork, area: float | None) -> tuple[float, float]:
+    """Width and height in inches: the shape of the city; where no area is given, on one that grows
+    with the city."""
     spread = np.ptp(positions(network), axis=0)
     spread = spread + 2 * MARGIN * max(float(spread.max()), 1e-9)
     ratio = float(np.clip(spread[0] / spread[1], 0.45, 2.2))
-    area = float(np.clip(len(network) / 40, SMALLEST_PANEL, LARGEST_PANEL))
+    area = area or float(np.clip(len(network) / 40, SMALLEST_PANEL, LARGEST_PANEL))
     return max(math.sqrt(area * ratio), NARROWEST), math.sqrt(area / ratio)
 
 

@@ -2,12 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from matplotlib.colors import to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure as Canvas
 from pydantic import model_validator
 
@@ -29,10 +31,7 @@ from nextlat.results import Picture
 from nextlat.tasks.streets.map import read_map_record
 from nextlat.validation import Settings, read_json
 
-CORNERS = np.array(
-    [[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]]
-)  # of the simplex of three states
-CORNER_COLORS = np.array([to_rgb(color) for color in figures.PALETTE[:3]])
+MAX_CORNERS = 12  # states whose beliefs are drawn
 FILE_NAME = 80  # characters of one
 
 Content = TypeVar("Content")
@@ -79,13 +78,16 @@ class Drawer:
         """
         kinds = {"map": self._maps, "simplex": self._simplexes}
         pictures = {one.file: one for run in self._task.runs for one in run.result.pictures}
+        together: dict[tuple[str, str, str], list[Picture]] = {}
+        for one in pictures.values():
+            together.setdefault((one.kind, one.title, one.text), []).append(one)
         found: list[Element] = []
-        for picture in pictures.values():
-            drawn = kinds[picture.kind](picture) if picture.kind else []
-            if drawn and picture.title:
-                found.append(Heading(picture.title, 3))
-            if drawn and picture.text:
-                found.append(Paragraph(picture.text))
+        for (kind, title, text), alike in together.items():
+            drawn = kinds[kind](alike) if kind else []
+            if drawn and title:
+                found.append(Heading(title, 3))
+            if drawn and text:
+                found.append(Paragraph(text))
             found += drawn
         return found
 
@@ -103,6 +105,12 @@ class Drawer:
         charts = {one.name: one for run in self._task.runs for one in run.result.charts}
         for name, one in charts.items():
             found += self._save(name, figures.chart(self._task, name), one.alt, one.caption)
+        found += self._save(
+            "speeds",
+            figures.decoding_speeds(self._task),
+            "Tokens per second of {models}, by the way of decoding.",
+            "Greedy decoding of the same prompts, in turns; points: seeds.",
+        )
         curves = figures.learning_curves(self._task)
         alt = "Losses of {models} over the optimiser steps."
         found += self._save("learning-curves", curves, alt)
@@ -124,27 +132,34 @@ class Drawer:
         figures.save(canvas, path)
         return [Figure(path, alt, caption or "One line per seed.")]
 
-    def _maps(self, picture: Picture) -> list[Element]:
-        """One map per model and seed, and for each seed one with all models side by side."""
+    def _maps(self, pictures: Sequence[Picture]) -> list[Element]:
+        """The maps of every model and seed, and for each seed all in one file, where those of a
+        model are several by their rows and columns."""
         shown: list[tuple[int, SideBySide]] = []
+        rows, columns = ([*dict.fromkeys(map(attrgetter(x), pictures))] for x in ("row", "column"))
+        ordered = sorted(pictures, key=lambda x: (rows.index(x.row), columns.index(x.column)))
         for seed in self._task.seeds:
             single, maps = [], {}
-            for label, runs in self._task.models.items():
+            for (label, runs), picture in product(self._task.models.items(), ordered):
                 if seed not in runs or not _has(runs[seed], picture):
                     continue
                 city = _read(runs[seed], picture, read_map_record)
-                title = plain(label).replace("$", r"\$")  # between them would be a formula
+                which = ", ".join(filter(None, (picture.row, picture.column)))
+                name = plain(label).replace("$", r"\$")  # between them would be a formula
+                title = f"{name}\n{which}" if which else name
                 maps[title] = city
                 counts = city[1].counts()
                 alt = (
-                    f"Street map rebuilt from the rides of {label}, seed {seed}: "
-                    f"{counts['true_used']} true streets used, {counts['invented']} invented."
+                    f"Street map rebuilt from the rides of {label}{', ' * bool(which)}{which}, "
+                    f"seed {seed}: {counts['true_used']} true streets used, {counts['invented']} "
+                    "invented."
                 )
-                path = draw_maps(self._path("map", f"{label} s{seed}"), {title: city})
+                path = draw_maps(self._path("map", f"{label} {which} s{seed}"), {title: city})
                 single.append(Figure(path, alt))
             together = single[:1]
             if len(single) > 1:
-                path = draw_maps(self._path("maps", f"s{seed}"), maps)
+                path = self._path("maps", f"s{seed}")
+                path = draw_maps(path, maps, columns=len(columns) if len(columns) > 1 else None)
                 together = [Figure(path, " ".join(figure.alt for figure in single))]
             shown += [(seed, SideBySide(single, figure)) for figure in together]
         if len(shown) < 2:
@@ -153,20 +168,22 @@ class Drawer:
         folded = [Details(f"Seed {seed}", [more]) for seed, more in others]
         return [Paragraph(f"Seed {first}."), beside, *folded]
 
-    def _simplexes(self, picture: Picture) -> list[Element]:
-        """Exact beliefs about three hidden states and those read off each model, as points of the
-        triangle whose corners are certainty of one state (as in Shai et al., arXiv 2405.15943)."""
+    def _simplexes(self, pictures: Sequence[Picture]) -> list[Element]:
+        """Exact beliefs about the hidden states and those read off each model, as points of the
+        polygon whose corners are certainty of one state (of three, the triangle of Shai et al.,
+        arXiv 2405.15943)."""
+        [picture, *_] = pictures
         found = {
             label: known
             for label, runs in self._task.models.items()
             if _has(run := first_run(runs), picture)
-            and len((known := _read(run, picture, Simplex.from_json)).true[0]) == len(CORNERS)
+            and len((known := _read(run, picture, Simplex.from_json)).true[0]) <= MAX_CORNERS
         }
         if not found:
             return []
         alt = (
-            "Exact beliefs about the three hidden states as points of a triangle, and those read "
-            "off the states of {models}."
+            "Exact beliefs about the hidden states as points of a polygon, and those read off the "
+            "states of {models}."
         )
         caption = (
             "Corners: certainty of one hidden state; colour: the exact belief. First seed of each."
@@ -187,10 +204,23 @@ def _read(run: Run, picture: Picture, read: Callable[[Any, str], Content]) -> Co
         raise NextLatError(f"{path} is missing: {again}.") from error
 
 
+def _polygon(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """(S, 2) corners of a regular polygon, of three states the triangle of side 1 on its base; and
+    their (S, 3) colours."""
+    angle = math.pi / 2 + 2 * math.pi / states * np.arange(1, states + 1)
+    corners = np.stack([np.cos(angle), np.sin(angle)], axis=1) / math.sqrt(3)
+    enough = states <= len(figures.PALETTE)
+    hues = np.arange(states) / states
+    circle = [hsv_to_rgb((hue, 0.9, 0.8)) for hue in hues]
+    colors = [to_rgb(color) for color in figures.PALETTE[:states]] if enough else circle
+    return corners + np.array([0.5, math.sqrt(1 / 12)]), np.array(colors)
+
+
 def draw_simplexes(found: Mapping[str, Simplex]) -> Canvas:
-    """The exact beliefs, and those read off every model (by label), each in its triangle and in the
+    """The exact beliefs, and those read off every model (by label), each in its polygon and in the
     colour of the exact one."""
     exact = np.array(next(iter(found.values())).true)  # the positions are the same for all
+    corners, corner_colors = _polygon(exact.shape[1])
     panels = [(f"exact\n{len(exact):,} positions", exact, exact)]
     for label, one in found.items():
         title = f"{figures.wrapped(label, figures.PANEL_LINE)}\nR\N{SUPERSCRIPT TWO} = {one.r2:.3f}"
@@ -199,15 +229,15 @@ def draw_simplexes(found: Mapping[str, Simplex]) -> Canvas:
     rows = math.ceil(len(panels) / columns)
     canvas = figures.new_figure(2.15 * rows)
     grid = canvas.add_gridspec(rows, columns)
-    drawn = np.concatenate([CORNERS, *(points @ CORNERS for _, points, _ in panels)])
+    drawn = np.concatenate([corners, *(points @ corners for _, points, _ in panels)])
     (left, low), (right, high) = drawn.min(axis=0) - 0.02, drawn.max(axis=0) + 0.02
     for place, (title, beliefs_PS, true_PS) in enumerate(panels):
         ax = canvas.add_subplot(grid[divmod(place, columns)])
-        ax.plot(*np.array([*CORNERS, CORNERS[0]]).T, color="#b5b5b5", linewidth=0.8, zorder=1)
-        colors = (true_PS @ CORNER_COLORS).clip(0, 1)
-        x, y = (beliefs_PS @ CORNERS).T
+        ax.plot(*np.array([*corners, corners[0]]).T, color="#b5b5b5", linewidth=0.8, zorder=1)
+        colors = (true_PS @ corner_colors).clip(0, 1)
+        x, y = (beliefs_PS @ corners).T
         ax.scatter(x, y, s=2.5, c=colors, linewidths=0, zorder=2)
-        ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")  # so that triangles are alike
+        ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")  # so that polygons are alike
         ax.set_axis_off()
         ax.set_title(title, size=figures.TITLE, color=figures.INK)
     return canvas

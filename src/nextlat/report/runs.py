@@ -134,8 +134,12 @@ def group_models(runs: list[Run], baseline: str) -> Models:
         runs: of one task.
         baseline: name of the objective that the others are compared with.
 
+    Of several recipes of the baseline objective, that one is the baseline which is most like the
+    other models.
+
     Raises:
-        NextLatError: two runs of one recipe and seed; two recipes of the baseline objective.
+        NextLatError: two runs of one recipe and seed; several recipes of the baseline objective of
+            which no single one is most like the others.
     """
     order = [baseline, *OBJECTIVES]
 
@@ -159,10 +163,18 @@ def group_models(runs: list[Run], baseline: str) -> Models:
         horizon = f" d={objective.horizon}" if objective.horizon else ""
         alike.setdefault(objective.title + horizon, []).append(group)
     models: Models = {}
+    others = [group for group in groups.values() if not _is_of(group, baseline)]
+
+    def foreign(group: dict[int, Run]) -> int:
+        """Settings but those of the objective in which it differs from models of others."""
+        return sum(len(_unlike(first_run(group), first_run(other))) for other in others)
+
     for name, found in alike.items():
+        if len(found) > 1 and _is_of(found[0], baseline):
+            found.sort(key=foreign)
         recipes = [_model_recipe(first_run(group)) for group in found]
         keys = dict.fromkeys(key for one in recipes for key in differences(recipes[0], one))
-        if len(found) > 1 and first_run(found[0]).result.objective.name == baseline:
+        if len(found) > 1 and _is_of(found[0], baseline) and foreign(found[0]) == foreign(found[1]):
             raise NextLatError(
                 f"the {baseline} runs are of {len(found)} recipes (they differ in "
                 f"{', '.join(keys)}): name those of one."
@@ -184,13 +196,12 @@ def caveats(models: Models, base: str | None) -> list[str]:
     if base is None:
         return ["There is no baseline run here, so nothing is compared."]
     found = []
-    theirs = _model_recipe(first_run(models[base]))
+    theirs = first_run(models[base])
     for label, runs in models.items():
-        ours = _model_recipe(first_run(runs))
-        for key in differences(theirs, ours):
-            if not key.startswith("objective"):
-                a, b = _look_up(ours, key), _look_up(theirs, key)
-                found.append(f"Not trained alike: {key} is {a} for {label} and {b} for {base}.")
+        ours = first_run(runs)
+        for key in _unlike(theirs, ours):
+            a, b = _look_up(_model_recipe(ours), key), _look_up(_model_recipe(theirs), key)
+            found.append(f"Not trained alike: {key} is {a} for {label} and {b} for {base}.")
         if alone := sorted(models[base].keys() ^ runs.keys()):
             seeds = f"Seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
             found.append(
@@ -202,6 +213,16 @@ def caveats(models: Models, base: str | None) -> list[str]:
 def first_run(runs: dict[int, Run]) -> Run:
     """One run of a model, for what is the same in all."""
     return next(iter(runs.values()))
+
+
+def _is_of(group: dict[int, Run], objective: str) -> bool:
+    return first_run(group).result.objective.name == objective
+
+
+def _unlike(one: Run, other: Run) -> list[str]:
+    """Dotted keys, but those of the objective, in which the recipes of two models differ."""
+    keys = differences(_model_recipe(one), _model_recipe(other))
+    return [key for key in keys if not key.startswith("objective")]
 
 
 def _model_recipe(run: Run) -> dict[str, Any]:

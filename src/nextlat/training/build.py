@@ -56,6 +56,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             intermediate_size=backbone.intermediate_size,
             initializer_range=backbone.initializer_range,
             max_length=backbone.max_length or task.max_length,
+            positions=backbone.positions,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=None if pad in spoken else pad,

@@ -48,6 +48,8 @@ class BackboneSettings(Settings):
         intermediate_size: from scratch; None = as in `nextlat.llama`.
         initializer_range: from scratch; None = as in `nextlat.llama`.
         max_length: positions, from scratch; None = the longest sequence of the task.
+        positions: from scratch; rotary, or none, with which no position is new beyond the training
+            length (random offsets would change nothing: rotary positions are relative).
         pretrained: a directory or hub id.
         frozen: a pretrained model stays as it is, and only NextLat's dynamics are trained, to draft
             for it.
@@ -59,6 +61,7 @@ class BackboneSettings(Settings):
     intermediate_size: Size | None = None
     initializer_range: Factor | None = None
     max_length: Size | None = None
+    positions: Literal["rotary", "none"] = "rotary"
     pretrained: str | None = None
     frozen: bool = False
 
@@ -233,7 +236,7 @@ class Recipe(Settings):
         """What no single field can know, or None."""
         backbone, schedule = self.backbone, self.schedule
         own = {"pretrained", "frozen"}
-        sizes = [key for key, value in backbone if key not in own and value is not None]
+        sizes = [key for key, value in backbone if key not in own and value not in (None, "rotary")]
         if backbone.frozen and (backbone.pretrained is None or self.objective != "nextlat"):
             return (
                 "backbone.frozen trains the dynamics of NextLat alone: it needs "

@@ -28,11 +28,29 @@ from nextlat.validation import nearest
 
 WAY_OUT = "choose another --out"
 POLL = 0.5  # seconds between two looks at the jobs
-DEMO_RECIPES = ("city-small", "word-problem-small")
-DEMO_OBJECTIVES = (
-    "nextlat",
-    "next-token",
-)  # the longer job first, so that no core idles at the end
+NO_POSITIONS = "backbone.positions=none"  # none is new beyond the training length
+# Recipe, objective, overrides, and about how many seconds of one core: long ones first, so that no
+# core idles at the end.
+DEMO = (
+    ("city-arrival", "nextlat", (), 240),
+    ("city-arrival", "next-token", (), 160),
+    ("city-arrival", "next-token", (NO_POSITIONS,), 160),
+    ("path-star-small", "nextlat", (), 160),
+    ("rrxor", "nextlat", (), 140),
+    ("path-star-small", "next-token", (), 100),
+    ("rrxor", "next-token", (), 90),
+)
+FULL_SECONDS = {
+    "district-arrival": 1800,
+    "text-small": 900,
+    "city-small": 250,
+    "word-problem-small": 150,
+}
+FULL = tuple(
+    (recipe, objective, (), seconds)
+    for recipe, seconds in FULL_SECONDS.items()
+    for objective in ("nextlat", "next-token")
+)
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
 
 
@@ -48,6 +66,7 @@ class Job:
         directory: where it goes.
         settings: further arguments of `nextlat train`, overrides of the recipe and options.
         label: what it is called; by default by recipe, objective and seed.
+        seconds: about how long it takes, for the time left of all; 0 = as long as its steps.
     """
 
     recipe: str
@@ -57,6 +76,7 @@ class Job:
     directory: Path
     settings: tuple[str, ...] = ()
     label: str = ""
+    seconds: int = 0
 
     @property
     def name(self) -> str:
@@ -111,21 +131,39 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise NextLatError(f"seeds {given}: give different whole numbers from 0 on.")
 
 
-def demo(out: Path, seeds: Sequence[int]) -> list[Job]:
-    """What the demo trains: two objectives, every recipe, every seed.
+def demo(out: Path, seeds: Sequence[int], *, full: bool = False) -> tuple[list[Job], list[str]]:
+    """What the demo trains, seed by seed.
+
+    Args:
+        out: the runs go to `out`/runs.
+        seeds: different ones.
+        full: also the worlds that take longer, or whose data must be there.
+
+    Returns:
+        The jobs, and a sentence for each world that is left out because its data are missing.
 
     Raises:
         NextLatError: a seed below zero, or the same seed twice.
     """
     check_seeds(seeds)
+    skipped: dict[str, str] = {}
+    for name in dict.fromkeys(name for name, *_ in FULL if full):
+        try:
+            load_recipe(name).task.build()
+        except NextLatError as error:
+            skipped[name] = f"{name} is skipped: {error}"
     jobs = []
-    for name in DEMO_RECIPES:
-        for seed in seeds:
-            for objective in DEMO_OBJECTIVES:
-                recipe = load_recipe(name, objective=objective, seed=seed)
-                directory = out / "runs" / recipe.run_name
-                jobs.append(Job(name, objective, seed, recipe.steps, directory))
-    return jobs
+    for seed in seeds:
+        for name, objective, settings, seconds in DEMO + FULL * full:
+            if name in skipped:
+                continue
+            recipe = load_recipe(name, settings, objective=objective, seed=seed)
+            apart = "".join(f"-{item.rpartition('.')[2].replace('=', '-')}" for item in settings)
+            directory = out / "runs" / f"{recipe.run_name}{apart}"
+            label = f"{name} {objective}{apart.replace('-', ' ')} s{seed}"
+            job = Job(name, objective, seed, recipe.steps, directory, settings, label, seconds)
+            jobs.append(job)
+    return jobs, list(skipped.values())
 
 
 # ---- comparisons ----

@@ -108,12 +108,14 @@ class Rides:
         lengths: (P,) tokens of each ride, a last `end` or illegal token included.
         arrived: (P,) every move legal, and `end` given exactly at the destination.
         legal: (P,) every move within the limit legal, and `end` given nowhere else.
+        real: (P,) the same, wherever `end` is given.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     arrived: np.ndarray
     legal: np.ndarray
+    real: np.ndarray
 
     def sequences(self, pairs: Pairs, *, cut: bool = False) -> list[Ride]:
         """The rides of these pairs, as `map.reconstruct` reads them.
@@ -173,7 +175,8 @@ def ride(
     budget = np.broadcast_to(max_moves, count)
     longest = int((budget - prompts.lengths).max(initial=0)) + 1
     tokens, lengths = np.full((count, longest), PAD), np.zeros(count, dtype=np.int64)
-    rides = Rides(tokens, lengths, np.zeros(count, dtype=bool), np.ones(count, dtype=bool))
+    arrived, legal, real = (np.full(count, value) for value in (False, True, True))
+    rides = Rides(tokens, lengths, arrived, legal, real)
     start = prompts.intersections(network)
     with evaluation_mode(model):
         for rows in prompts.batches():
@@ -198,12 +201,13 @@ def ride(
                     home = (chosen == END) & (here == prompts.destination[now])
                     rides.arrived[now] = home
                     is_move = (chosen >= FIRST_DIRECTION) & (chosen < FIRST_NODE)
-                    legal = is_move & (here != NOWHERE)
+                    moved = is_move & (here != NOWHERE)
                     there = np.full(len(now), NOWHERE)
-                    there[legal] = network.targets[here[legal], chosen[legal] - FIRST_DIRECTION]
+                    there[moved] = network.targets[here[moved], chosen[moved] - FIRST_DIRECTION]
                     nodes[drives] = there
                     on_map, in_time = there != NOWHERE, made < limit[drives]
                     rides.legal[now] &= on_map | home | ~in_time
+                    rides.real[now] &= on_map | (chosen == END) | ~in_time
                     alive[drives] = is_move & (leave_map | on_map) & in_time
                 made += 1
                 if alive.any() and alive.mean() < COMPACT_BELOW:

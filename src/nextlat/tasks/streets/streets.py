@@ -14,15 +14,7 @@ from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
-from nextlat.results import (
-    Chart,
-    Line,
-    Mark,
-    Measurement,
-    Metric,
-    Picture,
-    Published,
-)
+from nextlat.results import Chart, Line, Mark, Measurement, Metric, Picture, Published
 from nextlat.scores import Score, mean_score
 from nextlat.tasks.dynamics_alone import DRIVERS, DYNAMICS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
@@ -44,6 +36,7 @@ from nextlat.tasks.streets.metrics import (
     MAP,
     NEXT_TOKEN_TEST,
     PUBLISHED,
+    REAL_RIDES,
     SEQUENCE_COMPRESSION,
     VALID_TRAJECTORIES,
     DetourKind,
@@ -317,7 +310,10 @@ class Streets(Task):
                     for kind, p in off
                 ],
             ),
-            "legal rides": ([LEGAL_RIDES], lambda model: [self._legal_rides(model, max_moves)]),
+            "sampled rides": (
+                [LEGAL_RIDES, REAL_RIDES],
+                lambda model: self._shares_of_rides(model, max_moves),
+            ),
         }
         length, longest = self._length(multiple), multiple == self._multiples[-1]
         for name, (metrics, scores) in stages.items():
@@ -335,10 +331,11 @@ class Streets(Task):
         pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
         return pairs, sampled_rides(model, self.network, pairs, max_moves)
 
-    def _legal_rides(self, model: SequenceModel, max_moves: int) -> Score:
-        """The error is clustered by pair."""
+    def _shares_of_rides(self, model: SequenceModel, max_moves: int) -> list[Score]:
+        """Of legal and of real ones; the errors are clustered by pair."""
         _, rides = self._sampled_rides(model, max_moves)
-        return mean_score(rides.legal.reshape(-1, len(self.pairs)).mean(axis=0))
+        by_pair = [x.reshape(-1, len(self.pairs)).mean(axis=0) for x in (rides.legal, rides.real)]
+        return [mean_score(shares) for shares in by_pair]
 
     def legal_tokens(self, model: ObjectiveModel) -> Iterable[Chart]:
         """The next-token test by position, on the longest rides."""
@@ -370,7 +367,8 @@ class Streets(Task):
                 base = (who, multiple) == ("transformer", 1)
                 picture = MAP.model_copy(
                     update={
-                        "title": MAP.title + words(who, self._length(multiple)),
+                        "row": DYNAMICS if who == "dynamics" else "",
+                        "column": f"{max_moves} moves" if self._multiples[-1] > 1 else "",
                         "file": MAP.file if base else f"map-{who}-{max_moves}.json",
                     }
                 )
