@@ -29,12 +29,17 @@ class Head:
         self._linear, self._frozen = linear, frozen
 
     @property
+    def linear(self) -> bool:
+        """Whether it is one matrix as it is now: no adapter has been put into it."""
+        return self._linear and next(self._lm.get_output_embeddings().children(), None) is None
+
+    @property
     def weight(self) -> Tensor | None:
-        return self._table().weight if self._linear else None
+        return self._table().weight if self.linear else None
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self._table(), "bias", None) if self._linear else None
+        return getattr(self._table(), "bias", None) if self.linear else None
 
     def _table(self) -> Any:
         """The output embeddings, looked up anew: they can be resized, tied or replaced at any
@@ -50,9 +55,8 @@ class Head:
         return list({id(p): p for p in [*own, *table.parameters()]}.values())
 
     def __call__(self, h: Tensor) -> Tensor:
-        if self._linear:
-            weight, bias = self.weight, self.bias
-            assert weight is not None
+        weight, bias = self.weight, self.bias
+        if weight is not None:
             return F.linear(h.to(weight.dtype), weight, bias)
         states = h.reshape(1, -1, h.shape[-1]).to(next(self._lm.parameters()).dtype)
         given: Any = Around(

@@ -38,7 +38,14 @@ T = TypeVar("T")
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "nextlat/SHA256SUMS"  # as sha256sum writes and checks it
 # Those that define a model, and those that a run goes on from.
-MODEL_FILES = ("config.json", "model*.safetensors", INDEX, "nextlat/objective.*")
+MODEL_FILES = (
+    "config.json",
+    "model*.safetensors",
+    INDEX,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "nextlat/objective.*",
+)
 STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
 SHOWN = 3  # names in an error
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 = none, in some old models
@@ -129,7 +136,7 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     finally:
         library_logging.set_verbosity(verbosity)
     lm, info = loaded
-    _refuse(
+    refuse(
         directory,
         missing=info["missing_keys"],
         left_over=info["unexpected_keys"],
@@ -140,7 +147,7 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
         # Some architectures are stored under other names than they have in memory.
         both = {name: x for name, x in state.items() if name in saved}
         converts = arguments.get("dtype", "auto") != "auto"
-        _refuse(
+        refuse(
             directory,
             misread=_other_dtypes(saved, both, converts),
             not_finite=not_finite(lm.named_parameters()),
@@ -218,7 +225,7 @@ def check(
     state = module.state_dict()
     present = {x.data_ptr() for name, x in state.items() if name in saved}  # tied: saved once
     both = {name: x for name, x in state.items() if name in saved}
-    _refuse(
+    refuse(
         where,
         missing=[n for n, x in state.items() if n not in saved and x.data_ptr() not in present],
         left_over=saved.keys() - state.keys(),
@@ -255,7 +262,7 @@ def _other_dtypes(
     return [name for name, x in state.items() if kind(x) != kind(saved[name])]
 
 
-def _refuse(
+def refuse(
     where: object,
     missing: Collection[str] = (),
     left_over: Collection[str] = (),
@@ -263,6 +270,8 @@ def _refuse(
     misread: Collection[str] = (),
     not_finite: Collection[str] = (),
 ) -> None:
+    """Raise a NextLatError that names what is wrong with the tensors of a file or directory, if
+    anything is."""
     faults = {
         "lacks": missing,
         "holds, beyond the weights of the model,": left_over,

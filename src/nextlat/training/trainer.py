@@ -23,6 +23,7 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
+from nextlat.sidecar import DESCRIPTION, SIDECAR
 from nextlat.training.checkpoints import load_state, load_trainer_state, rotate_checkpoints
 from nextlat.weights import not_finite, read_sums, write_sums
 
@@ -235,7 +236,7 @@ class NextLatTrainer(Trainer):
                 tokenizer.save_pretrained(directory)
             # safetensors makes files that only their owner can read
             for weights in directory.rglob("*.safetensors"):
-                weights.chmod((directory / "config.json").stat().st_mode)
+                weights.chmod((directory / SIDECAR / DESCRIPTION).stat().st_mode)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
