@@ -27,6 +27,14 @@ from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.validation import Settings
 from nextlat.weights import check, check_sums, copy_into, find, load_lm, read_lm, write_sums
 
+# What trainers do to the LM through the model around it.
+OF_THE_LM = {
+    "activation_checkpointing_enable",
+    "add_model_tags",
+    "generation_config",
+    "gradient_checkpointing_enable",
+}
+
 
 @dataclass
 class ObjectiveOutput(ModelOutput):
@@ -64,6 +72,17 @@ class ObjectiveModel(nn.Module):
         # Every weight once: files and the Trainer take no tied ones.
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_pre_hook(_add_aliases)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_THE_LM:
+            return getattr(self.lm, name)
+        if name in self._modules:
+            return self._modules[name]
+        raise AttributeError(
+            f"an ObjectiveModel has no '{name}', its language model may: model.lm.{name}. (A "
+            "trainer that computes a loss of its own needs ours before it, as in class "
+            "Trainer(nextlat.NextLatTrainer, SFTTrainer).)"
+        )
 
     @property
     def backbone(self) -> Backbone:
@@ -153,14 +172,6 @@ class ObjectiveModel(nn.Module):
                 for h_TD, targets_T, scored_T in rows
             ]
         return torch.stack(sums), batch.scored.view(shape).sum(dim=1)
-
-    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """That of the LM."""
-        self.lm.gradient_checkpointing_enable(*arguments, **options)
-
-    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """That of the LM."""
-        self.lm.activation_checkpointing_enable(*arguments, **options)
 
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see
