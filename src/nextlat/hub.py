@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_session
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from nextlat.errors import NextLatError, first_line
 
@@ -57,6 +59,42 @@ def load_tokenizer(name: str | Path) -> Any:
     # library is not even an Exception.
     except BaseException as error:
         raise NextLatError(f"cannot be loaded ({first_line(error)})") from error
+
+
+def document_start(tokenizer: Any) -> list[int]:
+    """The tokens that a document begins with in training, and so a prompt: what the tokenizer puts
+    there itself, as Llama's does; else the beginning-of-sequence token, if that is also the token
+    that ends documents (GPT-2) or the vocabulary is one of words (our tasks); else none. (What
+    ChatML calls by that name only ever stands before a role.)"""
+    ids, bare = (tokenizer("a", add_special_tokens=added).input_ids for added in (True, False))
+    added = next((n for n in range(len(ids)) if ids[n : n + len(bare)] == bare), 0)
+    if added:
+        return list(ids[:added])
+    bos = tokenizer.bos_token_id
+    begins = _has_words(tokenizer) or bos == tokenizer.eos_token_id
+    return [bos] if begins and bos is not None else []
+
+
+def document_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that a document begins with, as in training."""
+    start = document_start(tokenizer)
+    if not _has_words(tokenizer):
+        return [*start, *plain_encoder(tokenizer).encode(text, add_special_tokens=False).ids]
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids if start and ids[: len(start)] == start else [*start, *ids]
+
+
+def _has_words(tokenizer: Any) -> bool:
+    return isinstance(tokenizer.backend_tokenizer.model, WordLevel)
+
+
+def plain_encoder(tokenizer: Any) -> Any:
+    """The core of a tokenizer for text in which special tokens, written out, are ordinary text."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # ours to change
+    core.encode_special_tokens = True
+    core.no_truncation()
+    core.no_padding()
+    return core
 
 
 def _answers() -> bool:
