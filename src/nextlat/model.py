@@ -5,10 +5,9 @@ On disk it is a plain Hugging Face directory that loads with this package uninst
 objective adds lies in its sub-folder `nextlat/`, which everyone else ignores.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,11 +20,22 @@ from nextlat.backbone import Backbone, evaluation_mode
 from nextlat.batch import Batch
 from nextlat.decoding import generate
 from nextlat.errors import NextLatError
-from nextlat.hub import hub_or_cache
+from nextlat.hub import hub_or_cache, push_directory
 from nextlat.losses import Counts, cross_entropy
+from nextlat.model_card import write_card
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
 from nextlat.validation import Settings
-from nextlat.weights import check, check_sums, copy_into, find, load_lm, read_lm, write_sums
+from nextlat.weights import (
+    cache_enabled,
+    check,
+    check_sums,
+    copy_into,
+    find,
+    keep_tied_weights_once,
+    load_lm,
+    read_lm,
+    write_sums,
+)
 
 # What trainers do to the LM through the model around it.
 OF_THE_LM = {
@@ -69,9 +79,7 @@ class ObjectiveModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.objective = objective
-        # Every weight once: files and the Trainer take no tied ones.
-        self.register_state_dict_post_hook(_drop_aliases)
-        self.register_load_state_dict_pre_hook(_add_aliases)
+        keep_tied_weights_once(self)
 
     def __getattr__(self, name: str) -> Any:
         if name in OF_THE_LM:
@@ -229,10 +237,35 @@ class ObjectiveModel(nn.Module):
             adapters.save(self.lm, directory)
         else:
             lm = adapters.merged(self.lm) if merge else self.lm
-            with _cache_enabled(lm):
+            with cache_enabled(lm):
                 lm.save_pretrained(directory)
         sidecar.write(directory, self.objective, base)
         write_sums(directory)
+        write_card(directory)
+
+    def push_to_hub(
+        self, name: str, *, merge: bool = False, tokenizer: Any = None, **options: Any
+    ) -> str:
+        """Save the model, its sidecar and its card, and upload them to the Hugging Face hub.
+
+        Args:
+            name: of the repository, "org/name"; made where there is none.
+            merge: see `save_pretrained`.
+            tokenizer: uploaded with it.
+            options: of `hub.push_directory` (private, token, revision, commit_message).
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            NextLatError: it cannot be saved, or the hub does not take it.
+        """
+        with TemporaryDirectory() as folder:
+            directory = Path(folder) / name.rpartition("/")[2]
+            self.save_pretrained(directory, merge=merge)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+            return push_directory(directory, name, **options)
 
     def load_weights(self, directory: str | Path) -> None:
         """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
@@ -268,38 +301,6 @@ class ObjectiveModel(nn.Module):
             check(saved, self.lm, directory)
             copy_into(self.lm, saved)
         copy_into(objective, weights)
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Name of a tied weight -> the name it is saved under."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: kept for name, p in named if (kept := first.setdefault(id(p), name)) != name}
-
-
-def _drop_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    for alias in _aliases(model):
-        state.pop(prefix + alias, None)
-
-
-def _add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    for alias, kept in _aliases(model).items():
-        if prefix + kept in state:
-            state.setdefault(prefix + alias, state[prefix + kept])
-
-
-@contextmanager
-def _cache_enabled(lm: PreTrainedModel) -> Iterator[None]:
-    """Trainer switches `config.use_cache` off for training; a saved model should not carry that to
-    its users."""
-    before = getattr(lm.config, "use_cache", None)
-    if before is not None:
-        lm.config.use_cache = True
-    try:
-        yield
-    finally:
-        if before is not None:
-            lm.config.use_cache = before
 
 
 def attach(lm: PreTrainedModel, config: Settings | None = None) -> ObjectiveModel:

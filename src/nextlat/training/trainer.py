@@ -247,6 +247,9 @@ class NextLatTrainer(Trainer):
             for weights in directory.rglob("*.safetensors"):
                 weights.chmod((directory / SIDECAR / DESCRIPTION).stat().st_mode)
 
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Every save has written ours."""
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
