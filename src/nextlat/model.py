@@ -24,14 +24,13 @@ from nextlat.hub import hub_or_cache, push_directory
 from nextlat.losses import Counts, cross_entropy
 from nextlat.model_card import write_card
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
+from nextlat.saving import cache_enabled, keep_tied_weights_once
 from nextlat.validation import Settings
 from nextlat.weights import (
-    cache_enabled,
     check,
     check_sums,
     copy_into,
     find,
-    keep_tied_weights_once,
     load_lm,
     read_lm,
     write_sums,

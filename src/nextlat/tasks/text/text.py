@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from nextlat.results import (
     Line,
     Measurement,
     Metric,
-    Published,
 )
 from nextlat.scores import exp_score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
@@ -251,7 +250,7 @@ class Text(Task):
 
     name = "text"
     title = "Text"
-    published: ClassVar[Published] = PUBLISHED
+    published = PUBLISHED
 
     def __init__(self, config: TextConfig) -> None:
         if config.benchmarks:
