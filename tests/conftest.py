@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -123,3 +125,50 @@ def load_benchmark(name: str) -> ModuleType:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+MARKED = "{% generation %}", "{% endgeneration %}"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer(*, marked: bool = True) -> PreTrainedTokenizerFast:
+    """Every byte a token, roles in the template of ChatML.
+
+    Args:
+        marked: whether the template marks what the assistant says.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=259, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    template = CHATML
+    for mark in () if marked else MARKED:
+        template = template.replace(mark, "")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(question: str, *answers: str) -> list[dict[str, str]]:
+    """A question with its answer, and for every further answer the same question once more."""
+    return [
+        {"role": role, "content": content}
+        for answer in answers
+        for role, content in (("user", question), ("assistant", answer))
+    ]

@@ -16,8 +16,9 @@ from transformers import (
 
 import nextlat
 from conftest import FAMILIES, tiny_lm
-from nextlat.backbone import Backbone, evaluation_mode, llama
+from nextlat.backbone import Backbone, evaluation_mode
 from nextlat.batch import Batch
+from nextlat.paper_lm import llama
 
 SHIMMED = {"gemma2", "granite"}  # soft-capping; division of the logits by a constant
 

@@ -1,5 +1,6 @@
 """The programs of examples/ do what they say, each in a few seconds and without a network."""
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import nextlat
-from conftest import tiny_lm
+from conftest import chat_tokenizer, conversation, tiny_lm
 from nextlat.tasks import TASKS
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,24 @@ def test_pretrained(tmp_path: Path) -> None:
     after = nextlat.load(tmp_path / "out")
     assert after.objective.name == "nextlat"
     assert not before.lm_head.weight.equal(after.lm.lm_head.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_chat_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("trl", "peft"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed: pip install 'nextlat[trl,peft]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    tiny_lm("llama", 259, max_position_embeddings=1024).save_pretrained(model)
+    chat_tokenizer().save_pretrained(model)
+    chats = tmp_path / "chats.jsonl"
+    line = json.dumps({"messages": conversation("Hi", "Hello.")})
+    chats.write_text(f"{line}\n" * 32)
+    run("chat_lora", model, chats, tmp_path / "out")
+    nextlat.load(tmp_path / "out")
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
 def test_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

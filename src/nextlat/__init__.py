@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from nextlat.errors import NextLatError
 
 if TYPE_CHECKING:
-    from nextlat.backbone import llama
     from nextlat.decoding.generate import speculative
     from nextlat.model import ObjectiveModel, attach, load
     from nextlat.objectives import BSTConfig, JTPConfig, MTPConfig, NextLatConfig, NextTokenConfig
+    from nextlat.paper_lm import llama
     from nextlat.training.trainer import NextLatTrainer
 
 __version__ = "0.1.0"

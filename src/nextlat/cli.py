@@ -136,6 +136,9 @@ def generate(
     prompt: Annotated[
         str, Argument(help="Text to continue; in a city source and destination, as in '12 57'.")
     ],
+    chat: Annotated[
+        bool, Option("--chat", help="The prompt is what a user says, for the assistant to answer.")
+    ] = False,
     draft_length: Annotated[
         str, Option(help="Tokens drafted per cycle; 0 = plain decoding; auto = as many as pay off.")
     ] = "auto",
@@ -186,7 +189,7 @@ def generate(
         raise NextLatError(
             f"the tokenizer of {run} {error}: save one there with tokenizer.save_pretrained."
         ) from error
-    ids = _prompt(run, tokenizer, prompt)
+    ids = _prompt(run, tokenizer, prompt, chat)
     if max(ids, default=0) >= (known := model.backbone.vocab_size):
         raise NextLatError(
             f"the tokenizer of {run} makes token {max(ids)} of the prompt, the model knows only "
@@ -246,23 +249,25 @@ def _sampling(
     }
 
 
-def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
+def _prompt(run: str, tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """The tokens of a prompt as the model saw texts in training.
 
-    In our own runs every sequence begins with the beginning-of-sequence token, where there is one,
-    whether or not the tokenizer puts it there (GPT-2's does not); other models get what their
-    tokenizer makes of it.
+    In our own runs a text begins with `document_start`, whether or not the tokenizer puts it there
+    (GPT-2's does not), and special tokens in it are text; other models get what their tokenizer
+    makes of it. A chat is what the template makes of it everywhere.
     """
+    from nextlat.hub import document_ids
+
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise NextLatError("the prompt is not valid UTF-8: write it in that.") from error
-    ids: list[int] = tokenizer(prompt).input_ids
+    if chat:
+        from nextlat.tasks.text.chat import chat_prompt
+
+        return chat_prompt(tokenizer, prompt)
     ours = any((directory / "run.json").is_file() for directory in (Path(run), Path(run).parent))
-    if ours and tokenizer.bos_token_id is not None:
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        if ids[:1] != [tokenizer.bos_token_id]:
-            ids = [tokenizer.bos_token_id, *ids]
+    ids: list[int] = document_ids(tokenizer, prompt) if ours else tokenizer(prompt).input_ids
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         words = [repr(word) for word in prompt.split() if unknown in tokenizer(word).input_ids]

@@ -16,6 +16,7 @@ from nextlat.decoding.speed import TRANSFORMERS, compare_decoding
 from nextlat.errors import NextLatError
 from nextlat.files import TEMPORARY, remove, write_errors, write_json
 from nextlat.model import ObjectiveModel, load
+from nextlat.model_card import write_card
 from nextlat.results import (
     RESULTS,
     SCORES,
@@ -201,6 +202,7 @@ def evaluate(
         for picture, content in files:
             write_json(directory / picture.file, content)
         write_json(directory / RESULTS, Results(runs=[result]).model_dump(mode="json"))
+        write_card(directory)
     return result
 
 

@@ -5,71 +5,47 @@ On disk it is a plain Hugging Face directory that loads with this package uninst
 objective adds lies in its sub-folder `nextlat/`, which everyone else ignores.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from nextlat import adapters, sidecar
 from nextlat.backbone import Backbone, evaluation_mode
 from nextlat.batch import Batch
 from nextlat.decoding import generate
 from nextlat.errors import NextLatError
-from nextlat.files import write_json
-from nextlat.hub import hub_or_cache
+from nextlat.hub import hub_or_cache, push_directory
 from nextlat.losses import Counts, cross_entropy
+from nextlat.model_card import write_card
 from nextlat.objectives import OBJECTIVES, NextTokenConfig, Objective
-from nextlat.serving.draft_config import write_draft_config
-from nextlat.validation import Settings, check_format, nearest, read_json
+from nextlat.saving import cache_enabled, keep_tied_weights_once
+from nextlat.validation import Settings
 from nextlat.weights import (
-    SIDECAR,
-    WEIGHTS,
-    add_aliases,
     check,
     check_restorable,
     check_sums,
     copy_into,
-    drop_aliases,
+    find,
     load_lm,
     not_finite,
     opened,
     read_lm,
-    read_objective,
-    sidecar_file,
     write_sums,
 )
 
-DESCRIPTION = "objective.json"
-FORMAT: Literal[1] = 1
-PART = (
-    "The transformer beside this is only part of the model: open the directory with nextlat.load."
-)
-
-
-class Description(Settings):
-    """objective.json, the sidecar's description of itself.
-
-    Attributes:
-        format: version of this file.
-        objective: key of `OBJECTIVES`.
-        config: its settings.
-        needed_at_inference: see `Objective`.
-        backbone: sizes of the model that it was trained on.
-        note: for whoever opens the directory without this package.
-    """
-
-    format: Literal[1] = FORMAT
-    objective: str
-    config: dict[str, Any]
-    needed_at_inference: bool
-    backbone: dict[str, str | int]
-    note: str | None = None
+# What trainers do to the LM through the model around it.
+OF_THE_LM = {
+    "activation_checkpointing_enable",
+    "add_model_tags",
+    "generation_config",
+    "gradient_checkpointing_enable",
+}
 
 
 @dataclass
@@ -92,7 +68,7 @@ class ObjectiveModel(nn.Module):
 
     Attributes:
         lm: the causal LM itself, unmodified; `model.lm.generate`, `lm.push_to_hub` ... all work as
-            ever.
+            ever. Of a `PeftModel` it is the model inside, with the adapters in its layers.
         objective: what the objective adds, e.g. `objective.dynamics` for NextLat.
     """
 
@@ -105,9 +81,18 @@ class ObjectiveModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.objective = objective
-        # Every weight once: files and the Trainer take no tied ones.
-        self.register_state_dict_post_hook(drop_aliases)
-        self.register_load_state_dict_pre_hook(add_aliases)
+        keep_tied_weights_once(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_THE_LM:
+            return getattr(self.lm, name)
+        if name in self._modules:
+            return self._modules[name]
+        raise AttributeError(
+            f"an ObjectiveModel has no '{name}', its language model may: model.lm.{name}. (A "
+            "trainer that computes a loss of its own needs ours before it, as in class "
+            "Trainer(nextlat.NextLatTrainer, SFTTrainer).)"
+        )
 
     @property
     def backbone(self) -> Backbone:
@@ -198,14 +183,6 @@ class ObjectiveModel(nn.Module):
             ]
         return torch.stack(sums), batch.scored.view(shape).sum(dim=1)
 
-    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """That of the LM."""
-        self.lm.gradient_checkpointing_enable(*arguments, **options)
-
-    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """That of the LM."""
-        self.lm.activation_checkpointing_enable(*arguments, **options)
-
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, D) states of whole rows, in which `next_token_logits` reads the next token; see
         `Objective.output_states`."""
@@ -229,34 +206,72 @@ class ObjectiveModel(nn.Module):
         `nextlat.decoding.generate` for everything that it takes and gives."""
         return generate(self, input_ids, attention_mask, **options)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    @property
+    def peft_config(self) -> Any:
+        """There is none: adapters are in the LM."""
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        raise NextLatError(adapters.ON_THE_LM)  # PEFT sets it on what it has put adapters into
+
+    def save_pretrained(self, directory: str | Path, *, merge: bool = False) -> None:
         """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by
         itself: see `training`.
 
+        Args:
+            directory: a new one, or one written before.
+            merge: write the LM with its adapters added to its weights, as a plain model. Otherwise
+                a model with an adapter is saved as PEFT does: the adapter, and the name of its
+                base.
+
         Raises:
-            NextLatError: a weight is not finite, the LM has modules that would not come back, such
-                as adapters, or something cannot be written.
+            NextLatError: a weight is not finite; an adapter that could not be opened again (see
+                `adapters`), or another module that would not come back.
         """
         if names := not_finite(self.named_parameters()):
             raise NextLatError(f"{names[0]} is not finite: the model is not saved.")
-        check_restorable(self.lm)
-        sidecar, objective = Path(directory) / SIDECAR, self.objective
-        sidecar.mkdir(parents=True, exist_ok=True)
-        with _cache_enabled(self.lm):
-            self.lm.save_pretrained(directory)
-        description = Description(
-            objective=objective.name,
-            config=objective.config.model_dump(mode="json"),
-            needed_at_inference=objective.needed_at_inference,
-            backbone=_sizes(self.backbone),
-            note=PART if objective.needed_at_inference else None,
-        )
-        state = objective.state_dict().items()
-        weights = {name: value.detach().contiguous().cpu() for name, value in state}
-        save_file(weights, sidecar / WEIGHTS, metadata={"format": "pt"})
-        write_json(sidecar / DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
-        write_draft_config(sidecar, objective)
-        write_sums(Path(directory))
+        directory = Path(directory)
+        adapted = adapters.is_adapted(self.lm) and not merge
+        if (directory / ("config.json" if adapted else adapters.CONFIG)).exists():
+            other = "a plain model" if adapted else "an adapter"
+            raise NextLatError(f"{directory} holds {other}: choose another directory.")
+        base = adapters.base_of(self.lm) if adapted else None
+        directory.mkdir(parents=True, exist_ok=True)
+        if adapted:
+            adapters.save(self.lm, directory)
+        else:
+            lm = adapters.merged(self.lm) if merge else self.lm
+            check_restorable(lm)
+            with cache_enabled(lm):
+                lm.save_pretrained(directory)
+        sidecar.write(directory, self.objective, base)
+        write_sums(directory)
+        write_card(directory)
+
+    def push_to_hub(
+        self, name: str, *, merge: bool = False, tokenizer: Any = None, **options: Any
+    ) -> str:
+        """Save the model, its sidecar and its card, and upload them to the Hugging Face hub.
+
+        Args:
+            name: of the repository, "org/name"; made where there is none.
+            merge: see `save_pretrained`.
+            tokenizer: uploaded with it.
+            options: of `hub.push_directory` (private, token, revision, commit_message).
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            NextLatError: it cannot be saved, or the hub does not take it.
+        """
+        with TemporaryDirectory() as folder:
+            directory = Path(folder) / name.rpartition("/")[2]
+            self.save_pretrained(directory, merge=merge)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+            return push_directory(directory, name, **options)
 
     def load_weights(self, directory: str | Path) -> None:
         """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
@@ -267,51 +282,47 @@ class ObjectiveModel(nn.Module):
                 another objective or model.
         """
         check_sums(directory)
-        path, description = _description(directory)
-        config = _config(path, description)
+        path, description = sidecar.read_description(directory)
+        config = sidecar.config_of(path, description)
         objective = self.objective
         if description.objective != objective.name or config != objective.config:
             raise NextLatError(
                 f"{directory} was trained with {description.objective} ({config}), not "
                 f"{objective.name} ({objective.config}): choose another run directory."
             )
-        saved = read_lm(directory)
-        if saved.keys() - self.lm.state_dict().keys():
-            # An architecture that is stored under other names than it has in memory, or an error.
-            saved = load_lm(directory, dtype=self.lm.dtype).state_dict()
-        weights = read_objective(directory)
-        check(saved, self.lm, directory)
-        check(weights, objective, path.with_name(WEIGHTS))
-        copy_into(self.lm, saved)
+        weights = sidecar.read_weights(directory)
+        check(weights, objective, path.with_name(sidecar.WEIGHTS))
+        if description.base is not None:
+            if not adapters.is_adapted(self.lm) or adapters.base_of(self.lm) != description.base:
+                raise NextLatError(
+                    f"the adapter in {directory} was trained on another model: choose another run "
+                    "directory."
+                )
+            adapters.read_into(self.lm, directory)
+        else:
+            saved = read_lm(directory)
+            if saved.keys() - self.lm.state_dict().keys():
+                # An architecture that is stored under other names than in memory, or an error.
+                saved = load_lm(directory, dtype=self.lm.dtype).state_dict()
+            check(saved, self.lm, directory)
+            copy_into(self.lm, saved)
         copy_into(objective, weights)
-
-
-@contextmanager
-def _cache_enabled(lm: PreTrainedModel) -> Iterator[None]:
-    """Trainer switches `config.use_cache` off for training; a saved model should not carry that to
-    its users."""
-    before = getattr(lm.config, "use_cache", None)
-    if before is not None:
-        lm.config.use_cache = True
-    try:
-        yield
-    finally:
-        if before is not None:
-            lm.config.use_cache = before
 
 
 def attach(lm: PreTrainedModel, config: Settings | None = None) -> ObjectiveModel:
     """Put a training objective around any causal LM of transformers, from scratch or pretrained.
 
     Args:
-        lm: a decoder-only causal LM; it is not modified. Freeze it (`lm.requires_grad_(False)`) to
-            train the objective alone.
+        lm: a decoder-only causal LM, or a `PeftModel` of one, whose adapters are then trained with
+            the objective; it is not modified. Freeze it (`lm.requires_grad_(False)`) to train the
+            objective alone.
         config: `NextLatConfig(...)`, `NextTokenConfig()`, ...; default next-token prediction.
 
     Raises:
         NextLatError: the model or the configuration is not one we support (see `Backbone`).
     """
     config = NextTokenConfig() if config is None else config
+    lm = adapters.language_model(lm)
     for config_type, objective_type in OBJECTIVES.values():
         if type(config) is config_type:
             # What is found out is kept, and what is made is trained, wherever this is called.
@@ -329,24 +340,29 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
 
     Args:
         directory: a local path or a hub id.
-        model_arguments: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...).
+        model_arguments: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map ...),
+            with an adapter to that of its base.
 
     Raises:
         NextLatError: nothing there, no sidecar, a truncated file, one that is not as it was saved,
             weights that are missing or left over, or a sidecar that belongs to another model.
     """
-    if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
+    names = ("config.json", adapters.CONFIG)
+    if Path(directory).is_dir() and not any((Path(directory) / name).is_file() for name in names):
         raise NextLatError(
             f"cannot open {directory} (it has no config.json): name the directory of a saved model."
         )
     with hub_or_cache(directory):
         check_sums(directory)
-        lm = load_lm(directory, **model_arguments)
-        path, description = _description(directory)
-        weights = read_objective(directory)
-    config = _config(path, description)
+        adapted = find(directory, adapters.CONFIG) is not None
+        lm: Any = None if adapted else load_lm(directory, **model_arguments)
+        path, description = sidecar.read_description(directory)
+        if adapted:
+            lm = adapters.load(directory, description.base, **model_arguments)
+        weights = sidecar.read_weights(directory)
+    config = sidecar.config_of(path, description)
     model = opened(path, lambda: attach(lm, config))  # a size may be beyond all memory
-    trained_on, sizes = description.backbone, _sizes(model.backbone)
+    trained_on, sizes = description.backbone, sidecar.sizes(model.objective)
     if trained_on != sizes:
         raise NextLatError(
             f"the objective in {directory} was trained on another model ({trained_on}) than the "
@@ -356,32 +372,6 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
     dtypes = {x.dtype for x in weights.values() if x.is_floating_point()}
     if not converts and len(dtypes) == 1:
         model.objective.to(dtype=dtypes.pop())  # not always the LM's
-    check(weights, model.objective, path.with_name(WEIGHTS), converts=converts)
+    check(weights, model.objective, path.with_name(sidecar.WEIGHTS), converts=converts)
     copy_into(model.objective, weights)
     return model
-
-
-def _sizes(backbone: Backbone) -> dict[str, str | int]:
-    return {
-        "model_type": backbone.lm.config.model_type,
-        "width": backbone.width,
-        "embedding_width": backbone.embedding_width,
-        "vocab_size": backbone.vocab_size,
-    }
-
-
-def _description(directory: str | Path) -> tuple[Path, Description]:
-    """The path and content of objective.json."""
-    path = sidecar_file(directory, DESCRIPTION)
-    content = read_json(path, "restore it")
-    version = content.get("format") if isinstance(content, dict) else None
-    check_format(version, FORMAT, path, "save the model again")
-    return path, Description.from_json(content, f"{path} does not describe an objective")
-
-
-def _config(path: Path, description: Description) -> Settings:
-    name = description.objective
-    if name not in OBJECTIVES:
-        raise NextLatError(f"{path} names objective '{name}': {nearest(name, [*OBJECTIVES])}.")
-    config_type, _ = OBJECTIVES[name]
-    return config_type.from_json(description.config, f"{path}, objective '{name}'")

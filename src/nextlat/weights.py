@@ -40,7 +40,14 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIDECAR, WEIGHTS = "nextlat", "objective.safetensors"
 SUMS = f"{SIDECAR}/SHA256SUMS"  # as sha256sum writes and checks it
 # Those that define a model, and those that a run goes on from.
-MODEL_FILES = ("config.json", "model*.safetensors", INDEX, "nextlat/objective.*")
+MODEL_FILES = (
+    "config.json",
+    "model*.safetensors",
+    INDEX,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "nextlat/objective.*",
+)
 STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
 SHOWN = 3  # names in an error
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 = none, in some old models
@@ -106,31 +113,6 @@ def read_lm(directory: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def sidecar_file(directory: str | Path, name: str) -> Path:
-    """A file of what the objective added.
-
-    Raises:
-        NextLatError: there is none.
-    """
-    found = find(directory, name, SIDECAR)
-    if found is None:
-        raise NextLatError(
-            f"{directory} has no {SIDECAR}/{name}: it is a model without an objective; "
-            "load it with AutoModelForCausalLM and attach one with nextlat.attach."
-        )
-    return found
-
-
-def read_objective(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of an objective.
-
-    Raises:
-        NextLatError: the file is missing or corrupt.
-    """
-    path = sidecar_file(directory, WEIGHTS)
-    return opened(path, lambda: load_file(path))
-
-
 def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, but an error where that would draw missing weights at
     random, or convert their dtype unasked.
@@ -156,7 +138,7 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
     finally:
         library_logging.set_verbosity(verbosity)
     lm, info = loaded
-    _refuse(
+    refuse(
         directory,
         missing=info["missing_keys"],
         left_over=info["unexpected_keys"],
@@ -172,7 +154,7 @@ def load_lm(directory: str | Path, **model_arguments: Any) -> PreTrainedModel:
                 if name in saved and p.is_floating_point() and saved[name].is_floating_point():
                     p.data = p.data if p.dtype == saved[name].dtype else saved[name].to(p.device)
             both = {name: x for name, x in lm.state_dict().items() if name in saved}
-        _refuse(
+        refuse(
             directory,
             misread=_other_dtypes(saved, both, converts),
             not_finite=not_finite(lm.named_parameters()),
@@ -277,7 +259,7 @@ def check(
     state = module.state_dict()
     present = {x.data_ptr() for name, x in state.items() if name in saved}  # tied: saved once
     both = {name: x for name, x in state.items() if name in saved}
-    _refuse(
+    refuse(
         where,
         missing=[n for n, x in state.items() if n not in saved and x.data_ptr() not in present],
         left_over=saved.keys() - state.keys(),
@@ -285,26 +267,6 @@ def check(
         misread=_other_dtypes(saved, both, converts),
         not_finite=not_finite((n, saved[n]) for n, _ in module.named_parameters() if n in saved),
     )
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Name of a tied weight -> the name it is saved under."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: kept for name, p in named if (kept := first.setdefault(id(p), name)) != name}
-
-
-def drop_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    """As a hook after `state_dict`: every weight once."""
-    for alias in _aliases(model):
-        state.pop(prefix + alias, None)
-
-
-def add_aliases(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    """As a hook before `load_state_dict`: under every name again."""
-    for alias, kept in _aliases(model).items():
-        if prefix + kept in state:
-            state.setdefault(prefix + alias, state[prefix + kept])
 
 
 def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -335,7 +297,7 @@ def _other_dtypes(
     return [name for name, x in state.items() if kind(x) != kind(saved[name])]
 
 
-def _refuse(
+def refuse(
     where: object,
     missing: Collection[str] = (),
     left_over: Collection[str] = (),
@@ -343,6 +305,8 @@ def _refuse(
     misread: Collection[str] = (),
     not_finite: Collection[str] = (),
 ) -> None:
+    """Raise a NextLatError that names what is wrong with the tensors of a file or directory, if
+    anything is."""
     faults = {
         "lacks": missing,
         "holds, beyond the weights of the model,": left_over,

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from nextlat.backbone import llama
 from nextlat.errors import NextLatError
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach
+from nextlat.paper_lm import llama
 from nextlat.tasks import Task
 from nextlat.tasks.task import vocabulary_size
 from nextlat.training.recipe import Recipe

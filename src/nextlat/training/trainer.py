@@ -23,12 +23,15 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
+from nextlat.sidecar import DESCRIPTION
 from nextlat.training.checkpoints import load_state, load_trainer_state, rotate_checkpoints
-from nextlat.weights import not_finite, read_sums, write_sums
+from nextlat.weights import SIDECAR, not_finite, read_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
 Item = dict[str, Tensor]
+# In batches of TRL that are packed: document boundaries once more, for kernels that we do not use.
+_BOUNDARIES = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 _OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
@@ -49,6 +52,12 @@ def collate(items: list[Item]) -> Item:
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
+def _model_inputs(batch: Item) -> Item:
+    """A batch as an objective model takes it: boundaries are in `position_ids` alone."""
+    repeated = _BOUNDARIES if "position_ids" in batch else set()
+    return {name: x for name, x in batch.items() if name not in repeated}
+
+
 def evaluation_loss(
     model: ObjectiveModel,
     dataset: Dataset[Item],
@@ -61,7 +70,7 @@ def evaluation_loss(
     The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
     their tokens.
     """
-    batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
+    batches = DataLoader(dataset, batch_size, collate_fn=lambda x: _model_inputs(collate_fn(x)))
     counts = add_counts([model.counts(**batch) for batch in batches])
     counts = {name: count.to(model.device) for name, count in counts.items()}
     sums: dict[str, Tensor] = {}
@@ -125,7 +134,8 @@ class NextLatTrainer(Trainer):
         several = len(batch_samples) > 1 or self.args.world_size > 1
         if not batch_samples or not several:
             return None  # the batch is the whole step, whose own counts the loss takes anyway
-        counts = [self.objective_model.counts(**batch) for batch in batch_samples]
+        batches = map(_model_inputs, batch_samples)
+        counts = [self.objective_model.counts(**batch) for batch in batches]
         total = {name: count.to(device) for name, count in add_counts(counts).items()}
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
@@ -141,7 +151,7 @@ class NextLatTrainer(Trainer):
         step = self.state.global_step + 1
         # Restored on resume, so that a loss that changes over the steps is the same there.
         self.objective_model.objective.step = step
-        outputs = model(**inputs, counts=num_items_in_batch)
+        outputs = model(**_model_inputs(inputs), counts=num_items_in_batch)
         if model.training:
             self._steps.add(step)
             for name, value in outputs.losses.items():
@@ -235,7 +245,10 @@ class NextLatTrainer(Trainer):
                 tokenizer.save_pretrained(directory)
             # safetensors makes files that only their owner can read
             for weights in directory.rglob("*.safetensors"):
-                weights.chmod((directory / "config.json").stat().st_mode)
+                weights.chmod((directory / SIDECAR / DESCRIPTION).stat().st_mode)
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Every save has written ours."""
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -340,7 +353,8 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None
             if not same:
                 raise ValueError(f"its {key} is {value!r} and not {own[key]!r}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not state["state"]:
+    stateless = all(group.get("momentum") == 0 for group in groups)  # plain SGD
+    if not state["state"] and not stateless:
         raise ValueError("it is empty")
     if not state["state"].keys() <= {*range(len(parameters))}:
         raise ValueError("it is of a model with other parameters")

@@ -1,5 +1,5 @@
 """Where the documents of a language-modelling task come from: local .txt, .jsonl and .parquet
-files, or a Hugging Face dataset."""
+files, or a Hugging Face dataset. A document is a text, or a conversation."""
 
 import json
 import re
@@ -11,9 +11,11 @@ from typing import Any
 from nextlat.errors import NextLatError, first_line
 from nextlat.hub import hub_or_cache
 from nextlat.tasks.task import find_data
+from nextlat.tasks.text.chat import Message, conversation
 
 FILES = ".txt, .jsonl or .parquet"
 INSTALL = "pip install 'nextlat[text]'"
+Document = str | list[Message]
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates; whole pairs are one character
 
 
@@ -37,22 +39,23 @@ class Documents:
             document.
     """
 
-    def __init__(self, read: Callable[[], Iterator[str]], where: str, way_out: str = "") -> None:
+    def __init__(
+        self, read: Callable[[], Iterator[Document]], where: str, way_out: str = ""
+    ) -> None:
         self.read, self.where, self.way_out = read, where, way_out
         self.dropped = self.mended = 0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         self.dropped, self.mended, found = 0, 0, False
         try:
             for document in self.read():
-                if not document.strip():
+                if not (document.strip() if isinstance(document, str) else document):
                     self.dropped += 1
                     continue
                 found = True
-                if HALF_PAIR.search(document):
-                    self.mended += 1
-                    document = HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", document)
-                yield document
+                whole = _mended(document)
+                self.mended += whole != document
+                yield whole
         except NextLatError:
             raise
         # pyarrow, datasets, the hub's client and the network raise whatever they like.
@@ -65,6 +68,15 @@ class Documents:
             raise NextLatError(
                 f"{self.where} holds no document with any text in it: choose another one."
             )
+
+
+def _mended(part: Any) -> Any:
+    """A text, or whatever holds texts, with half pairs replaced."""
+    if isinstance(part, str):
+        return HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", part)
+    if isinstance(part, dict):
+        return {key: _mended(x) for key, x in part.items()}
+    return [_mended(x) for x in part] if isinstance(part, list) else part
 
 
 def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
@@ -86,7 +98,7 @@ def from_file(path: str, key: str, *, column: str, separator: str) -> Documents:
         raise NextLatError(
             f"there is no file {path} (nor in $NEXTLAT_DATA): set {key} to a {FILES} file."
         )
-    readers: dict[str, Callable[[], Iterator[str]]] = {
+    readers: dict[str, Callable[[], Iterator[Document]]] = {
         ".txt": partial(_separated, file, separator),
         ".jsonl": partial(_records, file, column),
         ".parquet": partial(_parquet, file, column),
@@ -122,13 +134,13 @@ def from_dataset(
     )
 
 
-def _separated(file: Path, separator: str) -> Iterator[str]:
+def _separated(file: Path, separator: str) -> Iterator[Document]:
     separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as text is read
     for document in file.read_text(encoding="utf-8-sig").split(separator):
         yield document.strip()
 
 
-def _records(file: Path, column: str) -> Iterator[str]:
+def _records(file: Path, column: str) -> Iterator[Document]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -147,7 +159,7 @@ def _records(file: Path, column: str) -> Iterator[str]:
             yield _text(record, column, f"line {number} of {file}")
 
 
-def _parquet(file: Path, column: str) -> Iterator[str]:
+def _parquet(file: Path, column: str) -> Iterator[Document]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -163,7 +175,7 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
 
 def _dataset(
     name: str, subset: str | None, split: str, column: str, streaming: bool
-) -> Iterator[str]:
+) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
@@ -178,13 +190,15 @@ def _dataset(
         yield _text(record, column, f"dataset {name}")
 
 
-def _text(record: dict[str, Any], column: str, where: str) -> str:
+def _text(record: dict[str, Any], column: str, where: str) -> Document:
     _check_column(list(record), column, where)
     value = record[column]
+    if isinstance(value, list):
+        return conversation(value, where)
     if not isinstance(value, str | None):
         raise NextLatError(
-            f"column '{column}' of {where} holds {type(value).__name__} values, not text: choose "
-            "another task.column."
+            f"column '{column}' of {where} holds {type(value).__name__} values, neither text "
+            "nor conversations: choose another task.column."
         )
     return value or ""
 

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
 from nextlat.results import (
@@ -26,14 +27,10 @@ from nextlat.results import (
     Line,
     Measurement,
     Metric,
-    Published,
-    PublishedFigures,
-    Saying,
 )
 from nextlat.scores import exp_score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.task import (
-    NEXTLAT,
     Length,
     Measure,
     RowCount,
@@ -43,13 +40,14 @@ from nextlat.tasks.task import (
     held_out_cross_entropy,
     vocabulary_size,
 )
-from nextlat.tasks.text.documents import Documents, from_dataset, from_file
+from nextlat.tasks.text.documents import Document, Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import (
     METRICS,
     benchmark_metric,
     check_benchmarks,
     language_benchmark,
 )
+from nextlat.tasks.text.paper import PUBLISHED
 from nextlat.tasks.text.probes import PROBE_BATCH, probe_cross_entropy, states_and_futures
 from nextlat.tasks.text.tokens import (
     END_OF_TEXT,
@@ -95,7 +93,9 @@ class TextConfig(TaskConfig):
         split: of the dataset, to train on.
         validation_split: of the dataset.
         streaming: do not download the dataset whole first.
-        column: of the records that holds the text.
+        column: of the records that holds the text, or conversations: lists of messages with role
+            and content, which the tokenizer's chat template renders.
+        assistant_only: of conversations, only what the assistant says has a loss.
         separator: between the documents of a .txt file (whose line ends all count as a line feed).
         held_out: how many documents, the first, are held out where there is no `validation` or
             `validation_split`.
@@ -126,6 +126,7 @@ class TextConfig(TaskConfig):
     validation_split: str | None = None
     streaming: bool = True
     column: str = "text"
+    assistant_only: bool = False
     separator: Annotated[str, Field(min_length=1)] = END_OF_TEXT
     held_out: RowCount = 1000
     tokenizer: str | None = None
@@ -228,7 +229,7 @@ class TextConfig(TaskConfig):
         return [name.strip() for name in self.lm_eval.split(",") if name.strip()]
 
 
-def _after(documents: Documents, count: int) -> Iterator[str]:
+def _after(documents: Documents, count: int) -> Iterator[Document]:
     rest = islice(documents, count, None)
     if (first := next(rest, None)) is None:
         raise NextLatError(
@@ -237,12 +238,6 @@ def _after(documents: Documents, count: int) -> Iterator[str]:
         )
     yield first
     yield from rest
-
-
-def _figures(title: str, *figures: float) -> PublishedFigures:
-    methods = ("GPT", "JTP d=1", "JTP d=2", "MTP d=1", "MTP d=2", "NextLat d=1", "NextLat d=2")
-    by_method = dict(zip(methods, figures, strict=True))
-    return PublishedFigures(title=title, unit="number", by_method=by_method)
 
 
 class Text(Task):
@@ -255,31 +250,7 @@ class Text(Task):
 
     name = "text"
     title = "Text"
-    published = Published(
-        setting="FineWeb-Edu, 1.3 billion parameters, 100 billion tokens, GPT-2's vocabulary; "
-        "linear probes: TinyStories, 8 layers of width 768",
-        source=f"{NEXTLAT}v4",
-        figures={
-            "perplexity": _figures("Perplexity", 10.52, 11.08, 11.18, 10.90, 11.00, 10.83, 10.88),
-            "word_perplexity on wikitext": _figures(
-                "wikitext, word perplexity", 17.93, 19.28, 19.60, 18.82, 18.61, 18.39, 18.44
-            ),
-            "perplexity on lambada_standard": _figures(
-                "lambada_standard, perplexity", 20.26, 21.88, 22.11, 20.23, 18.34, 19.77, 17.83
-            ),
-        },
-        sayings=[
-            Saying(methods=methods, text=text)
-            for methods, text in {
-                ("NextLat",): "linear probes are as good as GPT's one token ahead, and the best of "
-                "all at long offsets for d=1 and d=8",
-                ("BST", "MTP", "JTP"): "linear probes are worse than GPT's at offset 1",
-                ("MTP", "JTP"): "linear probes fall behind quickly with the offset",
-                ("GPT", "JTP", "MTP", "NextLat"): "average zero-shot accuracy 58.8 %, 58.8 and "
-                "58.6 % (d=1, 2), 58.8 and 58.7 %, 58.8 and 59.2 %",
-            }.items()
-        ],
-    )
+    published = PUBLISHED
 
     def __init__(self, config: TextConfig) -> None:
         if config.benchmarks:
@@ -292,8 +263,9 @@ class Text(Task):
             if config.tokenizer is not None
             else trained_tokenizer(train, config.vocab_size or 0)
         )
-        self.train: Tokens = tokenize(train, self.tokenizer, config.max_tokens)
-        self.held_out: Tokens = tokenize(held_out, self.tokenizer, config.tests * config.row_length)
+        encode = partial(tokenize, tokenizer=self.tokenizer, assistant_only=config.assistant_only)
+        self.train: Tokens = encode(train, max_tokens=config.max_tokens)
+        self.held_out: Tokens = encode(held_out, max_tokens=config.tests * config.row_length)
         for documents, tokens in ((train, self.train), (held_out, self.held_out)):
             logger.info(
                 "%s: %d documents of %d tokens, %d empty ones dropped.",
@@ -321,13 +293,22 @@ class Text(Task):
         for tokens in (self.train, self.held_out):
             digest.update(tokens.starts.data)
             digest.update(tokens.ids.data)
+            if tokens.scored is not None:
+                digest.update(tokens.scored.data)
         return digest.hexdigest()[:16]
 
     def prompts(self, count: int) -> list[Tensor]:
-        """The first tokens of the first held-out documents that are longer than a prompt."""
-        length = self.config.prompt_length
-        long = np.flatnonzero(self.held_out.sizes > length)[:count]
-        return [torch.from_numpy(self.held_out.document(c)[:length].astype(np.int64)) for c in long]
+        """The first tokens of the first held-out documents that are longer than a prompt; where
+        the assistant alone is learned from, what comes before it speaks, if there is room to
+        answer."""
+        tokens, length = self.held_out, self.config.prompt_length
+        if tokens.scored is not None:
+            says = [np.flatnonzero(tokens.labels(c) != IGNORE)[0] for c in range(len(tokens))]
+            ends = {c: n for c, n in enumerate(says) if 0 < n <= self.max_length // 2}
+        else:
+            ends = {int(c): length for c in np.flatnonzero(tokens.sizes > length)}
+        first = list(ends.items())[:count]
+        return [torch.from_numpy(tokens.document(c)[:end].astype(np.int64)) for c, end in first]
 
     @property
     def metrics(self) -> Sequence[Metric]:

@@ -8,8 +8,9 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,21 @@ from transformers import PreTrainedTokenizerFast
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.files import write_text
-from nextlat.hub import load_tokenizer
+from nextlat.hub import document_start, load_tokenizer, plain_encoder
 from nextlat.tasks.rows import STREAM, epoch_order
 from nextlat.tasks.task import find_data, vocabulary_size
+from nextlat.tasks.text.chat import encode_chats
+from nextlat.tasks.text.documents import Document
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256  # a byte-level vocabulary begins with all of them, and knows no unknown word
 MAX_CHARACTERS = 2**27  # of the documents that a vocabulary is learned from
-DOCUMENTS_PER_BATCH = 512  # that the tokenizers library shares among the cores
+BATCH = 512  # that the tokenizers library shares among the cores
 
 
-def trained_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def trained_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocab_size` tokens learned from documents, the first 134 million
     characters of them.
 
@@ -87,9 +90,14 @@ def trained_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTo
     )
 
 
-def _first_characters(documents: Iterable[str]) -> Iterator[str]:
+def _first_characters(documents: Iterable[Document]) -> Iterator[str]:
     room = MAX_CHARACTERS
     for document in documents:
+        if not isinstance(document, str):
+            raise NextLatError(
+                "the text is conversations, for which a tokenizer with a chat template is needed: "
+                "give task.tokenizer, not task.vocab_size."
+            )
         yield document
         room -= len(document)
         if room <= 0:
@@ -117,8 +125,7 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
     or a hub id.
 
     One without an end-of-sequence token, as the bare files of GPT-2's, gets `<|endoftext|>` if its
-    vocabulary has that; one without a beginning-of-sequence token begins documents with the
-    end-of-sequence token.
+    vocabulary has that, as beginning of a document, too.
 
     Raises:
         NextLatError: it cannot be loaded, is not one of the tokenizers library, or has no token
@@ -142,9 +149,8 @@ def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
                 "tokenizer_config.json."
             )
         tokenizer.eos_token = END_OF_TEXT
-    if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.eos_token
-    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.bos_token = tokenizer.bos_token or END_OF_TEXT
+    for token in filter(None, (tokenizer.bos_token, tokenizer.eos_token)):
         # The library gives one that the vocabulary lacks the number of its entries, which where
         # there are gaps is another token's.
         number = tokenizer.convert_tokens_to_ids(token)
@@ -164,10 +170,12 @@ class Tokens:
     Attributes:
         ids: (N,) uint16 where the vocabulary allows it, else uint32.
         starts: (C + 1,) int64: document c is `ids[starts[c] : starts[c + 1]]`.
+        scored: (N,) bool, the tokens that have a label; None = all.
     """
 
     ids: np.ndarray
     starts: np.ndarray
+    scored: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -179,41 +187,68 @@ class Tokens:
     def document(self, index: int) -> np.ndarray:
         return self.ids[self.starts[index] : self.starts[index + 1]]
 
+    def labels(self, index: int) -> np.ndarray:
+        """Of the tokens of a document, -100 where they have none."""
+        ids = self.document(index).astype(np.int64)
+        if self.scored is None:
+            return ids
+        return np.where(self.scored[self.starts[index] : self.starts[index + 1]], ids, IGNORE)
+
 
 def tokenize(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    max_tokens: int | None = None,
+    *,
+    assistant_only: bool = False,
 ) -> Tokens:
-    """Documents as tokens: each begins with the beginning-of-sequence token and ends with the
-    end-of-sequence token.
+    """Documents as tokens. A text begins with `document_start` and ends with the end-of-sequence
+    token; a conversation is what the chat template makes of it.
 
-    It begins with one so that the first word is predicted too, and from something; it ends with one
-    so that the model learns to stop, which it would not if only the next document, across the
-    boundary, told it. (In GPT-2's and our vocabularies both are the same token.) Special tokens
-    written out in a document are ordinary text.
+    It begins with a token, where the tokenizer has one for that, so that the first word is
+    predicted too, and from something; it ends with one so that the model learns to stop, which it
+    would not if only the next document, across the boundary, told it. (In GPT-2's and our
+    vocabularies both are the same token.) Special tokens written out in a text are ordinary text.
 
     Args:
-        documents: to tokenise.
-        tokenizer: with a beginning- and an end-of-sequence token.
+        documents: to tokenise, all of them texts or all conversations.
+        tokenizer: with an end-of-sequence token.
         max_tokens: no document is taken after the one that reaches this; None = all are.
+        assistant_only: only what the assistant says has a label.
+
+    Raises:
+        NextLatError: see `chat.encode_chats`.
     """
-    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # ours to change
-    core.encode_special_tokens = True
-    core.no_truncation()
-    core.no_padding()
+    core, first = plain_encoder(tokenizer), document_start(tokenizer)
+    last = [tokenizer.eos_token_id]
+
+    def encode(batch: list[Any]) -> Iterator[tuple[list[int], list[bool] | None]]:
+        chats = sum(not isinstance(document, str) for document in batch)
+        if chats == len(batch):
+            return encode_chats(tokenizer, batch, assistant_only=assistant_only)
+        if chats or assistant_only:
+            mixed = "holds both texts and conversations" if chats else "is text, not conversations"
+            raise NextLatError(
+                f"task.column {mixed}: choose another one, or leave out task.assistant_only."
+            )
+        encodings = core.encode_batch_fast(batch, add_special_tokens=False)
+        return ((first + encoding.ids + last, None) for encoding in encodings)
+
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-    first, last = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     # A bytearray grows in place: one copy of all tokens in memory, not two.
-    ids, sizes, total = bytearray(), [0], 0
-    iterator = iter(documents)
-    while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
-        for encoding in core.encode_batch_fast(batch, add_special_tokens=False):
-            document = np.array(first + encoding.ids + last, dtype=dtype)
-            ids += document.tobytes()
-            sizes.append(len(document))
-            total += len(document)
-            if max_tokens is not None and total >= max_tokens:
-                return Tokens(np.frombuffer(ids, dtype), np.cumsum(sizes))
-    return Tokens(np.frombuffer(ids, dtype), np.cumsum(sizes))
+    ids, scored, sizes = bytearray(), bytearray(), [0]
+    batches = iter(documents)
+    taken = chain.from_iterable(map(encode, iter(lambda: [*islice(batches, BATCH)], [])))
+    total = 0
+    for document, labelled in taken:
+        ids += np.array(document, dtype=dtype).tobytes()
+        scored += bytes(labelled or ())
+        sizes.append(len(document))
+        total += len(document)
+        if max_tokens is not None and total >= max_tokens:
+            break
+    labels = np.frombuffer(scored, bool) if assistant_only else None
+    return Tokens(np.frombuffer(ids, dtype), np.cumsum(sizes), labels)
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
@@ -252,6 +287,7 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
             raise IndexError(f"row {index} of {len(self)}")
         T, total = self.row_length, len(self.tokens.ids)
         input_ids, position_ids = np.zeros(T, dtype=np.int64), np.zeros(T, dtype=np.int64)
+        labels = np.full(T, IGNORE, dtype=np.int64)
         filled = 0
         while filled < T:
             epoch, position = divmod(index * T + filled, total)
@@ -259,13 +295,13 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
                 break
             self._shuffle(epoch)
             c = int(np.searchsorted(self._starts, position, side="right")) - 1
-            rest = self.tokens.document(self._order[c])[position - self._starts[c] :]
-            piece = rest[: T - filled]
-            input_ids[filled : filled + len(piece)] = piece
-            position_ids[filled : filled + len(piece)] = np.arange(len(piece))
-            filled += len(piece)
-        labels = input_ids.copy()
-        labels[filled:] = IGNORE
+            start = position - self._starts[c]
+            piece = self.tokens.document(self._order[c])[start : start + T - filled]
+            end = filled + len(piece)
+            input_ids[filled:end] = piece
+            labels[filled:end] = self.tokens.labels(self._order[c])[start : start + len(piece)]
+            position_ids[filled:end] = np.arange(len(piece))
+            filled = end
         row = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         if self.seed is None:
             row["attention_mask"] = (np.arange(T) < filled).astype(np.int64)
