@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ObjectiveModel": "nextlat.model",
     "attach": "nextlat.model",
-    "llama": "nextlat.backbone",
+    "llama": "nextlat.paper_lm",
     "load": "nextlat.model",
     "speculative": "nextlat.decoding.generate",
     "BSTConfig": "nextlat.objectives",
