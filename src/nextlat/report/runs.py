@@ -21,21 +21,13 @@ from nextlat.training.run_directory import read_metrics, read_record
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run directory.
-
-    Attributes:
-        directory: where it lies.
-        record: run.json.
-        log: the lines of metrics.jsonl.
-        result: its entry in results.json.
-        scores: key of a metric -> what every item contributed, for the metrics that have items.
-    """
+    """One run directory."""
 
     directory: Path
-    record: dict[str, Any]
-    log: list[dict[str, Any]]
-    result: Result
-    scores: Mapping[str, Score]
+    record: dict[str, Any]  # run.json
+    log: list[dict[str, Any]]  # the lines of metrics.jsonl
+    result: Result  # its entry in results.json
+    scores: Mapping[str, Score]  # by key, of the metrics that have items
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -69,9 +61,6 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Read run directories; one that is named twice counts once. The logs that a comparison leaves
     beside its runs are passed over, so that `runs/*` names them all.
 
-    Args:
-        paths: of the directories.
-
     Raises:
         NextLatError: none is given; one is no run, not finished, not evaluated or corrupt; or they
             cannot be compared because they lived in different worlds or were measured differently.
@@ -84,8 +73,9 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     if not places:
         raise NextLatError("there are no runs to report on: name at least one run directory.")
     runs = [_read_run(path) for path in places.values()]
+    firsts: dict[str, Run] = {}
     for run in runs:
-        first = next(other for other in runs if other.result.task.name == run.result.task.name)
+        first = firsts.setdefault(run.result.task.name, run)
         both = f"{first.directory} and {run.directory} were"
         if run.record["task"]["fingerprint"] != first.record["task"]["fingerprint"]:
             raise NextLatError(f"{both} trained in different worlds: report on them separately.")
@@ -147,12 +137,12 @@ def group_models(runs: list[Run], baseline: str) -> Models:
     groups: dict[str, dict[int, Run]] = {}
     for run in sorted(runs, key=position):
         group = groups.setdefault(json.dumps(_model_recipe(run), sort_keys=True), {})
-        if run.result.seed in group:
+        other = group.setdefault(run.result.seed, run)
+        if other is not run:
             raise NextLatError(
-                f"{group[run.result.seed].directory} and {run.directory} are runs of one recipe "
-                "and seed: name one of them."
+                f"{other.directory} and {run.directory} are runs of one recipe and seed: name one "
+                "of them."
             )
-        group[run.result.seed] = run
     alike: dict[str, list[dict[int, Run]]] = {}
     for group in groups.values():
         objective = first_run(group).result.objective
@@ -162,7 +152,7 @@ def group_models(runs: list[Run], baseline: str) -> Models:
     for name, found in alike.items():
         recipes = [_model_recipe(first_run(group)) for group in found]
         keys = dict.fromkeys(key for one in recipes for key in differences(recipes[0], one))
-        if len(found) > 1 and first_run(found[0]).result.objective.name == baseline:
+        if len(found) > 1 and recipes[0]["objective"] == baseline:
             raise NextLatError(
                 f"the {baseline} runs are of {len(found)} recipes (they differ in "
                 f"{', '.join(keys)}): name those of one."
