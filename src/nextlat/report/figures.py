@@ -5,6 +5,7 @@ matplotlib's Figure objects only, without global state. Colours: Okabe & Ito, sa
 colour-blind.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Container, Sequence
@@ -91,29 +92,30 @@ def _draw_metric(ax: Axes, task: TaskComparison, one: MetricComparison) -> None:
 
 def chart(task: TaskComparison, name: str) -> Figure | None:
     """The curves of all models and seeds of one chart."""
-    having = {
-        label: {s: one for s, run in runs.items() for one in run.result.charts if one.name == name}
+    charts = {
+        (label, seed): one
         for label, runs in task.models.items()
+        for seed, run in runs.items()
+        for one in run.result.charts
+        if one.name == name
     }
-    first = next(one for found in having.values() for one in found.values())
+    first = next(iter(charts.values()))
     minus = first.minus_baseline
-    base = having.get(task.baseline or "", {})
     lines = [
         (label, line)
-        for label, found in having.items()
+        for (label, seed), one in charts.items()
         if not (minus and label == task.baseline)  # which is the line at 0
-        for seed, one in found.items()
-        for line in (_minus(one, base.get(seed)) if minus else one.lines)
+        for line in (_minus(one, charts.get((task.baseline or "", seed))) if minus else one.lines)
     ]
     if not lines:
         return None
     figure, colors = new_figure(2.9), model_colors(task)
     ax = figure.add_subplot()
     series = dict.fromkeys(line.series for _, line in lines)
-    styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(series)}
+    styles: dict[str, Any] = dict(zip(series, itertools.cycle(STYLES), strict=False))
     for label, line in lines:
         x = range(line.first, line.first + len(line.values))
-        style: dict[str, Any] = {"linestyle": styles[line.series], **(DOTS if line.dots else {})}
+        style = {"linestyle": styles[line.series], **(DOTS if line.dots else {})}
         ax.plot(x, line.values, color=colors[label], linewidth=1.1, **style)
     for mark in first.marks:
         _draw_mark(ax, mark)
@@ -123,13 +125,8 @@ def chart(task: TaskComparison, name: str) -> Figure | None:
         title, shown = f"{title}, minus that of {task.baseline}", {*shown, task.baseline}
     finish(ax, title + ", nats" * (first.unit == "nats"), TITLE_LINE)
     _set_axes(ax, first)
-    legend(
-        figure,
-        [
-            *model_handles(task, shown),
-            *(_handle(one, linewidth=1.1, linestyle=styles[one]) for one in series if one),
-        ],
-    )
+    named = [_handle(one, linewidth=1.1, linestyle=style) for one, style in styles.items() if one]
+    legend(figure, [*model_handles(task, shown), *named])
     return figure
 
 

@@ -158,7 +158,7 @@ def group_models(runs: list[Run], baseline: str) -> Models:
                 f"{', '.join(keys)}): name those of one."
             )
         for recipe, group in zip(recipes, found, strict=True):
-            apart = [f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys]
+            apart = [f"{key.split('.')[-1]}={look_up(recipe, key)}" for key in keys]
             models[", ".join([name, *apart])] = group
     return models
 
@@ -179,7 +179,7 @@ def caveats(models: Models, base: str | None) -> list[str]:
         ours = _model_recipe(first_run(runs))
         for key in differences(theirs, ours):
             if not key.startswith("objective"):
-                a, b = _look_up(ours, key), _look_up(theirs, key)
+                a, b = look_up(ours, key), look_up(theirs, key)
                 found.append(f"Not trained alike: {key} is {a} for {label} and {b} for {base}.")
         if alone := sorted(models[base].keys() ^ runs.keys()):
             seeds = f"Seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
@@ -201,7 +201,8 @@ def _model_recipe(run: Run) -> dict[str, Any]:
     return {**kept, "precision": run.recipe["run"]["precision"]}
 
 
-def _look_up(table: Any, dotted: str) -> Any:
+def look_up(table: Any, dotted: str) -> Any:
+    """What nested tables hold under a dotted key, or None."""
     for key in dotted.split("."):
         table = table.get(key) if isinstance(table, Mapping) else None
     return table
