@@ -26,7 +26,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             memory; a pretrained model that cannot be loaded, or with too small a vocabulary.
     """
     _check_horizon(recipe, task)
-    backbone, tokenizer = recipe.backbone, task.tokenizer
+    backbone = recipe.backbone
     lm: Any
     if backbone.pretrained is not None:
         given = f"backbone.pretrained = '{backbone.pretrained}'"
@@ -40,7 +40,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
                 f"{given} cannot be loaded ({first_line(error)}): give the directory of a saved "
                 "causal LM, or a hub id that can be reached."
             ) from error
-        known, needed = lm.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
+        known, needed = lm.get_input_embeddings().num_embeddings, vocabulary_size(task.tokenizer)
         if known < needed:
             raise NextLatError(
                 f"{given} knows {known} tokens, the task {recipe.task_name} needs {needed}: train "
@@ -48,25 +48,7 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             )
         lm.requires_grad_(not backbone.frozen)
     else:
-        layers, width, heads = backbone.layers, backbone.width, backbone.heads
-        assert layers and width and heads  # or the recipe would have been refused
-        _check_memory(layers * width * (backbone.intermediate_size or width) * 4)
-        # transformers keeps the embedding of the padding token at zero.
-        pad = tokenizer.pad_token_id
-        spoken = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-        lm = llama(
-            vocabulary_size(tokenizer),
-            layers=layers,
-            width=width,
-            heads=heads,
-            intermediate_size=backbone.intermediate_size,
-            initializer_range=backbone.initializer_range,
-            max_length=backbone.max_length or task.max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None if pad in spoken else pad,
-            seed=recipe.seed,
-        )
+        lm = _from_scratch(recipe, task)
     positions = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and positions < task.max_length:
         key = "max_length" if backbone.pretrained is None else "pretrained"
@@ -87,16 +69,31 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
             ) from error
 
 
-def _check_memory(parameters: int) -> None:
-    """Refuse a transformer that has more weights than this machine's memory could hold."""
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    )
-    if 4 * parameters > memory > 0:
+def _from_scratch(recipe: Recipe, task: Task) -> Any:
+    """A transformer that has no more weights than this machine's memory could hold."""
+    sizes = recipe.backbone.model_dump(exclude={"pretrained", "frozen", "max_length"})
+    size = 16 * sizes["layers"] * sizes["width"] * (sizes["intermediate_size"] or sizes["width"])
+    memory = 0  # unknown
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory > 0:
         raise NextLatError(
-            f"the transformer would take {4 * parameters / 1e9:,.0f} GB, and this machine has "
+            f"the transformer would take {size / 1e9:,.0f} GB, and this machine has "
             f"{memory / 1e9:,.0f}: lower backbone.layers or backbone.width."
         )
+    tokenizer = task.tokenizer
+    # transformers keeps the embedding of the padding token at zero.
+    pad = tokenizer.pad_token_id
+    spoken = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return llama(
+        vocabulary_size(tokenizer),
+        **sizes,
+        max_length=recipe.backbone.max_length or task.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None if pad in spoken else pad,
+        seed=recipe.seed,
+    )
 
 
 def check_trains(recipe: Recipe, task: Task) -> None:

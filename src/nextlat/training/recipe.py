@@ -46,7 +46,7 @@ class BackboneSettings(Settings):
         width: from scratch.
         heads: from scratch.
         intermediate_size: from scratch; None = as in `nextlat.llama`.
-        initializer_range: from scratch; None = as in `nextlat.llama`.
+        initializer_range: likewise.
         max_length: positions, from scratch; None = the longest sequence of the task.
         pretrained: a directory or hub id.
         frozen: a pretrained model stays as it is, and only NextLat's dynamics are trained, to draft
@@ -201,9 +201,8 @@ class Recipe(Settings):
     def run_name(self) -> str:
         """The usual name of its run directory, e.g. `city-small-nextlat-d8-s0`."""
         horizon = getattr(self.objective_config, "horizon", None)
-        return "-".join(
-            [self.name, self.objective, *([f"d{horizon}"] if horizon else []), f"s{self.seed}"]
-        )
+        d = f"-d{horizon}" if horizon else ""
+        return f"{self.name}-{self.objective}{d}-s{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready tables, every default spelt out; `from_dict` reads it back."""
@@ -232,17 +231,17 @@ class Recipe(Settings):
     def _contradiction(self) -> str | None:
         """What no single field can know, or None."""
         backbone, schedule = self.backbone, self.schedule
-        own = {"pretrained", "frozen"}
-        sizes = [key for key, value in backbone if key not in own and value is not None]
-        if backbone.frozen and (backbone.pretrained is None or self.objective != "nextlat"):
+        scratch = backbone.pretrained is None
+        sizes = [*backbone.model_dump(exclude={"pretrained", "frozen"}, exclude_none=True)]
+        if backbone.frozen and (scratch or self.objective != "nextlat"):
             return (
                 "backbone.frozen trains the dynamics of NextLat alone: it needs "
                 "backbone.pretrained, a directory or hub id, and the objective nextlat"
             )
-        if backbone.pretrained is not None and sizes:
+        if not scratch and sizes:
             keys = ", backbone.".join(sizes)
             return f"backbone.pretrained has its own sizes: remove backbone.{keys}"
-        if backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
+        if scratch and {"layers", "width", "heads"} - set(sizes):
             return 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
         if self.batch_size % self.gradient_accumulation:
             return (
@@ -281,16 +280,23 @@ def load_recipe(
         overrides: `key=value`, keys with dots (`optimizer.learning_rate=1e-3`), values as in TOML,
             quotes around plain words may be left out; `key=` removes the key, so that its default
             holds.
-        objective: shorthand for the override of the same name.
-        horizon: d of the chosen objective, shorthand for the override.
-        seed: shorthand for the override of the same name.
+        objective: shorthand for its override, as the next two are.
+        horizon: d of the chosen objective.
+        seed: of the run.
 
     Raises:
         NextLatError: no such recipe, not TOML, an unknown key or objective, a wrong type or range,
             settings that contradict.
     """
     path, content = read_recipe_file(name_or_path)
-    given = {key: (text, f"'{item}'") for item in overrides for key, text in [_split(item)]}
+    given: dict[str, tuple[str, str]] = {}  # key -> its new value, and who says so
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not all(key.strip().split(".")):
+            raise NextLatError(
+                f"'{item}' is not an override: write key=value, e.g. optimizer.learning_rate=1e-3."
+            )
+        given[key.strip()] = (text.strip(), f"'{item}'")
     if objective is not None:
         given["objective"] = (objective, f"--objective {objective}")
     if seed is not None:
@@ -316,10 +322,10 @@ def load_recipe(
         recipe = Recipe.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         # `task.place=10115` is a place too: where words are wanted, the override is taken as words.
-        for key in _keys_of_words(error, content) & {
-            key for key, (text, _) in given.items() if text
-        }:
-            _set(content, key, given[key][0])
+        problems = [p["loc"] for p in error.errors() if p["type"].startswith("string")]
+        for key in [".".join(locate(location, Recipe, content)[0]) for location in problems]:
+            if key in given and given[key][0]:
+                _set(content, key, given[key][0])
         recipe = Recipe.from_json(content, source_of)
     recipe._name = path.stem
     return recipe
@@ -349,15 +355,6 @@ def read_recipe_file(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise NextLatError(f"cannot read recipe {path}: {reason}.") from error
 
 
-def _split(item: str) -> tuple[str, str]:
-    key, equals, text = item.partition("=")
-    if not equals or not all(key.strip().split(".")):
-        raise NextLatError(
-            f"'{item}' is not an override: write key=value, e.g. optimizer.learning_rate=1e-3."
-        )
-    return key.strip(), text.strip()
-
-
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     """Set one key of nested tables in place; None removes it."""
     *tables, last = key.split(".")
@@ -376,12 +373,6 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         return text
-
-
-def _keys_of_words(error: ValidationError, content: Any) -> set[str]:
-    """Dotted keys whose value should have been a string."""
-    problems = (p["loc"] for p in error.errors() if p["type"].startswith("string"))
-    return {".".join(locate(location, Recipe, content)[0]) for location in problems}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], table: str = "") -> list[str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -60,50 +60,28 @@ class World(Settings):
 
 
 class Record(Settings):
-    """run.json.
-
-    Attributes:
-        format: of this file.
-        status: running, or finished: trained to the end and exported.
-        recipe_name: of its file.
-        recipe: every setting, as `Recipe.to_dict` gives it.
-        seed: that of the recipe.
-        task: its name, and the fingerprint of its world.
-        command: that started the run.
-        versions: of the packages it was started with.
-        git: commit of this package, `+` appended where files were changed; None outside of its
-            repository.
-        device: it was started on.
-        threads: of torch.
-        processes: that shared the batch.
-        parameters: of the transformer ("lm") and of the objective.
-        started: UTC.
-        resumed_at: optimiser steps from which it went on.
-        steps: optimiser steps, of a finished run, as all that follow are.
-        tokens: trained on, padding left out.
-        seconds: of training.
-        finished: UTC.
-    """
+    """run.json."""
 
     format: Literal[1] = 1
-    status: Literal["running", "finished"]
-    recipe_name: str = ""
-    recipe: RecordedRecipe
-    seed: int = 0
+    status: Literal["running", "finished"]  # finished: trained to the end and exported
+    recipe_name: str = ""  # of its file
+    recipe: RecordedRecipe  # every setting, as `Recipe.to_dict` gives it
+    seed: int = 0  # that of the recipe
     task: World
-    command: list[str] = []
+    command: list[str] = []  # that started the run, as the next four are of its start
     versions: dict[str, str] = {}
-    git: str | None = None
+    git: str | None = None  # see `_git_commit`
     device: str = ""
-    threads: int = 0
-    processes: int = 1
-    parameters: dict[str, int] = {}
-    started: str = ""
-    resumed_at: list[int] = []
+    threads: int = 0  # of torch
+    processes: int = 1  # that shared the batch
+    parameters: dict[str, int] = {}  # of the transformer ("lm") and of the objective
+    started: str = ""  # UTC
+    resumed_at: list[int] = []  # optimiser steps from which it went on
+    # Of a finished run:
     steps: int = 0
-    tokens: int = 0
-    seconds: float = Field(default=0.0, ge=0)
-    finished: str = ""
+    tokens: int = 0  # trained on, padding left out
+    seconds: float = Field(default=0.0, ge=0)  # of training
+    finished: str = ""  # UTC
 
     @model_validator(mode="after")
     def _is_of_its_recipe(self) -> Self:
@@ -131,11 +109,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 def is_finished(directory: str | Path) -> bool:
     """Whether a directory holds a run that has been trained to its end (`train` then returns at
-    once).
-
-    Raises:
-        NextLatError: see `read_record`.
-    """
+    once). Raises as `read_record`."""
     record = read_record(Path(directory))
     return record is not None and record["status"] == "finished"
 
@@ -146,14 +120,12 @@ def refuse_foreign_directory(directory: Path) -> None:
     Raises:
         NextLatError: there is no run.json, but files of the names that a run would write.
     """
-    for name in ("config.json", "model.safetensors", "nextlat", METRICS):
-        if (directory / name).exists():
-            raise NextLatError(
-                f"{directory} holds a {name} but no {RECORD}: choose another run directory."
-            )
-    if found := checkpoints(directory):
+    names = ("config.json", "model.safetensors", "nextlat", METRICS)
+    found = [f"a {name}" for name in names if (directory / name).exists()]
+    found += [checkpoint.name for checkpoint in checkpoints(directory)[-1:]]
+    if found:
         raise NextLatError(
-            f"{directory} holds {found[-1].name} but no {RECORD}: choose another run directory."
+            f"{directory} holds {found[0]} but no {RECORD}: choose another run directory."
         )
 
 
@@ -220,15 +192,19 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            line = _LINE.validate_json(text)
-            if not isinstance(line.get("step"), int):
-                raise ValueError("it names no step")
+            lines.append(_read_line(text))
         except ValueError as error:
             raise NextLatError(
                 f"line {number} of {path} is damaged ({first_line(error)}): restore or delete it."
             ) from error
-        lines.append(line)
     return lines
+
+
+def _read_line(text: bytes) -> dict[str, Any]:
+    line = _LINE.validate_json(text)
+    if not isinstance(line.get("step"), int):
+        raise ValueError("it names no step")
+    return line
 
 
 def last_metrics(directory: Path) -> dict[str, Any] | None:
@@ -236,11 +212,9 @@ def last_metrics(directory: Path) -> dict[str, Any] | None:
     try:
         with (directory / METRICS).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
-            texts = file.read().split(b"\n")[:-1]
-        line = _LINE.validate_json(texts[-1])
+            return _read_line(file.read().split(b"\n")[-2])
     except (OSError, ValueError, IndexError):
         return None
-    return line if isinstance(line.get("step"), int) else None
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -265,17 +239,13 @@ def _git_commit() -> str | None:
     """The commit that this package is run from, `+` appended when tracked files were changed; None
     outside of its repository."""
     file = Path(__file__)
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["git", *arguments], cwd=file.parent, capture_output=True, text=True, timeout=10
-        )
+    git = partial(subprocess.run, cwd=file.parent, capture_output=True, text=True, timeout=10)
 
     try:
-        commit = git("rev-parse", "HEAD")
-        if commit.returncode or not git("ls-files", file.name).stdout.strip():
+        commit = git(["git", "rev-parse", "HEAD"])
+        if commit.returncode or not git(["git", "ls-files", file.name]).stdout.strip():
             return None
-        changed = git("diff", "--quiet", "HEAD").returncode
+        changed = git(["git", "diff", "--quiet", "HEAD"]).returncode
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if changed else "")
+    return commit.stdout.strip() + "+" * bool(changed)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from nextlat.batch import IGNORE
@@ -29,34 +30,21 @@ from nextlat.validation import nearest
 WAY_OUT = "choose another --out"
 POLL = 0.5  # seconds between two looks at the jobs
 DEMO_RECIPES = ("city-small", "word-problem-small")
-DEMO_OBJECTIVES = (
-    "nextlat",
-    "next-token",
-)  # the longer job first, so that no core idles at the end
+DEMO_OBJECTIVES = ("nextlat", "next-token")  # longer first: no core idles at the end
 BY_OBJECTIVE_AND_SEED = {"objective": "--objectives", "seed": "--seeds"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train and measure.
+    """One model to train and measure."""
 
-    Attributes:
-        recipe: built-in name or path.
-        objective: of the run.
-        seed: of the run.
-        steps: optimiser steps that it takes.
-        directory: where it goes.
-        settings: further arguments of `nextlat train`, overrides of the recipe and options.
-        label: what it is called; by default by recipe, objective and seed.
-    """
-
-    recipe: str
+    recipe: str  # built-in name or path
     objective: str
     seed: int
-    steps: int
-    directory: Path
-    settings: tuple[str, ...] = ()
-    label: str = ""
+    steps: int  # optimiser steps that it takes
+    directory: Path  # where it goes
+    settings: tuple[str, ...] = ()  # further arguments of `nextlat train`
+    label: str = ""  # what it is called; by default by recipe, objective and seed
 
     @property
     def name(self) -> str:
@@ -64,16 +52,10 @@ class Job:
 
     @property
     def command(self) -> list[str]:
+        run = {"--objective": self.objective, "--seed": self.seed, "--out": self.directory}
+        options = [str(word) for option in run.items() for word in option]
         train = [sys.executable, "-m", "nextlat", "train", self.recipe, *self.settings]
-        run = [
-            "--objective",
-            self.objective,
-            "--seed",
-            str(self.seed),
-            "--out",
-            str(self.directory),
-        ]
-        return [*train, *run, "--no-progress"]
+        return [*train, *options, "--no-progress"]
 
     @property
     def log(self) -> Path:
@@ -87,25 +69,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison consists of.
+    """What a comparison consists of."""
 
-    Attributes:
-        jobs: all of them, seed by seed.
-        skipped: objective -> the sentence that says why it is left out.
-        processes: how many jobs the machine can take at a time.
-    """
-
-    jobs: list[Job]
-    skipped: dict[str, str]
-    processes: int
+    jobs: list[Job]  # seed by seed
+    skipped: dict[str, str]  # objective -> the sentence that says why it is left out
+    processes: int  # how many jobs the machine can take at a time
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Seeds that can be those of one comparison.
-
-    Raises:
-        NextLatError: a seed below zero, or the same seed twice.
-    """
+    """Refuse (NextLatError) a seed below zero, or the same seed twice."""
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         given = " ".join(map(str, seeds))
         raise NextLatError(f"seeds {given}: give different whole numbers from 0 on.")
@@ -118,17 +90,15 @@ def demo(out: Path, seeds: Sequence[int]) -> list[Job]:
         NextLatError: a seed below zero, or the same seed twice.
     """
     check_seeds(seeds)
-    jobs = []
-    for name in DEMO_RECIPES:
-        for seed in seeds:
-            for objective in DEMO_OBJECTIVES:
-                recipe = load_recipe(name, objective=objective, seed=seed)
-                directory = out / "runs" / recipe.run_name
-                jobs.append(Job(name, objective, seed, recipe.steps, directory))
-    return jobs
+    return [
+        _job(out, name, load_recipe(name, objective=objective, seed=seed))
+        for name, seed, objective in product(DEMO_RECIPES, seeds, DEMO_OBJECTIVES)
+    ]
 
 
-# ---- comparisons ----
+def _job(out: Path, name: str, recipe: Recipe, settings: tuple[str, ...] = ()) -> Job:
+    directory = out / "runs" / recipe.run_name
+    return Job(name, recipe.objective, recipe.seed, recipe.steps, directory, settings)
 
 
 def plan(
@@ -161,24 +131,23 @@ def plan(
     names = _names(objectives)
     _check_overrides(overrides, names)
     settings = {name: _settings(recipe, name, overrides, horizon) for name in names}
-    recipes = {
-        (name, seed): load_recipe(recipe, settings[name], objective=name, seed=seed)
-        for seed in seeds
-        for name in names
-    }
-    task = recipes[names[0], seeds[0]].task.build()
-    skipped = {name: why for name in names if (why := _obstacle(recipes[name, seeds[0]], task))}
+    recipes = [
+        load_recipe(recipe, settings[name], objective=name, seed=seed)
+        for seed, name in product(seeds, names)
+    ]
+    first = recipes[0]
+    task = first.task.build()
+    skipped = {r.objective: why for r in recipes[: len(names)] if (why := _obstacle(r, task))}
     if len(skipped) == len(names):
         raise NextLatError(" ".join(skipped.values()))
     jobs = []
-    for (name, seed), loaded in recipes.items():
-        if name in skipped:
-            continue
-        directory = out / "runs" / loaded.run_name
-        check_same_run(read_record(directory), loaded, directory)
-        jobs.append(Job(recipe, name, seed, loaded.steps, directory, settings[name]))
+    for loaded in recipes:
+        if loaded.objective not in skipped:
+            job = _job(out, recipe, loaded, settings[loaded.objective])
+            check_same_run(read_record(job.directory), loaded, job.directory)
+            jobs.append(job)
     cores = os.cpu_count() or 1
-    return Plan(jobs, skipped, max(1, cores // (recipes[names[0], seeds[0]].run.threads or cores)))
+    return Plan(jobs, skipped, max(1, cores // (first.run.threads or cores)))
 
 
 def _names(objectives: str) -> list[str]:
@@ -195,15 +164,16 @@ def _names(objectives: str) -> list[str]:
     return sorted(set(asked), key=known.index, reverse=True)
 
 
-def _belongs_to(override: str) -> str | None:
-    """The objective that an override is about, None = all."""
-    table, *rest = override.partition("=")[0].strip().split(".")
-    return rest[0] if table == "objectives" and rest else None
+def _key(override: str) -> tuple[str, str | None]:
+    """What an override sets, and the objective that this is about, None = all."""
+    key = override.partition("=")[0].strip()
+    table, *rest = key.split(".")
+    return key, rest[0] if table == "objectives" and rest else None
 
 
 def _check_overrides(overrides: Sequence[str], names: Sequence[str]) -> None:
     for item in overrides:
-        key, name = item.partition("=")[0].strip(), _belongs_to(item)
+        key, name = _key(item)
         if key in BY_OBJECTIVE_AND_SEED:
             option = BY_OBJECTIVE_AND_SEED[key]
             raise NextLatError(f"'{item}': a comparison has several of them: use {option}.")
@@ -219,26 +189,20 @@ def _settings(
 ) -> tuple[str, ...]:
     """The overrides of one objective, its horizon among them if the recipe says too little."""
     others = OBJECTIVES.keys() - {objective}
-    own = [item for item in overrides if _belongs_to(item) not in others]
+    own = tuple(item for item in overrides if _key(item)[1] not in others)
     key = f"objectives.{objective}.horizon"
     has_one = "horizon" in OBJECTIVES[objective][0].model_fields
-    if not has_one or any(item.partition("=")[0].strip() == key for item in own):
-        return tuple(own)
+    if not has_one or key in (_key(item)[0] for item in own):
+        return own
     if horizon is None:
-        horizon = _recipe_horizon(recipe, objective)
-    return tuple(own if horizon is None else [*own, f"{key}={horizon}"])
-
-
-def _recipe_horizon(recipe: str, objective: str) -> int | None:
-    """For an objective without a table in the recipe, the horizon of the recipe's own objective or
-    of NextLat."""
-    content = read_recipe_file(recipe)[1]
-    tables = content.get("objectives")
-    if not isinstance(tables, dict) or objective in tables:
-        return None
-    found = [tables.get(name) for name in (content.get("objective"), "nextlat")]
-    horizons = [table.get("horizon") for table in found if isinstance(table, dict)]
-    return next((horizon for horizon in horizons if isinstance(horizon, int)), None)
+        content = read_recipe_file(recipe)[1]
+        tables = content.get("objectives")
+        if not isinstance(tables, dict) or objective in tables:
+            return own
+        found = [tables.get(name) for name in (content.get("objective"), "nextlat")]
+        horizons = [table.get("horizon") for table in found if isinstance(table, dict)]
+        horizon = next((d for d in horizons if isinstance(d, int)), None)
+    return own if horizon is None else (*own, f"{key}={horizon}")
 
 
 def _obstacle(recipe: Recipe, task: Task) -> str | None:
@@ -258,9 +222,6 @@ def _obstacle(recipe: Recipe, task: Task) -> str | None:
     return None
 
 
-# ---- running them ----
-
-
 def run(
     todo: Sequence[Job], processes: int | None = None, failures: dict[Job, str] | None = None
 ) -> Iterator[tuple[Job, int, str]]:
@@ -277,10 +238,10 @@ def run(
             they have.
     """
     processes = processes or os.cpu_count() or 1
-    for job in todo:
+    waiting, running = list(todo), dict[Job, subprocess.Popen[bytes]]()
+    for job in waiting:
         with write_errors(job.log.parent, WAY_OUT):
             job.log.parent.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(todo), dict[Job, subprocess.Popen[bytes]]()
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -299,7 +260,9 @@ def run(
                 if code == 0:
                     yield job, job.steps, "done"
                     continue
-                reason = f"'{job.name}' failed: {_last_line(job.log)} (all of it is in {job.log})"
+                said = job.log.read_text(errors="replace").strip().splitlines()
+                last = said[-1].removeprefix("error: ") if said else "it said nothing"
+                reason = f"'{job.name}' failed: {last} (all of it is in {job.log})"
                 if failures is None:
                     raise NextLatError(reason)
                 failures[job] = reason
@@ -322,11 +285,6 @@ def _state(job: Job) -> tuple[int, str]:
     hidden = (*NOT_SHOWN, "step", "tokens", "seconds")
     parts = (f"{k} {v:.3f}" for k, v in line.items() if k not in hidden and v is not None)
     return line["step"], "  ".join(parts)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
 
 
 def collect(done: Sequence[Job], out: Path) -> Path:
