@@ -60,8 +60,8 @@ class TaskConfig(Settings, ABC):
         return None
 
     def trusting(self, code: str | None) -> Self:
-        """These settings, which came with a run, for use: with `code` from the user in the place of
-        what the run names, which may be a stranger's.
+        """These settings, which came with a run, with `code` from the user in the place of what the
+        run names, which may be a stranger's.
 
         Raises:
             NextLatError: there is code in only one of the two.
@@ -115,11 +115,8 @@ class Task(ABC):
 
     @abstractmethod
     def measures(self) -> Mapping[str, Measure]:
-        """What is shown while it is measured -> the measurement of a trained model.
-
-        Together they give measurements of `metrics`, in that order, and charts. One that a model
-        does not allow is left out.
-        """
+        """What is shown while it is measured -> the measurement of a trained model, which gives
+        measurements of `metrics` and charts. One that a model does not allow is left out."""
 
     def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """Files beside results.json, with their JSON content, that a report draws from."""
@@ -198,11 +195,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_size(rows: int, length: int) -> None:
-    """Refuse a number of rows of some length that no memory holds.
-
-    Raises:
-        ValueError: there are too many tokens.
-    """
+    """Refuse (ValueError) a number of rows of some length that no memory holds."""
     if rows * length > MAX_TOKENS:
         raise ValueError(
             f"{rows:,} rows of {length:,} tokens are too many to be held in memory: take fewer"
@@ -210,8 +203,8 @@ def check_size(rows: int, length: int) -> None:
 
 
 def world_fingerprint(config: TaskConfig, *data: np.ndarray) -> str:
-    """Hash of the settings that are not the defaults (so that a setting which comes with a later
-    version changes nothing) and of the data that they gave."""
+    """Hash of the settings that are not the defaults (so that a new setting changes nothing) and of
+    the data that they gave."""
     settings = config.model_dump(mode="json", exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in data:
