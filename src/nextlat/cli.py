@@ -6,6 +6,7 @@ answers at once.
 
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,7 +115,7 @@ def train(
     directory = out or _directory(f"runs/{loaded.run_name}")
     was_finished = is_finished(directory)
     with terminal.bars(progress) as update:
-        run_training(loaded, directory, progress=lambda *state: update("training", *state))
+        run_training(loaded, directory, progress=partial(update, "training"))
     if was_finished:
         terminal.say(f"{directory} is finished: it is not trained any further.")
     if evaluate and not (directory / "results.json").exists():
@@ -128,7 +129,7 @@ def evaluate(
     progress: Shown = True,
     code: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="DIRECTORY",
             help="Definitions of benchmarks, which may run Python code (task.lm_eval_files); those "
             "that a run names itself are never used.",
@@ -211,9 +212,8 @@ def generate(
         generator = torch.Generator(model.device).manual_seed(seed)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise NextLatError(f"--seed {seed} does not fit into 64 bits: give another one.") from error
-    stream = terminal.Stream(tokenizer, ids, show_drafts)
     input_ids = torch.tensor([ids], dtype=torch.long)
-    with stream:
+    with (stream := terminal.Stream(tokenizer, ids, show_drafts)):
         _, stats = model.generate(
             input_ids,
             torch.ones_like(input_ids),
@@ -240,13 +240,13 @@ def _sampling(
     given = " and ".join(name for name, value in truncation.items() if value is not None)
     if top_p is not None and not 0 <= top_p <= 1:
         raise NextLatError(f"--top-p must be between 0 and 1, got {top_p}.")
+    if temperature == 0 and given:
+        raise NextLatError(
+            f"{given} cannot be used at temperature 0, which always takes the likeliest token."
+        )
     if temperature is None:
         temperature = 1.0 if given else 0.0
     if temperature == 0:
-        if given:
-            raise NextLatError(
-                f"{given} cannot be used at temperature 0, which always takes the likeliest token."
-            )
         return {"do_sample": False}
     return {
         "do_sample": True,
@@ -270,11 +270,10 @@ def _prompt(run: str, tokenizer: Any, prompt: str) -> list[int]:
         raise NextLatError("the prompt is not valid UTF-8: write it in that.") from error
     ids: list[int] = tokenizer(prompt).input_ids
     ours = any((directory / "run.json").is_file() for directory in (Path(run), Path(run).parent))
-    if ours and tokenizer.bos_token_id is not None:
+    begin, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+    if ours and begin is not None:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        if ids[:1] != [tokenizer.bos_token_id]:
-            ids = [tokenizer.bos_token_id, *ids]
-    unknown = tokenizer.unk_token_id
+        ids = ids if ids[:1] == [begin] else [begin, *ids]
     if unknown is not None and unknown in ids:
         words = [repr(word) for word in prompt.split() if unknown in tokenizer(word).input_ids]
         raise NextLatError(
@@ -340,8 +339,8 @@ def compare(
         terminal.say(sentence)
     todo = [job for job in planned.jobs if not job.done]
     total = len(planned.jobs)
-    if len(todo) < total:
-        terminal.say(f"{total - len(todo)} of {total} models are trained and measured already.")
+    if done := total - len(todo):
+        terminal.say(f"{done} of {total} models are trained and measured already.")
     failures: dict[Job, str] = {}
     terminal.watch(todo, jobs or planned.processes, failures)
     terminal.collect([job for job in planned.jobs if job not in failures], out)

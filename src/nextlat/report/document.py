@@ -1,5 +1,6 @@
 """The report as a document: what a comparison found, put together once for every rendering."""
 
+import itertools
 import json
 import shlex
 import warnings
@@ -180,9 +181,9 @@ def _measurements(task: TaskComparison) -> tuple[Table, Bullets]:
         cells = []
         for label in task.models:
             estimate, difference = one.estimates.get(label), one.differences.get(label)
-            text = NONE if estimate is None else estimate_text(one.metric, estimate)
-            compared = difference is not None and one.metric.reference is None
-            change = difference_text(one.metric, difference) if difference and compared else ""
+            text = estimate_text(one.metric, estimate) if estimate else NONE
+            compared = difference if one.metric.reference is None else None
+            change = difference_text(one.metric, compared) if compared else ""
             cells.append(Cell(text, change, _claimed(difference)))
         rows.append(([titled(one.metric)], cells))
     pinned = int(task.baseline is not None)
@@ -196,15 +197,12 @@ def _every_seed(task: TaskComparison) -> list[Element]:
     rows = []
     for one in task.metrics:
         for label, estimate in one.estimates.items():
-            difference = one.differences.get(label)
-            by_seed = difference.seeds if difference is not None else {}
-            cells = [
-                Cell(
-                    seed_text(one.metric, estimate, seed) if seed in estimate.seeds else NONE,
-                    mark=_claimed(by_seed.get(seed)),
-                )
-                for seed in task.seeds
-            ]
+            difference, cells = one.differences.get(label), []
+            for seed in task.seeds:
+                there = seed in estimate.seeds
+                mark = _claimed(difference.seeds.get(seed)) if difference else None
+                text = seed_text(one.metric, estimate, seed) if there else NONE
+                cells.append(Cell(text, mark=mark))
             rows.append(([one.metric.title, label], cells))
     table = Table(["metric", "model"], [f"seed {seed}" for seed in task.seeds], rows)
     return [Details("Every seed by itself", [Paragraph(BY_ITEMS, quiet=True), table])]
@@ -276,19 +274,18 @@ def _published(task: TaskComparison) -> list[Element]:
     here = [one.metric.published for one in task.metrics]
     keys = sorted(published.figures, key=lambda key: here.index(key) if key in here else len(here))
     shown = [published.figures[key] for key in keys]
-    methods = dict.fromkeys(method for figures in shown for method in figures.by_method)
-    rows = []
-    for method in methods:
-        known = [(figures.by_method.get(method), figures.unit) for figures in shown]
-        texts = (NONE if x is None else with_error(x, None, unit) for x, unit in known)
-        rows.append(([method], [Cell(text) for text in texts]))
+    rows: dict[str, list[Cell]] = {method: [] for figures in shown for method in figures.by_method}
+    for figures in shown:
+        for method, cells in rows.items():
+            figure = figures.by_method.get(method)
+            cells.append(Cell(NONE if figure is None else with_error(figure, None, figures.unit)))
     scale = (
         f"Not comparable number by number, these are of {published.setting} ({published.source}). "
         "What can be compared is which method is ahead."
     )
     content: list[Element] = [
         Paragraph(scale),
-        Table(["method"], [figures.title for figures in shown], rows),
+        Table(["method"], [figures.title for figures in shown], [([m], rows[m]) for m in rows]),
         Bullets([Bullet(f"{one.text}.", ", ".join(one.methods)) for one in published.sayings]),
     ]
     return [Details("Published figures, on another scale", content)]
@@ -297,10 +294,8 @@ def _published(task: TaskComparison) -> list[Element]:
 def _making(task: TaskComparison) -> list[Element]:
     """How the runs of every model were made."""
     known = [_facts(runs.values()) for runs in task.models.values()]
-    rows = [([name], [Cell(facts[name]) for facts in known]) for name in known[0]]
-    commands = dict.fromkeys(
-        _command(run) for runs in task.models.values() for run in runs.values()
-    )
+    rows = [([name], [Cell(facts[name]) for facts in known]) for name in FACTS]
+    commands = dict.fromkeys(map(_command, task.runs))
     recipes = []
     for label, runs in task.models.items():
         recipe = {**first_run(runs).recipe, "seed": [*runs]}
@@ -337,10 +332,9 @@ def _scale(task: TaskComparison) -> str:
     known = {label: _facts(runs.values()) for label, runs in task.models.items()}
     parts = []
     for name in [*FACTS][:SCALE]:
-        values = {label: facts[name] for label, facts in known.items()}
-        shown = [f"{value} ({label})" for label, value in values.items()]
-        if len({*values.values()}) == 1:
-            shown = [*values.values()][:1]
+        shown = [*dict.fromkeys(facts[name] for facts in known.values())]
+        if len(shown) > 1:
+            shown = [f"{facts[name]} ({label})" for label, facts in known.items()]
         parts.append(f"{name[0].lower()}{name[1:]}: {'; '.join(shown)}")
     return " \N{MIDDLE DOT} ".join(parts)
 
@@ -351,7 +345,7 @@ def _command(run: Run) -> str:
     words = run.record["command"][1:]
     kept = [
         word
-        for before, word in zip(["", *words], words, strict=False)
+        for before, word in itertools.pairwise(["nextlat", *words])
         if before != "--out" and word.partition("=")[0] not in LEFT_OUT
     ]
     return shlex.join(["nextlat", *kept]) if words else NONE

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
@@ -148,13 +148,17 @@ def held_out_cross_entropy(
         dataset: held-out rows.
         batch_size: rows in a forward pass, of equal length if more than one.
     """
-    sums, counts = [], []
-    for rows in DataLoader(dataset, batch_size=batch_size):
-        batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
-        row_sums, row_counts = model.next_token_loss(batch)
-        sums += row_sums.tolist()
-        counts += row_counts.tolist()
+    losses = [model.next_token_loss(batch) for batch in batches(model, dataset, batch_size)]
+    sums, counts = (torch.cat(parts).cpu() for parts in zip(*losses, strict=True))
     return ratio_score(sums, counts)
+
+
+def batches(
+    model: ObjectiveModel, dataset: Dataset[dict[str, Tensor]], size: int
+) -> Iterator[Batch]:
+    """The rows of a dataset, so many at a time, where the model is."""
+    for rows in DataLoader(dataset, batch_size=size):
+        yield Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
 
 
 def word_tokenizer(

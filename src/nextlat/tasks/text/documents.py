@@ -30,11 +30,10 @@ class Documents:
 
     Attributes:
         dropped: empty documents met in the latest iteration.
-        mended: documents with half a surrogate pair, likewise.
+        mended: those with half a surrogate pair, likewise.
 
     Raises:
-        NextLatError: (when iterated) the source cannot be read, or (at its end) there is no
-            document.
+        NextLatError: (when iterated) it cannot be read, or (at its end) there is no document.
     """
 
     def __init__(self, read: Callable[[], Iterator[str]], where: str, way_out: str = "") -> None:
@@ -49,9 +48,8 @@ class Documents:
                     self.dropped += 1
                     continue
                 found = True
-                if HALF_PAIR.search(document):
-                    self.mended += 1
-                    document = HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", document)
+                document, halves = HALF_PAIR.subn("\N{REPLACEMENT CHARACTER}", document)
+                self.mended += halves > 0
                 yield document
         except NextLatError:
             raise
@@ -133,18 +131,16 @@ def _records(file: Path, column: str) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where, way_out = f"line {number} of {file}", "give one record per line"
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise NextLatError(
-                    f"line {number} of {file} is not JSON ({error.msg} at column {error.colno}): "
-                    "give one record per line."
+                    f"{where} is not JSON ({error.msg} at column {error.colno}): {way_out}."
                 ) from error
             if not isinstance(record, dict):
-                raise NextLatError(
-                    f"line {number} of {file} is not a JSON object: give one record per line."
-                )
-            yield _text(record, column, f"line {number} of {file}")
+                raise NextLatError(f"{where} is not a JSON object: {way_out}.")
+            yield _text(record, column, where)
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:
@@ -157,8 +153,8 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
     table: Any = pyarrow.parquet.ParquetFile(file)
     _check_column(table.schema_arrow.names, column, str(file))
     for batch in table.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield _text({column: value}, column, str(file))
+        for record in batch.to_pylist():
+            yield _text(record, column, str(file))
 
 
 def _dataset(
