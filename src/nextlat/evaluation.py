@@ -34,7 +34,7 @@ from nextlat.results import (
 from nextlat.tasks import Task
 from nextlat.tasks.task import NEXTLAT, OURS, held_out_cross_entropy, vocabulary_size
 from nextlat.training.recipe import Recipe
-from nextlat.training.run_directory import read_record
+from nextlat.training.run_directory import read_finished
 
 DRAFT_LENGTH = 4  # small models gain little from drafts that are longer than what is accepted
 DECODED_PROMPTS = 12
@@ -110,17 +110,8 @@ def open_run(
             trained in.
     """
     directory = Path(directory)
-    record = read_record(directory)
-    if record is None:
-        raise NextLatError(
-            f"{directory} is not a run directory (no run.json): train one with 'nextlat train "
-            f"RECIPE --out {directory}'."
-        )
-    if record["status"] != "finished":
-        raise NextLatError(
-            f"the run {directory} is not finished: give the command that started it again, and it "
-            "goes on."
-        )
+    train = f"train one with 'nextlat train RECIPE --out {directory}'"
+    record = read_finished(directory, train, "and it goes on")
     recipe = Recipe.from_dict(record["recipe"], record.get("recipe_name", directory.name))
     task = recipe.task.trusting(code).build()
     if task.fingerprint() != record["task"]["fingerprint"]:

@@ -132,14 +132,13 @@ def chart(task: TaskComparison, name: str) -> Figure | None:
 
 def _minus(one: Chart, base: Chart | None) -> list[Line]:
     """Its lines minus those of the baseline at the same seed, without what that has no line for."""
-    theirs = {line.series: line for line in base.lines} if base is not None else {}
-    found = []
-    for line in one.lines:
-        other = theirs.get(line.series)
-        if other is not None and (other.first, len(other.values)) == (line.first, len(line.values)):
-            values = np.subtract(line.values, other.values).tolist()
-            found.append(line.model_copy(update={"values": values}))
-    return found
+    theirs = base.lines if base is not None else []
+    known = {(line.series, line.first, len(line.values)): line.values for line in theirs}
+    return [
+        line.model_copy(update={"values": np.subtract(line.values, other).tolist()})
+        for line in one.lines
+        if (other := known.get((line.series, line.first, len(line.values)))) is not None
+    ]
 
 
 def _draw_mark(ax: Axes, mark: Mark) -> None:
@@ -147,10 +146,12 @@ def _draw_mark(ax: Axes, mark: Mark) -> None:
     if mark.x is not None:
         ax.axvline(mark.x, **{**GUIDE, "linestyle": (0, (1, 2))})
         ax.annotate(text, (mark.x, 0.02), (4, 0), xycoords=("data", "axes fraction"), **NOTE)
-    if mark.y is not None and mark.start is not None and mark.end is not None:
+    if mark.y is None:
+        return
+    if mark.start is not None and mark.end is not None:
         ax.plot([mark.start, mark.end], [mark.y, mark.y], **GUIDE)
         ax.annotate(text, (mark.end, mark.y), (4, 0), va="center", **NOTE)
-    elif mark.y is not None:
+    else:
         ax.axhline(mark.y, **GUIDE)
         at = ("axes fraction", "data")
         ax.annotate(text, (1, mark.y), (-4, 3), xycoords=at, ha="right", **NOTE)
@@ -226,9 +227,6 @@ def _fit(ax: Axes, curves: Sequence[np.ndarray]) -> None:
         ax.set_ylim(float(shown.min()) - margin, float(shown.max()) + margin)
 
 
-# ---- what they share ----
-
-
 def new_figure(height: float) -> Figure:
     """An empty figure of the usual width, this many inches high."""
     layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.07, wspace=0.03, hspace=0.05)
@@ -252,11 +250,8 @@ def model_colors(task: TaskComparison) -> dict[str, str]:
 
 def model_handles(task: TaskComparison, labels: Container[str]) -> list[Line2D]:
     """What a legend shows of some models."""
-    return [
-        _handle(label, color=color, linewidth=2.2)
-        for label, color in model_colors(task).items()
-        if label in labels
-    ]
+    shown = [(label, color) for label, color in model_colors(task).items() if label in labels]
+    return [_handle(label, color=color, linewidth=2.2) for label, color in shown]
 
 
 def _handle(label: str, **style: Any) -> Line2D:

@@ -18,6 +18,7 @@ from nextlat.report.published import reproduction
 from nextlat.report.render import markdown as render_markdown
 from nextlat.report.render import page, terminal
 from nextlat.report.runs import Run
+from nextlat.results import Metric
 
 PAGE, COMPARISON = "report.html", "comparison.json"
 
@@ -89,11 +90,8 @@ def content(tasks: Sequence[TaskComparison]) -> dict[str, Any]:
                     for label, runs in task.models.items()
                 },
                 "caveats": task.caveats,
-                "solving": {
-                    label: {seed: asdict(one) for seed, one in seeds.items()}
-                    for label, seeds in task.solving.items()
-                },
-                "metrics": [asdict(one) for one in task.metrics],
+                "solving": task.solving,
+                "metrics": task.metrics,
             }
             for task in tasks
         ],
@@ -109,5 +107,8 @@ def content(tasks: Sequence[TaskComparison]) -> dict[str, Any]:
             for one in reproduction(task)
         ],
     }
-    text = json.dumps(found, default=lambda metric: metric.key)
-    return json.loads(text, parse_constant=lambda _: None)
+
+    def plain(one: Any) -> Any:
+        return one.key if isinstance(one, Metric) else asdict(one)
+
+    return json.loads(json.dumps(found, default=plain), parse_constant=lambda _: None)

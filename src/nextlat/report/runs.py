@@ -16,7 +16,7 @@ from nextlat.objectives import OBJECTIVES
 from nextlat.results import RESULTS, SCORES, MeasuredMetric, Result, read_results, read_scores
 from nextlat.scores import Score
 from nextlat.training.recipe import differences
-from nextlat.training.run_directory import read_metrics, read_record
+from nextlat.training.run_directory import read_finished, read_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +85,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def _read_run(path: Path) -> Run:
-    record = read_record(path)
-    if record is None:
-        raise NextLatError(
-            f"{path} is not a run directory (no run.json): name one that 'nextlat train' made."
-        )
-    if record["status"] != "finished":
-        raise NextLatError(
-            f"the run {path} is not finished: give the command that started it again, then "
-            f"'nextlat evaluate {path}'."
-        )
+    made = "name one that 'nextlat train' made"
+    record = read_finished(path, made, f"then 'nextlat evaluate {path}'")
     again = f"run 'nextlat evaluate {path}' again"
     results = read_results(path)
     if len(results) != 1:

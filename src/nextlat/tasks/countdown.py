@@ -185,8 +185,8 @@ def verdict(numbers: Sequence[int], target: int, answer: Sequence[int]) -> Verdi
 
 
 class Countdown(Task):
-    """See the module. All problems are a function of the settings alone, the order of training of
-    the seed."""
+    """See the module; the problems depend on the settings alone, the order of training on the
+    seed."""
 
     name = "countdown"
     title = "Countdown"
@@ -240,8 +240,7 @@ class Countdown(Task):
 
     @cached_property
     def _problems(self) -> Problems:
-        """The training problems, made when training asks for them: some ten seconds for the paper's
-        500,000."""
+        """For training, made when it asks for them: some ten seconds for the paper's 500,000."""
         return self._draw("seen", self.config.problems, 3, refused=self._tests["seen"].keys())
 
     def _rows(self, problems: Problems) -> np.ndarray:

@@ -107,6 +107,23 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return Record.from_json(content, f"{path} is damaged, {way_out}").model_dump(mode="json")
 
 
+def read_finished(directory: Path, otherwise: str, then: str) -> dict[str, Any]:
+    """run.json of a run that has been trained to its end.
+
+    Raises:
+        NextLatError: see `read_record`; there is no run (`otherwise` ends the sentence), or it is
+            not finished (`then` does).
+    """
+    record = read_record(directory)
+    if record is None:
+        raise NextLatError(f"{directory} is not a run directory (no {RECORD}): {otherwise}.")
+    if record["status"] != "finished":
+        raise NextLatError(
+            f"the run {directory} is not finished: give the command that started it again, {then}."
+        )
+    return record
+
+
 def is_finished(directory: str | Path) -> bool:
     """Whether a directory holds a run that has been trained to its end (`train` then returns at
     once). Raises as `read_record`."""
@@ -115,11 +132,7 @@ def is_finished(directory: str | Path) -> bool:
 
 
 def refuse_foreign_directory(directory: Path) -> None:
-    """Nothing that a run did not make may be overwritten.
-
-    Raises:
-        NextLatError: there is no run.json, but files of the names that a run would write.
-    """
+    """Refuse (NextLatError) a directory without run.json that holds what a run would overwrite."""
     names = ("config.json", "model.safetensors", "nextlat", METRICS)
     found = [f"a {name}" for name in names if (directory / name).exists()]
     found += [checkpoint.name for checkpoint in checkpoints(directory)[-1:]]
@@ -145,8 +158,7 @@ def _leave_locks_to_this_process() -> None:
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold a lock on the directory, which the operating system releases when the process ends,
-    however it ends.
+    """Hold a lock on the directory, which ends with the process, however it ends.
 
     Raises:
         NextLatError: another process is training there.
@@ -176,8 +188,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last one that was cut off; none if there is no such
-    file.
+    """The lines of metrics.jsonl, if any, without a last one that was cut off.
 
     Raises:
         NextLatError: it cannot be read, or a line is none of this package.
@@ -208,7 +219,7 @@ def _read_line(text: bytes) -> dict[str, Any]:
 
 
 def last_metrics(directory: Path) -> dict[str, Any] | None:
-    """The last line of metrics.jsonl of a run that may be writing it now; None if there is none."""
+    """The last line of metrics.jsonl, which the run may be writing now; None = there is none."""
     try:
         with (directory / METRICS).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
@@ -236,8 +247,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit that this package is run from, `+` appended when tracked files were changed; None
-    outside of its repository."""
+    """The commit that this package is run from, with `+` where files were changed; None outside of
+    its repository."""
     file = Path(__file__)
     git = partial(subprocess.run, cwd=file.parent, capture_output=True, text=True, timeout=10)
 

@@ -84,11 +84,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def demo(out: Path, seeds: Sequence[int]) -> list[Job]:
-    """What the demo trains: two objectives, every recipe, every seed.
-
-    Raises:
-        NextLatError: a seed below zero, or the same seed twice.
-    """
+    """What the demo trains: two objectives, every recipe, every seed; see `check_seeds`."""
     check_seeds(seeds)
     return [
         _job(out, name, load_recipe(name, objective=objective, seed=seed))
@@ -230,12 +226,11 @@ def run(
     Args:
         todo: the jobs.
         processes: at a time; None = as many as there are cores.
-        failures: where to put why a job failed, for the others to go on; None = one that fails ends
-            all.
+        failures: where to put why a job failed, for the others to go on; None = they are stopped,
+            and keep what they have.
 
     Raises:
-        NextLatError: a job failed, and `failures` is None; the others are stopped and keep what
-            they have.
+        NextLatError: a job failed, and `failures` is None.
     """
     processes = processes or os.cpu_count() or 1
     waiting, running = list(todo), dict[Job, subprocess.Popen[bytes]]()
