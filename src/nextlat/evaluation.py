@@ -6,6 +6,7 @@ can be compared item by item without running them again; reports read only these
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,18 @@ from nextlat.results import (
     MeasuredMetric,
     Measurement,
     Metric,
+    ObjectiveFacts,
     Result,
     Results,
     TaskFacts,
-    facts_of,
 )
 from nextlat.tasks import Task
 from nextlat.tasks.task import NEXTLAT, OURS, held_out_cross_entropy, vocabulary_size
 from nextlat.training.recipe import Recipe
-from nextlat.training.run_directory import read_record
+from nextlat.training.run_directory import read_finished
 
 DRAFT_LENGTH = 4  # small models gain little from drafts that are longer than what is accepted
 DECODED_PROMPTS = 12
-PLAIN = "plain KV-cached decoding"
 
 NEXT_TOKEN_LOSS = Metric(
     name="next_token_loss",
@@ -50,15 +50,14 @@ NEXT_TOKEN_LOSS = Metric(
     higher_is_better=False,
     items="held-out rows",
 )
-MEAN_ACCEPTANCE_LENGTH = Metric(
+_against_plain = partial(Metric, reference=1.0, reference_name="plain KV-cached decoding")
+MEAN_ACCEPTANCE_LENGTH = _against_plain(
     name="mean_acceptance_length",
     title="Mean acceptance length",
     definition="Tokens per forward pass of the transformer when what the objective added to it "
     "drafts (NextLat: the latent dynamics model), the transformer's own token included.",
     source="Leviathan et al., arXiv 2211.17192",
     unit="number",
-    reference=1.0,
-    reference_name=PLAIN,
 )
 ACCEPTED_TOKENS = Metric(
     name="accepted_tokens_per_cycle",
@@ -68,20 +67,17 @@ ACCEPTED_TOKENS = Metric(
     source=NEXTLAT,
     unit="number",
     headline=False,
-    note="Accepted tokens per cycle are the NextLat paper's \N{LEFT DOUBLE QUOTATION MARK}accepted "
-    "tokens\N{RIGHT DOUBLE QUOTATION MARK}: the mean acceptance length minus the transformer's own "
-    "token, which every cycle adds unless a drafted end closes it. Decoding is compared with plain "
-    "KV-cached decoding of the same model.",
+    note="Accepted tokens per cycle are the NextLat paper's “accepted tokens”: the mean acceptance "
+    "length minus the transformer's own token, which every cycle adds unless a drafted end closes "
+    "it. Decoding is compared with plain KV-cached decoding of the same model.",
 )
-SPEEDUP = Metric(
+SPEEDUP = _against_plain(
     name="decoding_speedup",
     title="Decoding speed",
     definition="Tokens per second with drafts, divided by those of our plain KV-cached decoding of "
     "the same model, measured in turns in the same process. The output is the same.",
     source=OURS,
     unit="factor",
-    reference=1.0,
-    reference_name=PLAIN,
 )
 SPEEDUP_TRANSFORMERS = Metric(
     name="decoding_speedup_transformers",
@@ -115,17 +111,8 @@ def open_run(
             trained in.
     """
     directory = Path(directory)
-    record = read_record(directory)
-    if record is None:
-        raise NextLatError(
-            f"{directory} is not a run directory (no run.json): train one with 'nextlat train "
-            f"RECIPE --out {directory}'."
-        )
-    if record["status"] != "finished":
-        raise NextLatError(
-            f"the run {directory} is not finished: give the command that started it again, and it "
-            "goes on."
-        )
+    train = f"train one with 'nextlat train RECIPE --out {directory}'"
+    record = read_finished(directory, train, "and it goes on")
     recipe = Recipe.from_dict(record["recipe"], record.get("recipe_name", directory.name))
     task = recipe.task.trusting(code).build()
     if task.fingerprint() != record["task"]["fingerprint"]:
@@ -171,21 +158,21 @@ def evaluate(
         found = _measure(task, model, progress)
     finally:
         torch.set_num_threads(threads)
-    order = {metric.key: i for i, metric in enumerate((NEXT_TOKEN_LOSS, *task.metrics))}
+    order = [metric.key for metric in (NEXT_TOKEN_LOSS, *task.metrics)]
     measurements = sorted(
         (x for x in found if isinstance(x, Measurement)),
-        key=lambda x: order.get(x.metric.key, len(order)),
+        key=lambda x: order.index(x.metric.key) if x.metric.key in order else len(order),
     )
-    speeds = [x for x in found if isinstance(x, MeasuredMetric)]
     files = [x for x in found if isinstance(x, tuple)]
     result = Result(
-        task=TaskFacts(
-            name=task.name, title=task.title, solved=task.solved, published=task.published
-        ),
-        objective=facts_of(model.objective),
+        task=TaskFacts.model_validate(task, from_attributes=True),
+        objective=ObjectiveFacts.model_validate(model.objective, from_attributes=True),
         seed=recipe.seed,
         steps=recipe.steps,
-        metrics=[*(measurement.record() for measurement in measurements), *speeds],
+        metrics=[
+            *(measurement.record() for measurement in measurements),
+            *(x for x in found if isinstance(x, MeasuredMetric)),
+        ],
         charts=[x for x in found if isinstance(x, Chart)],
         pictures=[picture for picture, _ in files],
         decoding=next((x for x in found if isinstance(x, DecodingFacts)), None),
@@ -212,15 +199,15 @@ def _measure(task: Task, model: ObjectiveModel, progress: Progress | None) -> li
     def loss(model: ObjectiveModel) -> list[Measurement]:
         return [Measurement(NEXT_TOKEN_LOSS, held_out_cross_entropy(model, task.eval_dataset()))]
 
-    stages: list[tuple[str, Callable[[ObjectiveModel], Iterable[Any]]]] = [
-        ("next-token loss", loss),
-        *task.measures().items(),
-    ]
+    stages: dict[str, Callable[[ObjectiveModel], Iterable[Any]]] = {
+        "next-token loss": loss,
+        **task.measures(),
+    }
     if task.prompts(1) and model.objective.max_draft_length != 0:
-        stages.append(("decoding", lambda model: measure_decoding(model, task)))
-    stages.append(("pictures", task.artifacts))
+        stages["decoding"] = partial(measure_decoding, task=task)
+    stages["pictures"] = task.artifacts
     found: list[Any] = []
-    for done, (name, measure) in enumerate(stages):
+    for done, (name, measure) in enumerate(stages.items()):
         if progress:
             progress(name, done, len(stages))
         found += measure(model)
@@ -231,10 +218,7 @@ def measure_decoding(
     model: ObjectiveModel, task: Task
 ) -> list[MeasuredMetric | Chart | DecodingFacts]:
     """Greedy self-speculation on held-out prompts, interleaved with plain decoding by us and by
-    transformers.
-
-    Where drafts changed the output, nothing is claimed about the speed.
-    """
+    transformers. Where drafts changed the output, nothing is claimed about the speed."""
     prompts = task.prompts(DECODED_PROMPTS)
     limit = model.objective.max_draft_length
     length = DRAFT_LENGTH if limit is None else min(DRAFT_LENGTH, limit)
@@ -260,18 +244,18 @@ def measure_decoding(
     for metric, value in values:
         void = {"higher_is_better": None} if metric in SPEEDS and not identical else {}
         found.append(MeasuredMetric(**metric.model_dump() | void, value=value))
-    facts = DecodingFacts(
-        draft_length=length,
-        prompts=len(prompts),
-        identical=identical,
-        acceptance_by_position=total.acceptance_by_position,
-        tokens_per_second={str(way): timing.tokens_per_second for way, timing in timings.items()},
-    )
     accepted = Chart(
         name="acceptance",
         title="Drafted tokens accepted, by position in the draft",
         x="position in the draft",
         lines=[Line(values=total.acceptance_by_position, dots=True)],
         alt="Share of drafted tokens accepted by position in the draft, {models}.",
+    )
+    facts = DecodingFacts(
+        draft_length=length,
+        prompts=len(prompts),
+        identical=identical,
+        acceptance_by_position=total.acceptance_by_position,
+        tokens_per_second={str(way): timing.tokens_per_second for way, timing in timings.items()},
     )
     return [*found, accepted, facts]

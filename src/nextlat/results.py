@@ -7,13 +7,13 @@ knows no metric and no task by name, and a new task brings its own words.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from nextlat.errors import NextLatError
 from nextlat.scores import Score, mean_score, share_interval
-from nextlat.validation import Settings, read_json
+from nextlat.validation import Settings, check_format, read_json
 
 FORMAT = 2
 RESULTS, SCORES = "results.json", "scores.npz"
@@ -26,22 +26,22 @@ class Metric(Settings):
     """What is measured, declared once by a task (or by `evaluation`, for what every task has).
 
     Attributes:
-        name: identifies the metric, without any parameter in it.
+        name: without any parameter in it.
         title: in tables and figures.
         noun: in a sentence, after "higher" or "lower"; default: the title in lower case.
         definition: one sentence or two.
-        source: where the definition comes from, "" = nowhere.
+        source: of the definition, "" = none.
         unit: share (shown in per cent), nats, factor (times something) or number.
         higher_is_better: None = neither, and nothing is claimed about it.
         items: what the error is taken over, in the plural.
         parameters: e.g. {"length": 24}; with the name they identify a measurement.
-        counterpart: `key` of the metric of the baseline to compare with; None = the same one.
+        counterpart: `key` of the baseline's metric to compare with; None = the same one.
         counterpart_name: what that is of the baseline, e.g. "the transformer of".
         reference: a fixed value to compare with instead of a baseline.
         reference_name: what that value stands for.
         headline: whether it gets a sentence and a panel of its own.
-        published: the key of its published counterpart in `Published`, None = there is none.
-        note: what must be said below every table that shows it, "" = nothing.
+        published: key of its counterpart in `Published`, None = there is none.
+        note: what must be said below every table that shows it.
     """
 
     name: str
@@ -69,17 +69,11 @@ class Metric(Settings):
 
 
 class MeasuredMetric(Metric):
-    """A metric with its value, as results.json holds it.
+    """A metric with its value, as results.json holds it."""
 
-    Attributes:
-        value: None where it is not finite.
-        stderr: one standard error over items; None where it is unknown.
-        interval: 95 % (Wilson) of a share whose items are each 0 or 1, otherwise None.
-    """
-
-    value: float | None
-    stderr: float | None = None
-    interval: tuple[float, float] | None = None
+    value: float | None  # None where it is not finite
+    stderr: float | None = None  # over items; None where it is unknown
+    interval: tuple[float, float] | None = None  # 95 % (Wilson), where every item is 0 or 1
 
 
 @dataclass(frozen=True)
@@ -91,29 +85,24 @@ class Measurement:
 
     def record(self) -> MeasuredMetric:
         """As results.json holds it."""
-        score = self.score
+        value, stderr = (
+            x if np.isfinite(x) else None for x in (self.score.value, self.score.stderr)
+        )
         return MeasuredMetric(
             **self.metric.model_dump(),
-            value=score.value if np.isfinite(score.value) else None,
-            stderr=score.stderr if np.isfinite(score.stderr) else None,
-            interval=share_interval(score),
+            value=value,
+            stderr=stderr,
+            interval=share_interval(self.score),
         )
 
 
 class Line(Settings):
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        values: at x = first, first + 1, ...
-        series: what sets it apart from the model's other lines, "" = nothing does.
-        first: x of the first value.
-        dots: whether every value is marked.
-    """
-
-    values: list[float]
-    series: str = ""
+    values: list[float]  # at x = first, first + 1, ...
+    series: str = ""  # what sets it apart from the model's other lines
     first: int = 1
-    dots: bool = False
+    dots: bool = False  # whether every value is marked
 
 
 class Mark(Settings):
@@ -140,8 +129,7 @@ class Chart(Settings):
         caption: below it.
         marks: see `Mark`.
         minus_baseline: draw the difference to the baseline's line at the same seed.
-        linear_within: the axis is linear for values up to this and logarithmic beyond; None =
-            linear.
+        linear_within: values up to which the axis is linear, and logarithmic beyond; None = all.
     """
 
     name: str
@@ -160,8 +148,8 @@ class Picture(Settings):
     """What a file beside results.json lets the report draw.
 
     Attributes:
-        kind: how it is drawn, a key of `report.pictures`: "map" (a street map and how a model sees
-            it), "simplex" (exact and decoded beliefs); "" = it is not drawn.
+        kind: how it is drawn (`report.pictures`): "map" (a street map and how a model sees it),
+            "simplex" (exact and decoded beliefs); "" = it is not drawn.
         file: its name.
         title: heading above the pictures of all models, "" = none.
         text: below the heading.
@@ -196,31 +184,19 @@ class Solved(Settings):
 
 
 class Saying(Settings):
-    """What a paper says of some methods in words.
+    """What a paper says of some methods in words."""
 
-    Attributes:
-        methods: as the paper names them.
-        text: what it says, without a full stop.
-        of: the metrics that it is about name this in `Metric.published`; None = none measured here.
-    """
-
-    methods: tuple[str, ...]
-    text: str
-    of: str | None = None
+    methods: tuple[str, ...]  # as the paper names them
+    text: str  # without a full stop
+    of: str | None = None  # `Metric.published` of what it is about; None = none measured here
 
 
 class PublishedFigures(Settings):
-    """The published figures of one metric.
-
-    Attributes:
-        title: of the metric.
-        unit: of the figures.
-        by_method: method, or method and horizon ("MTP d=4") -> figure.
-    """
+    """The published figures of one metric."""
 
     title: str
     unit: Unit = "share"
-    by_method: dict[str, float]
+    by_method: dict[str, float]  # method, or method and horizon ("MTP d=4") -> figure
 
 
 class Published(Settings):
@@ -229,7 +205,7 @@ class Published(Settings):
     Attributes:
         setting: of what (data, sizes).
         source: the paper.
-        figures: key, which metrics name in `Metric.published` -> figures.
+        figures: by the key that metrics name in `Metric.published`.
         sayings: what it says without a figure.
     """
 
@@ -240,7 +216,7 @@ class Published(Settings):
 
 
 class TaskFacts(Settings):
-    """What the report must know of a task."""
+    """What the report must know of a task; see `tasks.task.Task`."""
 
     name: str
     title: str
@@ -249,39 +225,23 @@ class TaskFacts(Settings):
 
 
 class ObjectiveFacts(Settings):
-    """What the report must know of an objective; see `objectives.objective.Objective`.
-
-    Attributes:
-        name: as in recipes.
-        title: in the report.
-        published_as: as the paper calls it.
-        horizon: d, 0 = it has none.
-        parts: names of its loss parts in metrics.jsonl -> their titles.
-    """
+    """What the report must know of an objective; see `objectives.objective.Objective`."""
 
     name: str
     title: str
     published_as: str
     horizon: int = 0
-    parts: dict[str, str] = {}
+    parts: dict[str, str] = {}  # names of its loss parts in metrics.jsonl -> their titles
 
 
 class DecodingFacts(Settings):
-    """How a model decoded its prompts with and without drafts.
-
-    Attributes:
-        draft_length: tokens drafted per cycle.
-        prompts: how many.
-        identical: whether drafts left the output as it was.
-        acceptance_by_position: share of the tokens drafted at positions 1, 2, ... that were kept.
-        tokens_per_second: way of decoding -> rate.
-    """
+    """How a model decoded its prompts with and without drafts."""
 
     draft_length: int
     prompts: int
-    identical: bool
-    acceptance_by_position: list[float]
-    tokens_per_second: dict[str, float]
+    identical: bool  # whether drafts left the output as it was
+    acceptance_by_position: list[float]  # share accepted of those at positions 1, 2, ...
+    tokens_per_second: dict[str, float]  # by way of decoding
 
 
 class Result(Settings):
@@ -317,11 +277,10 @@ def read_results(directory: str | Path) -> list[Result]:
         raise NextLatError(
             f"{directory} has no {RESULTS}: run 'nextlat evaluate {directory}' first."
         ) from error
-    version = 1 if isinstance(content, list) else content.get("format") if content else None
-    if version != FORMAT and isinstance(version, int):
-        age = "an older" if version < FORMAT else "a newer"
-        way_out = again if version < FORMAT else "update nextlat to read it"
-        raise NextLatError(f"{path} is of {age} version of nextlat (format {version}): {way_out}.")
+    if isinstance(content, list):  # as format 1 was
+        content = {"format": 1}
+    if isinstance(content, dict):
+        check_format(content.get("format"), FORMAT, path, again)
     return Results.from_json(content, f"{path} is corrupt, {again}").runs
 
 
@@ -342,14 +301,3 @@ def read_scores(directory: str | Path) -> Mapping[str, Score]:
         raise NextLatError(
             f"{path} is corrupt ({error}): run 'nextlat evaluate {directory}' again."
         ) from error
-
-
-def facts_of(objective: Any) -> ObjectiveFacts:
-    """What the report must know of an objective."""
-    return ObjectiveFacts(
-        name=objective.name,
-        title=objective.title,
-        published_as=objective.published_as,
-        horizon=objective.horizon,
-        parts=dict(objective.parts),
-    )

@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 from torch import Tensor
 
-# Normalised singular values below this are noise of the arithmetic and are dropped (arXiv
-# 2511.05963, effective latent rank).
+# Normalised singular values below this are noise of the arithmetic (arXiv 2511.05963).
 NEGLIGIBLE_SINGULAR_VALUE = 1e-12
 
 
@@ -28,7 +27,7 @@ class Score:
 
     Attributes:
         value: the metric.
-        stderr: one standard error over items; NaN for fewer than two items, where it is unknown.
+        stderr: one standard error over items; NaN for fewer than two items.
         per_item: (n,) float64, n = pairs, sequences or groups of sequences, as the metric says.
     """
 
@@ -53,8 +52,7 @@ def mean_score(per_item: ArrayLike) -> Score:
 
 
 def share_interval(score: Score) -> tuple[float, float] | None:
-    """95 % confidence interval of a share, from items that are each 0 or 1; None where they are
-    not.
+    """95 % confidence interval of a share; None where items are not each 0 or 1.
 
     Wilson's (1927, as recommended by Brown, Cai & DasGupta 2001): unlike value +- 2 standard errors
     it stays inside [0, 1], and does not shrink to nothing where all items, or none, succeed.
@@ -67,12 +65,11 @@ def share_interval(score: Score) -> tuple[float, float] | None:
 
 
 def ratio_score(hits: ArrayLike, trials: ArrayLike) -> Score:
-    """Pooled share sum(hits) / sum(trials) with the standard error clustered by item.
+    """Pooled share sum(hits) / sum(trials) with the standard error clustered by item: the trials of
+    one item (the positions of one sequence) are not independent, items are.
 
-    The trials of one item (the positions of one sequence) are not independent; items are. The error
-    is that of the ratio estimator (Cochran, Sampling Techniques, 3rd ed., section 2.11): the item
-    values R + (hits - R trials) / mean(trials) have mean R, and their spread is the linearised
-    spread of R.
+    The error is that of the ratio estimator (Cochran, Sampling Techniques, 3rd ed., section 2.11):
+    the item values R + (hits - R trials) / mean(trials) have mean R and its linearised spread.
 
     Args:
         hits: (n,) successes per item.
@@ -95,7 +92,7 @@ def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
     Stein 1981).
 
     The items are the pseudo-values n value - (n - 1) value_without_i, shifted so that their mean is
-    `value` itself: the statistic is reported as defined, not bias-corrected.
+    `value`: the statistic is not bias-corrected.
     """
     without = np.asarray(leave_one_out, dtype=np.float64)
     score = mean_score(value - (without.size - 1) * (without - without.mean()))
@@ -103,19 +100,16 @@ def jackknife_score(value: float, leave_one_out: ArrayLike) -> Score:
 
 
 def exp_score(score: Score) -> Score:
-    """exp of a score: perplexity from a mean cross-entropy. The error is that of the delta method,
-    exp(value) * stderr.
+    """exp of a score (perplexity from cross-entropy), with the error of the delta method.
 
-    The items are those of the linearisation at the value, exp(value) * (1 + item - value), whose
-    mean is exp(value).
+    The items are those of the linearisation, exp(value) * (1 + item - value).
     """
     value = math.exp(score.value)
     return Score(value, value * score.stderr, value * (1 + score.per_item - score.value))
 
 
 def paired_difference(first: Score, second: Score) -> Score:
-    """`first` minus `second` on the same items in the same order; the error is that of the paired
-    difference.
+    """`first` minus `second` on the same items in the same order, with the paired error.
 
     Raises:
         ValueError: the scores have a different number of items.
@@ -129,15 +123,14 @@ def paired_difference(first: Score, second: Score) -> Score:
 
 def effective_rank(h_ND: Tensor) -> float:
     """Effective rank of a matrix of states: exp of the Shannon entropy of its singular values
-    normalised to sum 1.
+    normalised to sum 1 (Roy & Vetterli, EUSIPCO 2007, definition 1; arXiv 2511.05963).
 
-    Roy & Vetterli, "The effective rank" (EUSIPCO 2007), definition 1; the compactness measure of
-    arXiv 2511.05963. States are not centred. Normalised singular values under 1e-12 are dropped.
-    Between 1 (all states on one line) and min(N, D); 0 for a matrix of zeros or without rows.
+    States are not centred. Normalised singular values under 1e-12 are dropped. Between 1 (all
+    states on one line) and min(N, D); 0 for a matrix of zeros or without rows.
 
-    The singular values are taken in float64 from the matrix (or from its `triangular_factor`, with
-    which nothing is lost) and not from the D x D Gram matrix, whose eigenvalues are their squares:
-    those would drown every normalised value below about 1e-8 in rounding.
+    The singular values are those of the matrix in float64 (or of its `triangular_factor`, with
+    which nothing is lost), not of the D x D Gram matrix, whose eigenvalues are their squares: every
+    normalised value below about 1e-8 would drown in rounding.
 
     Args:
         h_ND: (N, D) states, any floating dtype and device.
@@ -156,9 +149,7 @@ def effective_rank(h_ND: Tensor) -> float:
 
 def triangular_factor(h_ND: Tensor) -> Tensor:
     """A matrix of at most D rows with the singular values of `h_ND`, in float64: R of its QR
-    decomposition.
-
-    Factors of parts can be stacked: cat(R_1, R_2) has the singular values of cat(h_1, h_2).
+    decomposition. Factors of parts can be stacked: cat(R_1, R_2) has those of cat(h_1, h_2).
 
     Raises:
         ValueError: not a matrix, or a value that is not finite.

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def bars(shown: bool = True) -> Iterator[Update]:
         if name not in rows:
             progress.start()  # not before: an error that comes first is told without bars
             rows[name] = progress.add_task(escape(name), rate="", state="", completed=done)
-        speed = next(task.speed for task in progress.tasks if task.id == rows[name])
+        speed = progress.tasks[progress.task_ids.index(rows[name])].speed
         rate = f"{speed:.3g}/s" if speed else ""
         progress.update(rows[name], completed=done, total=total, rate=rate, state=escape(state))
 
@@ -148,9 +149,7 @@ def evaluate(directory: Path, progress: bool, code: str | None = None) -> None:
 
     no_library_bars()
     with bars(progress) as update:
-        measure(
-            directory, code=code, progress=lambda *state: update(f"evaluating {directory}", *state)
-        )
+        measure(directory, code=code, progress=partial(update, f"evaluating {directory}"))
 
 
 def report(directories: list[Path], out: Path | None, markdown: Path | None = None) -> None:
@@ -168,11 +167,7 @@ def report(directories: list[Path], out: Path | None, markdown: Path | None = No
 
 class Stream:
     """Standard output while a text is decoded: the prompt, then every cycle as it happens; left
-    clean however it ends.
-
-    Where standard output is no terminal, or the user wants no colours (NO_COLOR), drafts are shown
-    by marks.
-    """
+    clean however it ends. Drafts are shown by marks where it is no terminal, or with NO_COLOR."""
 
     def __init__(self, tokenizer: Any, ids: list[int], drafts: bool) -> None:
         from rich.console import Console
@@ -198,13 +193,11 @@ class Stream:
         if self._stop.received:
             raise KeyboardInterrupt
         [cycle] = done.cycles
-        if cycle is None:
-            return
-        if not self._drafts:
-            self._write(self._text.add(cycle.tokens))
-        else:
+        if cycle is not None and self._drafts:
             picture = stream.coloured if self._colours else stream.marked
             self._write(picture(stream.draw(cycle, self._text)))
+        elif cycle is not None:
+            self._write(self._text.add(cycle.tokens))
 
     def __enter__(self) -> None:
         # The pass under way is finished first: an exception at any moment can be lost in a
@@ -245,21 +238,11 @@ def print_cost(recipe: "Recipe") -> None:
 
     cost = dry_run(recipe)
     threads = f" with {count(cost.threads, 'thread')}" if cost.device == "CPU" else ""
-    print(
-        f"{recipe.run_name} on this {cost.device}{threads} in {recipe.run.precision}; nothing is "
-        "trained now."
-    )
-    print(
-        f"parameters  {cost.lm_parameters:,} of the transformer, {cost.objective_parameters:,} of "
-        "the objective"
-    )
-    print(f"tokens      {cost.tokens:,} (about) in {cost.steps:,} steps of {cost.rows} rows")
-    if cost.flops is None:
-        print(f"FLOPs       no formula for the objective {recipe.objective}")
-    else:
+    flops = f"no formula for the objective {recipe.objective}"
+    if cost.flops is not None:
         total = sum(cost.flops.values())
         shares = ", ".join(f"{name} {value / total:.0%}" for name, value in cost.flops.items())
-        print(f"FLOPs       {total:.2g} ({shares})")
+        flops = f"{total:.2g} ({shares})"
     step, bound = duration(cost.step_seconds), "about"
     if cost.timed:
         how = f"from a few real steps of {step}"
@@ -268,8 +251,19 @@ def print_cost(recipe: "Recipe") -> None:
     else:
         speed, bound = f"{cost.flops_per_second / 1e9:,.0f} GFLOP/s", "at least"
         how = f"{step} a step if all of it ran as fast as its matrix products, {speed}"
-    seconds = duration(cost.seconds)
-    print(f"time        {bound} {seconds} ({how}); saving and measuring come on top")
+    print(
+        f"{recipe.run_name} on this {cost.device}{threads} in {recipe.run.precision}; nothing is "
+        "trained now."
+    )
+    rows = {
+        "parameters": f"{cost.lm_parameters:,} of the transformer, "
+        f"{cost.objective_parameters:,} of the objective",
+        "tokens": f"{cost.tokens:,} (about) in {cost.steps:,} steps of {cost.rows} rows",
+        "FLOPs": flops,
+        "time": f"{bound} {duration(cost.seconds)} ({how}); saving and measuring come on top",
+    }
+    for name, text in rows.items():
+        print(f"{name:12}{text}")
 
 
 def duration(seconds: float) -> str:

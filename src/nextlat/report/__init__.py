@@ -8,26 +8,10 @@ writes it. Nothing here measures anything, and nothing knows a task, a metric or
 numbers and words come from the files that training and evaluation wrote.
 """
 
-from collections.abc import Sequence
-
-from rich.console import RenderableType
-
 from nextlat.report.claims import Claim, claims
 from nextlat.report.comparison import TaskComparison, compare
-from nextlat.report.document import digest
-from nextlat.report.output import write_report
-from nextlat.report.render import terminal
+from nextlat.report.output import terminal_table, write_report
 from nextlat.report.runs import Run, read_runs
-
-
-def terminal_table(tasks: Sequence[TaskComparison]) -> RenderableType:
-    """The measurements of every task, for rich to print.
-
-    Args:
-        tasks: what `compare` found.
-    """
-    return terminal(digest(tasks))
-
 
 __all__ = [
     "Claim",

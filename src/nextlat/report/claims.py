@@ -2,15 +2,11 @@
 `comparison` did not find."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from nextlat.report.comparison import (
-    Difference,
-    Estimate,
-    TaskComparison,
-    Verdict,
-)
+from nextlat.report.comparison import Difference, Estimate, TaskComparison, Verdict
 from nextlat.results import Metric, Unit
 
 _DECIMALS: dict[Unit, int] = {"share": 1, "nats": 3, "factor": 2, "number": 2}
@@ -41,10 +37,10 @@ def with_error(
         return "not a number"
     scale = 100 if unit == "share" else 1
     decimals = _decimals(value, error, unit) if decimals is None else decimals
-    text = f"{scale * value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
-    if float(text.replace(MINUS, "-")) == 0:
-        text = text.lstrip("+" + MINUS)
-    text += "\N{MULTIPLICATION SIGN}" if unit == "factor" else ""
+    text = f"{scale * value:{'+' if signed else ''}.{decimals}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    text = text.replace("-", MINUS) + "\N{MULTIPLICATION SIGN}" * (unit == "factor")
     if error is not None:
         text += f" ± {scale * error:.{decimals}f}"
     if unit == "share":
@@ -89,23 +85,14 @@ def difference_text(metric: Metric, difference: Difference) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """What may be said about one metric of one model.
+    """What may be said about one metric of one model."""
 
-    Attributes:
-        task: name of the task.
-        metric: key of the metric.
-        model: label of the model.
-        verdict: what both of the following rest on.
-        lead: says it.
-        numbers: prove it.
-    """
-
-    task: str
-    metric: str
-    model: str
-    verdict: Verdict
-    lead: str
-    numbers: str
+    task: str  # its name
+    metric: str  # its key
+    model: str  # its label
+    verdict: Verdict  # what both of the following rest on
+    lead: str  # says it
+    numbers: str  # prove it
 
     @property
     def text(self) -> str:
@@ -115,60 +102,55 @@ class Claim:
 
 def claims(task: TaskComparison) -> list[Claim]:
     """A sentence for every difference: what is better, what is worse, what cannot be told apart,
-    what proves nothing.
+    what proves nothing. Within each, what is surest (most standard errors) comes first."""
 
-    Within each, what is surest (most standard errors) comes first.
-    """
+    def position(item: tuple[Metric, str, Difference]) -> tuple[int, float]:
+        difference = item[2]
+        errors = abs(difference.value) / (difference.stderr or math.inf)
+        order = get_args(Verdict).index(difference.verdict)
+        return order, -errors if math.isfinite(errors) else 0.0
+
     found = [
         (one.metric, label, difference)
         for one in task.metrics
         for label, difference in one.differences.items()
         if one.metric.headline
     ]
-    order = get_args(Verdict)
-    found.sort(key=lambda item: (order.index(item[2].verdict), -_errors(item[2])))
     return [
         Claim(task.task.name, metric.key, label, change.verdict, *_sentence(metric, label, change))
-        for metric, label, change in found
+        for metric, label, change in sorted(found, key=position)
     ]
-
-
-def _errors(difference: Difference) -> float:
-    """How many standard errors a difference is; 0 where that is not known."""
-    errors = abs(difference.value) / (difference.stderr or math.inf)
-    return errors if math.isfinite(errors) else 0.0
 
 
 def summary(task: TaskComparison) -> str:
     """How many differences of each model fell out which way."""
-    words: dict[Verdict, str] = {
+    words = {
         "better": "better",
         "worse": "worse",
         "within noise": "within the noise",
         "no claim": "measured without an error",
     }
-    found = claims(task)
-    parts = []
-    for label in dict.fromkeys(claim.model for claim in found):
-        verdicts = [claim.verdict for claim in found if claim.model == label]
-        counts = [
-            f"{verdicts.count(verdict)} {word}"
-            for verdict, word in words.items()
-            if verdict != "no claim" or verdict in verdicts
-        ]
-        parts.append(f"{label}: {', '.join(counts)}.")
+    verdicts: dict[str, list[str]] = {}
+    for claim in claims(task):
+        verdicts.setdefault(claim.model, []).append(claim.verdict)
+    parts = [f"{label}: {tally(found, words)}." for label, found in verdicts.items()]
     if len(task.seeds) == 1:
         parts.append(f"From one seed ({task.seeds[0]}), with errors over test items.")
     return " ".join(parts)
 
 
+def tally(found: Sequence[str], words: Mapping[str, str]) -> str:
+    """How many of each kind there are; the last, for which nothing is claimed, only if any."""
+    *others, last = words
+    shown = words if last in found else others
+    return ", ".join(f"{found.count(kind)} {words[kind]}" for kind in shown)
+
+
 def _sentence(metric: Metric, label: str, difference: Difference) -> tuple[str, str]:
     noun = metric.noun or metric.title.lower()
-    decimals = _decimals(max(difference.ours, difference.theirs), difference.stderr, metric.unit)
-    ours, theirs = (
-        with_error(value, None, metric.unit, decimals=decimals)
-        for value in (difference.ours, difference.theirs)
-    )
+    values = difference.ours, difference.theirs
+    decimals = _decimals(max(values), difference.stderr, metric.unit)
+    ours, theirs = (with_error(x, None, metric.unit, decimals=decimals) for x in values)
     numbers = f"{ours} against {theirs} ({difference.against}), {_change(metric, difference)}"
     if difference.verdict == "no claim":
         why = (

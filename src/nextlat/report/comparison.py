@@ -38,19 +38,12 @@ CONFIDENCE = 0.95  # of the interval over seeds
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of one model.
+    """A metric of one model. Errors are None where they are unknown."""
 
-    Attributes:
-        value: mean over its seeds.
-        stderr: standard error over seeds; of one seed, over items; None where it is unknown.
-        seeds: seed -> (value, standard error over items).
-        intervals: seed -> 95 % interval, of shares of items.
-    """
-
-    value: float
-    stderr: float | None
-    seeds: dict[int, tuple[float, float | None]]
-    intervals: dict[int, tuple[float, float]]
+    value: float  # mean over its seeds
+    stderr: float | None  # over seeds; of one seed, over items
+    seeds: dict[int, tuple[float, float | None]]  # value and standard error over items
+    intervals: dict[int, tuple[float, float]]  # 95 %, of shares of items, by seed
 
 
 @dataclass(frozen=True)
@@ -65,26 +58,14 @@ class SeedDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """Model minus baseline over the seeds that both have.
+    """Model minus baseline over the seeds that both have."""
 
-    Attributes:
-        value: mean difference.
-        ours: mean of the model.
-        theirs: mean of the baseline, or the fixed value that stands for it.
-        stderr: of the mean difference: over seeds if there are several, over items if there is one;
-            None where it is unknown.
-        items: how many items the error of each seed is over; 0 = it has none.
-        against: what is on the other side.
-        seeds: the differences of the seeds.
-        verdict: see the module.
-    """
-
-    value: float
-    ours: float
-    theirs: float
-    stderr: float | None
-    items: int
-    against: str
+    value: float  # mean difference
+    ours: float  # mean of the model
+    theirs: float  # mean of the baseline, or the fixed value that stands for it
+    stderr: float | None  # of the mean difference: over several seeds, or else over items
+    items: int  # how many the error of each seed is over; 0 = it has none
+    against: str  # what is on the other side
     seeds: dict[int, SeedDifference]
     verdict: Verdict
 
@@ -109,24 +90,14 @@ class SeedSolving:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """All models of one task.
-
-    Attributes:
-        task: what is known of it.
-        models: label -> runs by seed; the baseline first.
-        baseline: its label, None where there is no such run.
-        metrics: in the order of the task.
-        solving: label -> seed -> whether it solves the task; empty where that is no question.
-        caveats: what else differs between the models than the objective, or is missing, one
-            sentence each.
-    """
+    """All models of one task."""
 
     task: TaskFacts
-    models: Models
-    baseline: str | None
-    metrics: list[MetricComparison]
-    solving: dict[str, dict[int, SeedSolving]]
-    caveats: list[str]
+    models: Models  # the baseline first
+    baseline: str | None  # its label, None where there is no such run
+    metrics: list[MetricComparison]  # in the order of the task
+    solving: dict[str, dict[int, SeedSolving]]  # by label and seed; empty where that is no question
+    caveats: list[str]  # see `runs.caveats`
 
     @property
     def runs(self) -> list[Run]:
@@ -152,11 +123,10 @@ def compare(runs: Sequence[Run], baseline: str = BASELINE) -> list[TaskCompariso
     """
     if not runs:
         raise NextLatError("there are no runs to compare: name at least one run directory.")
-    tasks = dict.fromkeys(run.result.task.name for run in runs)
-    return [
-        _compare_task([run for run in runs if run.result.task.name == task], baseline)
-        for task in tasks
-    ]
+    by_task: dict[str, list[Run]] = {}
+    for run in runs:
+        by_task.setdefault(run.result.task.name, []).append(run)
+    return [_compare_task(group, baseline) for group in by_task.values()]
 
 
 def _compare_task(runs: list[Run], baseline: str) -> TaskComparison:
@@ -164,26 +134,21 @@ def _compare_task(runs: list[Run], baseline: str) -> TaskComparison:
     first, group = next(iter(models.items()))
     base = first if first_run(group).result.objective.name == baseline else None
     facts = runs[0].result.task
-    return TaskComparison(
-        task=facts,
-        models=models,
-        baseline=base,
-        metrics=[_compare_metric(key, models, base) for key in _merged(runs)],
-        solving={} if facts.solved is None else _solving(facts.solved, models),
-        caveats=caveats(models, base),
-    )
-
-
-def _merged(runs: list[Run]) -> list[str]:
-    """The keys of all metrics, in an order that agrees with that of every run."""
-    keys: list[str] = []
+    keys: list[str] = []  # in an order that agrees with that of every run
     for run in runs:
         place = 0
         for key in run.metrics:
             if key not in keys:
                 keys.insert(place, key)
             place = keys.index(key) + 1
-    return keys
+    return TaskComparison(
+        task=facts,
+        models=models,
+        baseline=base,
+        metrics=[_compare_metric(key, models, base) for key in keys],
+        solving={} if facts.solved is None else _solving(facts.solved, models),
+        caveats=caveats(models, base),
+    )
 
 
 def _compare_metric(key: str, models: Models, base: str | None) -> MetricComparison:
@@ -226,10 +191,9 @@ def _check_items(keys: set[str], models: Models) -> None:
 def _estimate(runs: dict[int, Run], key: str) -> Estimate:
     seeds = {seed: (run.value(key), run.metrics[key].stderr) for seed, run in runs.items()}
     over_seeds = mean_score([value for value, _ in seeds.values()])
-    error = known(over_seeds.stderr) if len(seeds) > 1 else next(iter(seeds.values()))[1]
-    intervals = {
-        seed: ends for seed, run in runs.items() if (ends := run.metrics[key].interval) is not None
-    }
+    error = _error(over_seeds) if len(seeds) > 1 else next(iter(seeds.values()))[1]
+    found = {seed: run.metrics[key].interval for seed, run in runs.items()}
+    intervals = {seed: interval for seed, interval in found.items() if interval is not None}
     return Estimate(over_seeds.value, error, seeds, intervals)
 
 
@@ -240,37 +204,39 @@ def _pair(run: Run, metric: Metric, other: Run | None) -> Pair | None:
     """A run beside the fixed value of a metric, or else beside a run of the baseline."""
     ours, counterpart = run.scores.get(metric.key), metric.counterpart or metric.key
     if metric.reference is not None:
-        score = None if ours is None else mean_score(ours.per_item - metric.reference)
+        score = ours and mean_score(ours.per_item - metric.reference)
         return run.value(metric.key), metric.reference, score
     if other is None or counterpart not in other.metrics:
         return None
     theirs = other.scores.get(counterpart)
-    score = None if ours is None or theirs is None else paired_difference(ours, theirs)
+    score = paired_difference(ours, theirs) if ours and theirs else None
     return run.value(metric.key), other.value(counterpart), score
 
 
 def _difference(pairs: dict[int, Pair], against: str, direction: bool | None) -> Difference:
     seeds = {}
     for seed, (ours, theirs, score) in pairs.items():
-        error = None if score is None else known(score.stderr)
-        found = verdict(ours - theirs, [(error, ITEM_ERRORS)], direction)
-        seeds[seed] = SeedDifference(ours - theirs, error, found)
-    per_item = [score.per_item for _, _, score in pairs.values() if score is not None]
+        change, error = ours - theirs, _error(score)
+        seeds[seed] = SeedDifference(
+            change, error, verdict(change, [(error, ITEM_ERRORS)], direction)
+        )
+    per_item = [score.per_item for _, _, score in pairs.values() if score]
     joint = mean_score(np.mean(per_item, axis=0)) if len(per_item) == len(pairs) else None
-    item_stderr = None if joint is None else known(joint.stderr)
     mean = mean_score([difference.value for difference in seeds.values()])
-    stderr, tests = item_stderr, [(item_stderr, ITEM_ERRORS)]
+    stderr = _error(joint)
+    tests = [(stderr, ITEM_ERRORS)]
+    has_items = stderr is not None
     if len(pairs) > 1:
         # Student's t, two-sided: 12.7 standard errors of two seeds, 4.3 of three.
         limit = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(pairs) - 1))
-        stderr = known(mean.stderr)
-        tests = [(stderr, limit), *(tests if item_stderr is not None else [])]
+        stderr = _error(mean)
+        tests = [(stderr, limit), *(tests if has_items else [])]
     return Difference(
         value=mean.value,
         ours=float(np.mean([ours for ours, _, _ in pairs.values()])),
         theirs=float(np.mean([theirs for _, theirs, _ in pairs.values()])),
         stderr=stderr,
-        items=0 if joint is None or item_stderr is None else len(joint.per_item),
+        items=len(joint.per_item) if joint and has_items else 0,
         against=against,
         seeds=seeds,
         verdict=verdict(mean.value, tests, direction),
@@ -288,11 +254,10 @@ def verdict(
             error allows no claim.
         direction: whether higher is better; None allows no claim.
     """
-    if direction is None or not math.isfinite(value) or any(error is None for error, _ in tests):
+    limits = [errors * error for error, errors in tests if error is not None]
+    if direction is None or not math.isfinite(value) or len(limits) < len(tests):
         return "no claim"
-    if value == 0 or any(
-        error is not None and abs(value) <= errors * error for error, errors in tests
-    ):
+    if abs(value) <= max(limits, default=0.0):
         return "within noise"
     return "better" if (value > 0) == direction else "worse"
 
@@ -317,15 +282,11 @@ def solved_at(run: Run, loss_below: float | None) -> int | None:
     """
     if loss_below is None:
         return None
-    step = None
-    for at, loss in run.curve(HELD_OUT).T:
-        if loss >= loss_below:
-            step = None
-        elif step is None:
-            step = int(at)
-    return step
+    steps, losses = run.curve(HELD_OUT)
+    unsolved = np.flatnonzero(losses >= loss_below)
+    return next(map(int, steps[unsolved.max(initial=-1) + 1 :]), None)
 
 
-def known(error: float) -> float | None:
-    """A standard error, or None where it is unknown."""
-    return error if math.isfinite(error) else None
+def _error(score: Score | None) -> float | None:
+    """Its standard error, None where it is unknown."""
+    return score.stderr if score and math.isfinite(score.stderr) else None

@@ -1,9 +1,10 @@
 """The report as a document: what a comparison found, put together once for every rendering."""
 
+import itertools
 import json
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nextlat.report.comparison import (
     BASELINE,
     Difference,
     SeedDifference,
+    SeedSolving,
     TaskComparison,
     Verdict,
 )
@@ -38,7 +40,7 @@ from nextlat.report.elements import (
 )
 from nextlat.report.pictures import Drawer
 from nextlat.report.published import RULE, reference, reproduction, reproduction_summary
-from nextlat.report.runs import Run, first_run
+from nextlat.report.runs import Run, first_run, look_up
 
 NONE = "\N{EN DASH}"
 INTRODUCTION = (
@@ -59,20 +61,20 @@ MARKS: dict[Verdict, Mark] = {
     "within noise": Mark("within noise", "≈"),
     "no claim": Mark("no claim"),
 }
-FACTS: dict[str, Callable[[Run], Any]] = {
-    "Recipe": lambda run: run.record["recipe_name"],
-    "Optimiser steps": lambda run: run.recipe["steps"],
-    "Rows per step": lambda run: run.recipe["batch_size"],
-    "Training tokens": lambda run: run.record["tokens"],
-    "Parameters, transformer": lambda run: run.record["parameters"].get("lm"),
-    "Parameters, objective's own": lambda run: run.record["parameters"].get("objective"),
-    "Seeds": lambda run: str(run.result.seed),
-    "Device": lambda run: run.record["device"],
-    "Threads": lambda run: run.record["threads"],
-    "Seconds of training": lambda run: run.record["seconds"],
-    "Versions": lambda run: ", ".join(map(" ".join, run.record["versions"].items())),
-    "Git commit": lambda run: _commit(run.record["git"]),
-    "World": lambda run: run.record["task"]["fingerprint"],
+FACTS = {  # their keys in run.json
+    "Recipe": "recipe_name",
+    "Optimiser steps": "recipe.steps",
+    "Rows per step": "recipe.batch_size",
+    "Training tokens": "tokens",
+    "Parameters, transformer": "parameters.lm",
+    "Parameters, objective's own": "parameters.objective",
+    "Seeds": "seed",
+    "Device": "device",
+    "Threads": "threads",
+    "Seconds of training": "seconds",
+    "Versions": "versions",
+    "Git commit": "git",
+    "World": "task.fingerprint",
 }
 SCALE = 9  # so many of them say how large a run was
 LEFT_OUT = ("--out", "--progress", "--no-progress")  # of commands
@@ -106,19 +108,22 @@ def document(tasks: Sequence[TaskComparison], folder: Path) -> list[Element]:
         Paragraph(ORIGIN, quiet=True),
     ]
     if len(tasks) > 1:
-        said = [
-            (f"{summary(task)} {reproduction_summary(task)}", task.task.title) for task in tasks
+        overview = [
+            Bullet(f"{summary(task)} {reproduction_summary(task)}", task.task.title, link=True)
+            for task in tasks
         ]
-        parts.append(Bullets([Bullet(text, title, link=True) for text, title in said]))
+        parts.append(Bullets(overview))
     with warnings.catch_warnings():  # letters that the font lacks, labels that leave no room
         warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not", UserWarning)
         for task in tasks:
             parts += _task(task, Drawer(task, folder, task.task.name if len(tasks) > 1 else ""))
-    metrics = [one.metric for task in tasks for one in task.metrics if one.metric.definition]
-    defined = [
-        Bullet(m.definition + (f" ({m.source})" if m.source else ""), lead=m.title) for m in metrics
-    ]
-    return [*parts, Heading("What was measured", 2), Bullets([*dict.fromkeys(defined)])]
+    defined = dict.fromkeys(
+        Bullet(m.definition + (f" ({m.source})" if m.source else ""), lead=m.title)
+        for task in tasks
+        for m in (one.metric for one in task.metrics)
+        if m.definition
+    )
+    return [*parts, Heading("What was measured", 2), Bullets([*defined])]
 
 
 def digest(tasks: Sequence[TaskComparison]) -> list[Element]:
@@ -161,8 +166,7 @@ def _findings(task: TaskComparison) -> list[Element]:
     if not said and not unclear:
         return []
     parts: list[Element] = [Heading("Findings", 3), Paragraph(summary(task))]
-    if said:
-        parts.append(Bullets(said, "findings"))
+    parts.append(Bullets(said, "findings"))
     if unclear:
         count = f"{len(unclear)} difference{'s' * (len(unclear) > 1)}"
         folded = Bullets(unclear, "findings")
@@ -177,9 +181,9 @@ def _measurements(task: TaskComparison) -> tuple[Table, Bullets]:
         cells = []
         for label in task.models:
             estimate, difference = one.estimates.get(label), one.differences.get(label)
-            text = NONE if estimate is None else estimate_text(one.metric, estimate)
-            compared = difference is not None and one.metric.reference is None
-            change = difference_text(one.metric, difference) if difference and compared else ""
+            text = estimate_text(one.metric, estimate) if estimate else NONE
+            compared = difference if one.metric.reference is None else None
+            change = difference_text(one.metric, compared) if compared else ""
             cells.append(Cell(text, change, _claimed(difference)))
         rows.append(([titled(one.metric)], cells))
     pinned = int(task.baseline is not None)
@@ -193,15 +197,12 @@ def _every_seed(task: TaskComparison) -> list[Element]:
     rows = []
     for one in task.metrics:
         for label, estimate in one.estimates.items():
-            difference = one.differences.get(label)
-            by_seed = difference.seeds if difference is not None else {}
-            cells = [
-                Cell(
-                    seed_text(one.metric, estimate, seed) if seed in estimate.seeds else NONE,
-                    mark=_claimed(by_seed.get(seed)),
-                )
-                for seed in task.seeds
-            ]
+            difference, cells = one.differences.get(label), []
+            for seed in task.seeds:
+                there = seed in estimate.seeds
+                mark = _claimed(difference.seeds.get(seed)) if difference else None
+                text = seed_text(one.metric, estimate, seed) if there else NONE
+                cells.append(Cell(text, mark=mark))
             rows.append(([one.metric.title, label], cells))
     table = Table(["metric", "model"], [f"seed {seed}" for seed in task.seeds], rows)
     return [Details("Every seed by itself", [Paragraph(BY_ITEMS, quiet=True), table])]
@@ -221,16 +222,9 @@ def _solving(task: TaskComparison) -> list[Element]:
     seeds = sorted({seed for found in task.solving.values() for seed in found})
     rows = []
     for label, found in task.solving.items():
-        cells = [Cell(f"{sum(one.solved for one in found.values())} of {len(found)}")]
-        for seed in seeds:
-            one = found.get(seed)
-            if one is None:
-                cells.append(Cell(NONE))
-            elif not one.solved:
-                cells.append(Cell("not solved"))
-            else:
-                cells.append(Cell("solved" if one.step is None else f"from step {one.step:,}"))
-        rows.append(([label], cells))
+        solved = f"{sum(one.solved for one in found.values())} of {len(found)}"
+        texts = [solved, *(_state(found.get(seed)) for seed in seeds)]
+        rows.append(([label], [Cell(text) for text in texts]))
     head = ["solved", *(f"seed {seed}" for seed in seeds)]
     return [
         Heading("Which seeds solve it", 3),
@@ -239,16 +233,20 @@ def _solving(task: TaskComparison) -> list[Element]:
     ]
 
 
+def _state(one: SeedSolving | None) -> str:
+    if one is None or not one.solved:
+        return NONE if one is None else "not solved"
+    return "solved" if one.step is None else f"from step {one.step:,}"
+
+
 def _reproduced(task: TaskComparison) -> list[Element]:
     """What is published beside what was measured here."""
     rows = []
     found = reproduction(task)
     for one in found:
-        if isinstance(one.published, str):
-            published = one.published
-        else:
-            figures = (with_error(value, None, one.metric.unit) for value in one.published)
-            published = " against ".join(figures)
+        published = one.published
+        if not isinstance(published, str):
+            published = " against ".join(with_error(x, None, one.metric.unit) for x in published)
         published += f" (d={one.horizon})" if one.horizon is not None else ""
         change = "" if one.difference is None else difference_text(one.metric, one.difference)
         here = Cell(estimate_text(one.metric, one.estimate), change)
@@ -276,19 +274,18 @@ def _published(task: TaskComparison) -> list[Element]:
     here = [one.metric.published for one in task.metrics]
     keys = sorted(published.figures, key=lambda key: here.index(key) if key in here else len(here))
     shown = [published.figures[key] for key in keys]
-    methods = dict.fromkeys(method for figures in shown for method in figures.by_method)
-    rows = []
-    for method in methods:
-        known = [(figures.by_method.get(method), figures.unit) for figures in shown]
-        texts = (NONE if x is None else with_error(x, None, unit) for x, unit in known)
-        rows.append(([method], [Cell(text) for text in texts]))
+    rows: dict[str, list[Cell]] = {method: [] for figures in shown for method in figures.by_method}
+    for figures in shown:
+        for method, cells in rows.items():
+            figure = figures.by_method.get(method)
+            cells.append(Cell(NONE if figure is None else with_error(figure, None, figures.unit)))
     scale = (
         f"Not comparable number by number, these are of {published.setting} ({published.source}). "
         "What can be compared is which method is ahead."
     )
     content: list[Element] = [
         Paragraph(scale),
-        Table(["method"], [figures.title for figures in shown], rows),
+        Table(["method"], [figures.title for figures in shown], [([m], rows[m]) for m in rows]),
         Bullets([Bullet(f"{one.text}.", ", ".join(one.methods)) for one in published.sayings]),
     ]
     return [Details("Published figures, on another scale", content)]
@@ -297,10 +294,8 @@ def _published(task: TaskComparison) -> list[Element]:
 def _making(task: TaskComparison) -> list[Element]:
     """How the runs of every model were made."""
     known = [_facts(runs.values()) for runs in task.models.values()]
-    rows = [([name], [Cell(facts[name]) for facts in known]) for name in known[0]]
-    commands = dict.fromkeys(
-        _command(run) for runs in task.models.values() for run in runs.values()
-    )
+    rows = [([name], [Cell(facts[name]) for facts in known]) for name in FACTS]
+    commands = dict.fromkeys(map(_command, task.runs))
     recipes = []
     for label, runs in task.models.items():
         recipe = {**first_run(runs).recipe, "seed": [*runs]}
@@ -316,17 +311,20 @@ def _making(task: TaskComparison) -> list[Element]:
 
 def _facts(runs: Iterable[Run]) -> dict[str, str]:
     """What to know of one model's runs; facts that differ between its seeds are all given."""
-    found = {name: dict.fromkeys(_fact(of(run)) for run in runs) for name, of in FACTS.items()}
-    return {name: ", ".join(values) for name, values in found.items()}
+    return {
+        name: ", ".join(dict.fromkeys(_fact(key, look_up(run.record, key)) for run in runs))
+        for name, key in FACTS.items()
+    }
 
 
-def _fact(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, int | float) else value or NONE
-
-
-def _commit(name: str | None) -> str | None:
-    """Shortened; the plus sign of changed files stays."""
-    return name and name[:12] + "+" * name.endswith("+")
+def _fact(key: str, value: Any) -> str:
+    if key == "git" and value:  # shortened; the plus sign of changed files stays
+        return value[:12] + "+" * value.endswith("+")
+    if isinstance(value, Mapping):
+        return ", ".join(map(" ".join, value.items()))
+    if isinstance(value, int | float) and key != "seed":
+        return f"{value:,.0f}"
+    return NONE if value in (None, "") else str(value)
 
 
 def _scale(task: TaskComparison) -> str:
@@ -334,10 +332,9 @@ def _scale(task: TaskComparison) -> str:
     known = {label: _facts(runs.values()) for label, runs in task.models.items()}
     parts = []
     for name in [*FACTS][:SCALE]:
-        values = {label: facts[name] for label, facts in known.items()}
-        shown = [f"{value} ({label})" for label, value in values.items()]
-        if len({*values.values()}) == 1:
-            shown = [*values.values()][:1]
+        shown = [*dict.fromkeys(facts[name] for facts in known.values())]
+        if len(shown) > 1:
+            shown = [f"{facts[name]} ({label})" for label, facts in known.items()]
         parts.append(f"{name[0].lower()}{name[1:]}: {'; '.join(shown)}")
     return " \N{MIDDLE DOT} ".join(parts)
 
@@ -348,7 +345,7 @@ def _command(run: Run) -> str:
     words = run.record["command"][1:]
     kept = [
         word
-        for before, word in zip(["", *words], words, strict=False)
+        for before, word in itertools.pairwise(["nextlat", *words])
         if before != "--out" and word.partition("=")[0] not in LEFT_OUT
     ]
     return shlex.join(["nextlat", *kept]) if words else NONE

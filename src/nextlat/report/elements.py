@@ -69,21 +69,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        names: heads of the columns that name a row.
-        head: of the other columns.
-        rows: (the names of a row, its cells).
-        pinned: how many cells of a row stand in every part of a table that is too wide.
-        words: whether the cells are sentences, set from the left and broken into lines.
-    """
-
-    names: Sequence[str]
-    head: Sequence[str]
-    rows: Sequence[tuple[Sequence[str], Sequence[Cell]]]
-    pinned: int = 0
-    words: bool = False
+    names: Sequence[str]  # heads of the columns that name a row
+    head: Sequence[str]  # of the other columns
+    rows: Sequence[tuple[Sequence[str], Sequence[Cell]]]  # (the names of a row, its cells)
+    pinned: int = 0  # how many cells of a row stand in every part of a table that is too wide
+    words: bool = False  # cells are sentences, set from the left and broken into lines
 
 
 @dataclass(frozen=True)

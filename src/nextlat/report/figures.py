@@ -5,6 +5,7 @@ matplotlib's Figure objects only, without global state. Colours: Okabe & Ito, sa
 colour-blind.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Container, Sequence
@@ -91,29 +92,30 @@ def _draw_metric(ax: Axes, task: TaskComparison, one: MetricComparison) -> None:
 
 def chart(task: TaskComparison, name: str) -> Figure | None:
     """The curves of all models and seeds of one chart."""
-    having = {
-        label: {s: one for s, run in runs.items() for one in run.result.charts if one.name == name}
+    charts = {
+        (label, seed): one
         for label, runs in task.models.items()
+        for seed, run in runs.items()
+        for one in run.result.charts
+        if one.name == name
     }
-    first = next(one for found in having.values() for one in found.values())
+    first = next(iter(charts.values()))
     minus = first.minus_baseline
-    base = having.get(task.baseline or "", {})
     lines = [
         (label, line)
-        for label, found in having.items()
+        for (label, seed), one in charts.items()
         if not (minus and label == task.baseline)  # which is the line at 0
-        for seed, one in found.items()
-        for line in (_minus(one, base.get(seed)) if minus else one.lines)
+        for line in (_minus(one, charts.get((task.baseline or "", seed))) if minus else one.lines)
     ]
     if not lines:
         return None
     figure, colors = new_figure(2.9), model_colors(task)
     ax = figure.add_subplot()
     series = dict.fromkeys(line.series for _, line in lines)
-    styles = {name: STYLES[place % len(STYLES)] for place, name in enumerate(series)}
+    styles: dict[str, Any] = dict(zip(series, itertools.cycle(STYLES), strict=False))
     for label, line in lines:
         x = range(line.first, line.first + len(line.values))
-        style: dict[str, Any] = {"linestyle": styles[line.series], **(DOTS if line.dots else {})}
+        style = {"linestyle": styles[line.series], **(DOTS if line.dots else {})}
         ax.plot(x, line.values, color=colors[label], linewidth=1.1, **style)
     for mark in first.marks:
         _draw_mark(ax, mark)
@@ -123,26 +125,20 @@ def chart(task: TaskComparison, name: str) -> Figure | None:
         title, shown = f"{title}, minus that of {task.baseline}", {*shown, task.baseline}
     finish(ax, title + ", nats" * (first.unit == "nats"), TITLE_LINE)
     _set_axes(ax, first)
-    legend(
-        figure,
-        [
-            *model_handles(task, shown),
-            *(_handle(one, linewidth=1.1, linestyle=styles[one]) for one in series if one),
-        ],
-    )
+    named = [_handle(one, linewidth=1.1, linestyle=style) for one, style in styles.items() if one]
+    legend(figure, [*model_handles(task, shown), *named])
     return figure
 
 
 def _minus(one: Chart, base: Chart | None) -> list[Line]:
     """Its lines minus those of the baseline at the same seed, without what that has no line for."""
-    theirs = {line.series: line for line in base.lines} if base is not None else {}
-    found = []
-    for line in one.lines:
-        other = theirs.get(line.series)
-        if other is not None and (other.first, len(other.values)) == (line.first, len(line.values)):
-            values = np.subtract(line.values, other.values).tolist()
-            found.append(line.model_copy(update={"values": values}))
-    return found
+    theirs = base.lines if base is not None else []
+    known = {(line.series, line.first, len(line.values)): line.values for line in theirs}
+    return [
+        line.model_copy(update={"values": np.subtract(line.values, other).tolist()})
+        for line in one.lines
+        if (other := known.get((line.series, line.first, len(line.values)))) is not None
+    ]
 
 
 def _draw_mark(ax: Axes, mark: Mark) -> None:
@@ -150,10 +146,12 @@ def _draw_mark(ax: Axes, mark: Mark) -> None:
     if mark.x is not None:
         ax.axvline(mark.x, **{**GUIDE, "linestyle": (0, (1, 2))})
         ax.annotate(text, (mark.x, 0.02), (4, 0), xycoords=("data", "axes fraction"), **NOTE)
-    if mark.y is not None and mark.start is not None and mark.end is not None:
+    if mark.y is None:
+        return
+    if mark.start is not None and mark.end is not None:
         ax.plot([mark.start, mark.end], [mark.y, mark.y], **GUIDE)
         ax.annotate(text, (mark.end, mark.y), (4, 0), va="center", **NOTE)
-    elif mark.y is not None:
+    else:
         ax.axhline(mark.y, **GUIDE)
         at = ("axes fraction", "data")
         ax.annotate(text, (1, mark.y), (-4, 3), xycoords=at, ha="right", **NOTE)
@@ -256,9 +254,6 @@ def _fit(ax: Axes, curves: Sequence[np.ndarray]) -> None:
         ax.set_ylim(float(shown.min()) - margin, float(shown.max()) + margin)
 
 
-# ---- what they share ----
-
-
 def new_figure(height: float) -> Figure:
     """An empty figure of the usual width, this many inches high."""
     layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.07, wspace=0.03, hspace=0.05)
@@ -282,11 +277,8 @@ def model_colors(task: TaskComparison) -> dict[str, str]:
 
 def model_handles(task: TaskComparison, labels: Container[str]) -> list[Line2D]:
     """What a legend shows of some models."""
-    return [
-        _handle(label, color=color, linewidth=2.2)
-        for label, color in model_colors(task).items()
-        if label in labels
-    ]
+    shown = [(label, color) for label, color in model_colors(task).items() if label in labels]
+    return [_handle(label, color=color, linewidth=2.2) for label, color in shown]
 
 
 def _handle(label: str, **style: Any) -> Line2D:

@@ -1,5 +1,5 @@
 """A report on disk: PNG figures, comparison.json, and report.html with all of it inside; beside
-them, if wanted, Markdown."""
+them, if wanted, Markdown. And its tables in a terminal."""
 
 import json
 import os
@@ -8,17 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+
 from nextlat.files import TEMPORARY, move_into, remove, write_errors, write_text
 from nextlat.report.claims import claims
 from nextlat.report.comparison import BASELINE, TaskComparison, compare
-from nextlat.report.document import document, headline
+from nextlat.report.document import digest, document, headline
 from nextlat.report.published import reproduction
 from nextlat.report.render import markdown as render_markdown
-from nextlat.report.render import page
+from nextlat.report.render import page, terminal
 from nextlat.report.runs import Run
 from nextlat.results import Metric
 
 PAGE, COMPARISON = "report.html", "comparison.json"
+
+
+def terminal_table(tasks: Sequence[TaskComparison]) -> RenderableType:
+    """The measurements of every task that `compare` found, for rich to print."""
+    return terminal(digest(tasks))
 
 
 def write_report(
@@ -71,11 +78,7 @@ def write_report(
 
 
 def content(tasks: Sequence[TaskComparison]) -> dict[str, Any]:
-    """What comparison.json holds; numbers that are not finite are None.
-
-    Args:
-        tasks: what was compared.
-    """
+    """What comparison.json holds of a comparison; numbers that are not finite are None."""
     found = {
         "tasks": [
             {
@@ -87,11 +90,8 @@ def content(tasks: Sequence[TaskComparison]) -> dict[str, Any]:
                     for label, runs in task.models.items()
                 },
                 "caveats": task.caveats,
-                "solving": {
-                    label: {seed: asdict(one) for seed, one in seeds.items()}
-                    for label, seeds in task.solving.items()
-                },
-                "metrics": [asdict(one) for one in task.metrics],
+                "solving": task.solving,
+                "metrics": task.metrics,
             }
             for task in tasks
         ],
@@ -107,8 +107,8 @@ def content(tasks: Sequence[TaskComparison]) -> dict[str, Any]:
             for one in reproduction(task)
         ],
     }
-    return json.loads(json.dumps(found, default=_key), parse_constant=lambda _: None)
 
+    def plain(one: Any) -> Any:
+        return one.key if isinstance(one, Metric) else asdict(one)
 
-def _key(metric: Metric) -> str:
-    return metric.key
+    return json.loads(json.dumps(found, default=plain), parse_constant=lambda _: None)

@@ -8,6 +8,7 @@ or worse.
 from dataclasses import dataclass
 from typing import Literal
 
+from nextlat.report.claims import tally
 from nextlat.report.comparison import Difference, Estimate, MetricComparison, TaskComparison
 from nextlat.report.runs import first_run
 from nextlat.results import Metric, ObjectiveFacts, Published
@@ -28,25 +29,15 @@ RULE = (
 
 @dataclass(frozen=True)
 class Reproduction:
-    """One metric of one model beside what is published of its method.
-
-    Attributes:
-        metric: ours.
-        model: label of ours.
-        published: (the method's figure, the baseline's), or what the paper says in words.
-        estimate: of this model.
-        difference: to the baseline; None of the baseline itself.
-        outcome: of the two directions.
-        horizon: of the method's figure, if it is not ours.
-    """
+    """One metric of one model beside what is published of its method."""
 
     metric: Metric
-    model: str
-    published: tuple[float, float] | str
+    model: str  # label of ours
+    published: tuple[float, float] | str  # the method's figure and the baseline's, or words
     estimate: Estimate
-    difference: Difference | None
+    difference: Difference | None  # to the baseline; None of the baseline itself
     outcome: Outcome
-    horizon: int | None = None
+    horizon: int | None = None  # of the method's figure, if it is not ours
 
 
 def reference(task: TaskComparison) -> str | None:
@@ -126,19 +117,14 @@ def reproduction_summary(task: TaskComparison) -> str:
         return ""
     if {*outcomes} == {"in words only"}:
         return "The paper gives words here, and no figures."
-    words: dict[Outcome, str] = {
+    words = {
         "same direction": "in the same direction here",
         "opposite": "in the opposite one",
         "within noise here": "within the noise",
         "no claim here": "without an error here",
     }
-    counts = [
-        f"{outcomes.count(name)} {text}"
-        for name, text in words.items()
-        if name != "no claim here" or name in outcomes
-    ]
     total = sum(outcome in words for outcome in outcomes)
     if not total:
         return f"No difference to {reference(task)} is published."
     differences = f"{total} published difference{'s' * (total > 1)}"
-    return f"Of {differences} to {reference(task)}: {', '.join(counts)}."
+    return f"Of {differences} to {reference(task)}: {tally(outcomes, words)}."

@@ -8,7 +8,7 @@ import base64
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from string import Template
 from urllib.parse import quote
@@ -100,11 +100,10 @@ def terminal(elements: Iterable[Element]) -> RenderableType:
     return Group(*parts)
 
 
-def _grids(table: Table) -> list[Grid]:
+def _grids(table: Table) -> Iterator[Grid]:
     """Parts of about equal width."""
     pinned, others = range(table.pinned), range(table.pinned, len(table.head))
     count = math.ceil(len(others) / (COLUMNS - table.pinned)) or 1
-    grids = []
     for part in np.array_split(others, count):
         columns = [*pinned, *part]
         grid = Grid(pad_edge=False, box=None)
@@ -116,8 +115,7 @@ def _grids(table: Table) -> list[Grid]:
         for names, cells in table.rows:
             shown = [_terminal_cell(cells[c], beside=len(columns) <= NARROW) for c in columns]
             grid.add_row(*(Text(plain(name)) for name in names), *shown)
-        grids.append(grid)
-    return grids
+        yield grid
 
 
 def _terminal_cell(cell: Cell, *, beside: bool) -> Text:
@@ -188,7 +186,7 @@ class _Markdown:
 
     def names(self, names: Sequence[str]) -> list[str]:
         """The cells that name a row, or in the head those columns."""
-        return [_escaped(name) for name in names]
+        return [*map(_escaped, names)]
 
     def cell(self, cell: Cell) -> str:
         beside = ", ".join(filter(None, (cell.change, str(cell.mark or ""))))

@@ -16,7 +16,7 @@ from nextlat.objectives import OBJECTIVES
 from nextlat.results import RESULTS, SCORES, MeasuredMetric, Result, read_results, read_scores
 from nextlat.scores import Score
 from nextlat.training.recipe import differences
-from nextlat.training.run_directory import read_metrics, read_record
+from nextlat.training.run_directory import read_finished, read_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +95,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def _read_run(path: Path) -> Run:
-    record = read_record(path)
-    if record is None:
-        raise NextLatError(
-            f"{path} is not a run directory (no run.json): name one that 'nextlat train' made."
-        )
-    if record["status"] != "finished":
-        raise NextLatError(
-            f"the run {path} is not finished: give the command that started it again, then "
-            f"'nextlat evaluate {path}'."
-        )
+    made = "name one that 'nextlat train' made"
+    record = read_finished(path, made, f"then 'nextlat evaluate {path}'")
     again = f"run 'nextlat evaluate {path}' again"
     results = read_results(path)
     if len(results) != 1:
@@ -180,7 +172,7 @@ def group_models(runs: list[Run], baseline: str) -> Models:
                 f"{', '.join(keys)}): name those of one."
             )
         for recipe, group in zip(recipes, found, strict=True):
-            apart = [f"{key.split('.')[-1]}={_look_up(recipe, key)}" for key in keys]
+            apart = [f"{key.split('.')[-1]}={look_up(recipe, key)}" for key in keys]
             models[", ".join([name, *apart])] = group
     return models
 
@@ -200,7 +192,7 @@ def caveats(models: Models, base: str | None) -> list[str]:
     for label, runs in models.items():
         ours = first_run(runs)
         for key in _unlike(theirs, ours):
-            a, b = _look_up(_model_recipe(ours), key), _look_up(_model_recipe(theirs), key)
+            a, b = look_up(_model_recipe(ours), key), look_up(_model_recipe(theirs), key)
             found.append(f"Not trained alike: {key} is {a} for {label} and {b} for {base}.")
         if alone := sorted(models[base].keys() ^ runs.keys()):
             seeds = f"Seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
@@ -232,7 +224,7 @@ def _model_recipe(run: Run) -> dict[str, Any]:
     return {**kept, "precision": run.recipe["run"]["precision"]}
 
 
-def _look_up(table: Any, dotted: str) -> Any:
+def look_up(table: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         table = table.get(key) if isinstance(table, Mapping) else None
     return table

@@ -4,7 +4,7 @@ Shapes: P problems, B problems of the running batch, T tokens of a prompt, A tok
     D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ def symbol_tokenizer(
     Args:
         symbols: their tokens start at `FIRST_SYMBOL`, in this order.
         numbers: how many integers; their tokens come after those of the symbols.
-        spaces: the characters that separate tokens and are none themselves, as inside the brackets
-            of a regular expression.
+        spaces: characters between tokens, as inside the brackets of a regular expression.
     """
     splits = [
         pre_tokenizers.Split(Regex(f"[{spaces}]+"), "removed"),
@@ -55,17 +54,15 @@ def generate_answers(
     Args:
         prompts: (P, T) token ids.
         length: A.
-        seed: None = greedy; otherwise sampled at temperature 1, by a uniform number for every
-            problem and position that depends on the seed alone, so that two models meet the same
-            draws, in batches of any size.
+        seed: None = greedy; otherwise sampled at temperature 1, by uniform numbers that depend on
+            the seed alone, so that two models meet the same draws, in batches of any size.
         batch_size: prompts continued at a time.
     """
     found = np.empty((len(prompts), length), dtype=np.int64)
     draws = None if seed is None else np.random.default_rng(seed).random(found.shape)
     with evaluation_mode(model):
-        for first in range(0, len(prompts), batch_size):
-            rows, past = slice(first, first + batch_size), None
-            input_ids = torch.from_numpy(prompts[rows].astype(np.int64)).to(model.device)
+        for rows, input_ids in _batches(model, prompts, batch_size):
+            past = None
             for i in range(length):
                 h_BTD, past = model.step(input_ids, past)
                 logits_BV = model.next_token_logits(h_BTD[:, -1])
@@ -95,10 +92,14 @@ def forced_answers(
     """
     found = np.empty((len(tokens), tokens.shape[1] - prompt_length), dtype=np.int64)
     with evaluation_mode(model):
-        for first in range(0, len(tokens), batch_size):
-            rows = slice(first, first + batch_size)
-            input_ids = torch.from_numpy(tokens[rows, :-1].astype(np.int64)).to(model.device)
+        for rows, input_ids in _batches(model, tokens[:, :-1], batch_size):
             h_BTD, _ = model.step(input_ids, None)
             logits_BAV = model.next_token_logits(h_BTD[:, prompt_length - 1 :])
             found[rows] = logits_BAV.argmax(-1).cpu().numpy()
     return found
+
+
+def _batches(model: SequenceModel, tokens: np.ndarray, size: int) -> Iterator[tuple[slice, Tensor]]:
+    for first in range(0, len(tokens), size):
+        rows = slice(first, first + size)
+        yield rows, torch.from_numpy(tokens[rows].astype(np.int64)).to(model.device)

@@ -33,7 +33,7 @@ from nextlat.results import (
     PublishedFigures,
     Saying,
 )
-from nextlat.scores import Score, mean_score
+from nextlat.scores import mean_score
 from nextlat.tasks.answers import END, FIRST_SYMBOL, SAMPLED, generate_answers, symbol_tokenizer
 from nextlat.tasks.countdown_problems import (
     OPERATIONS,
@@ -74,11 +74,11 @@ _declare = partial(Metric, source=f"Gandhi et al. 2024; {NEXTLAT}", items="probl
 def solved(split: Split, *, sampled: bool = False) -> Metric:
     """Share of problems solved, greedily or by one sampled answer."""
     how = "by one answer for each, sampled at temperature 1," if sampled else "greedily"
+    by = " by one sampled answer" * sampled
     return _declare(
         name="solved",
-        title=f"Solved, {TARGETS[split]}{' (sampled)' if sampled else ''}",
-        noun=f"share of problems solved{' by one sampled answer' if sampled else ''} with "
-        f"{TARGETS[split]}",
+        title=f"Solved, {TARGETS[split]}{' (sampled)' * sampled}",
+        noun=f"share of problems solved{by} with {TARGETS[split]}",
         definition=f"Share of unseen problems ({TARGETS[split]}) that the model solves {how} by "
         "any valid derivation: each number used once, every equation true, the last one yielding "
         "the target.",
@@ -161,12 +161,13 @@ def rows(problems: Problems, pause: int) -> np.ndarray:
 
 def read_equation(tokens: Sequence[int]) -> Equation | None:
     """The equation that five tokens are, or None."""
-    if len(tokens) != 5 or min(tokens[0], tokens[2], tokens[4]) < ZERO or tokens[3] != EQUALS:
+    if len(tokens) != 5:
         return None
-    operation = tokens[1] - FIRST_OPERATION
-    if not 0 <= operation < len(OPERATIONS):
+    a, operation, b, equals, result = tokens
+    signs = range(FIRST_OPERATION, FIRST_OPERATION + len(OPERATIONS))
+    if min(a, b, result) < ZERO or operation not in signs or equals != EQUALS:
         return None
-    return tokens[0] - ZERO, OPERATIONS[operation], tokens[2] - ZERO, tokens[4] - ZERO
+    return a - ZERO, OPERATIONS[operation - FIRST_OPERATION], b - ZERO, result - ZERO
 
 
 def verdict(numbers: Sequence[int], target: int, answer: Sequence[int]) -> Verdict:
@@ -174,20 +175,18 @@ def verdict(numbers: Sequence[int], target: int, answer: Sequence[int]) -> Verdi
     if END not in answer:
         return Verdict.NO_END
     body = list(answer[: list(answer).index(END)])
-    equations = [read_equation(body[at : at + SLOT - 1]) for at in range(0, len(body), SLOT)]
-    commas = body[SLOT - 1 :: SLOT]  # one fewer than equations, if all is well
-    if (
-        None in equations
-        or any(token != COMMA for token in commas)
-        or (body and len(commas) == len(equations))
-    ):
+    starts = range(0, len(body), SLOT)
+    equations = [e for at in starts if (e := read_equation(body[at : at + SLOT - 1]))]
+    commas = body[SLOT - 1 :: SLOT]
+    well_formed = len(equations) == len(starts) and {*commas} <= {COMMA}
+    if body and not (well_formed and len(commas) == len(equations) - 1):
         return Verdict.MALFORMED
-    return judge(numbers, target, [equation for equation in equations if equation is not None])
+    return judge(numbers, target, equations)
 
 
 class Countdown(Task):
-    """See the module. All problems are a function of the settings alone, the order of training of
-    the seed."""
+    """See the module; the problems depend on the settings alone, the order of training on the
+    seed."""
 
     name = "countdown"
     title = "Countdown"
@@ -229,27 +228,19 @@ class Countdown(Task):
             "held-out": targets[:held_out],
         }
         self._tests = {
-            split: self._draw(split, config.tests, stream)
-            for stream, split in enumerate(SPLITS, start=1)
+            split: self._draw(split, config.tests, stream) for stream, split in enumerate(SPLITS, 1)
         }
 
     def _draw(
         self, split: Split, count: int, stream: int, refused: np.ndarray | None = None
     ) -> Problems:
-        return draw_problems(
-            self.targets[split],
-            count,
-            np.random.default_rng(stream),
-            numbers=self.config.numbers,
-            max_number=self.config.max_number,
-            max_value=self.config.max_value,
-            refused=refused,
-        )
+        limits = self.config.model_dump(include={"numbers", "max_number", "max_value"})
+        rng = np.random.default_rng(stream)
+        return draw_problems(self.targets[split], count, rng, **limits, refused=refused)
 
     @cached_property
     def _problems(self) -> Problems:
-        """The training problems, made when training asks for them: some ten seconds for the paper's
-        500,000."""
+        """For training, made when it asks for them: some ten seconds for the paper's 500,000."""
         return self._draw("seen", self.config.problems, 3, refused=self._tests["seen"].keys())
 
     def _rows(self, problems: Problems) -> np.ndarray:
@@ -276,8 +267,7 @@ class Countdown(Task):
     def metrics(self) -> Sequence[Metric]:
         equations = range(1, self.config.numbers)
         return [
-            *(solved(split) for split in SPLITS),
-            *(solved(split, sampled=True) for split in SPLITS),
+            *(solved(split, sampled=sampled) for sampled in (False, True) for split in SPLITS),
             *(true_equation(i, split) for i in equations for split in SPLITS),
         ]
 
@@ -291,14 +281,14 @@ class Countdown(Task):
         lines = []
         for split in SPLITS:
             answers = self._answers(model, split)
-            found.append(Measurement(solved(split), self._share_solved(answers, split)))
+            found.append(self._solved(answers, split))
             shares = []
             for i in range(1, self.config.numbers):
-                tokens = answers[:, SLOT * (i - 1) : SLOT * i - 1].tolist()
-                given = map(read_equation, tokens)
+                given = map(read_equation, answers[:, SLOT * (i - 1) : SLOT * i - 1].tolist())
                 true = [e is not None and arithmetic(e) is Verdict.SOLVED for e in given]
-                found.append(Measurement(true_equation(i, split), mean_score(true)))
-                shares.append(float(np.mean(true)))
+                score = mean_score(true)
+                found.append(Measurement(true_equation(i, split), score))
+                shares.append(score.value)
             lines.append(Line(values=shares, series=TARGETS[split], dots=True))
         chart = Chart(
             name="equations",
@@ -313,15 +303,12 @@ class Countdown(Task):
     def sampled_answers(self, model: ObjectiveModel, seed: int = 0) -> list[Measurement]:
         """Share of test problems that one answer sampled at temperature 1 solves."""
         return [
-            Measurement(
-                solved(split, sampled=True),
-                self._share_solved(self._answers(model, split, seed), split),
-            )
-            for split in SPLITS
+            self._solved(self._answers(model, split, seed), split, sampled=True) for split in SPLITS
         ]
 
-    def _share_solved(self, answers: np.ndarray, split: Split) -> Score:
-        return mean_score([v is Verdict.SOLVED for v in self.verdicts(answers, split)])
+    def _solved(self, answers: np.ndarray, split: Split, *, sampled: bool = False) -> Measurement:
+        score = mean_score([v is Verdict.SOLVED for v in self.verdicts(answers, split)])
+        return Measurement(solved(split, sampled=sampled), score)
 
     def _answers(self, model: ObjectiveModel, split: Split, seed: int | None = None) -> np.ndarray:
         """(P, A) answers, greedy or sampled (seed), padded after their first `end`."""
@@ -343,12 +330,12 @@ class Countdown(Task):
         for split in SPLITS:
             answers = self._answers(model, split)
             verdicts = self.verdicts(answers, split)
-            examples = {}
+            lines = np.concatenate([self._prompts(split), answers], axis=1)
+            counts, examples = {}, {}
             for kind in Verdict:
-                chosen = [i for i, v in enumerate(verdicts) if v is kind][:EXAMPLES]
-                lines = np.concatenate([self._prompts(split)[chosen], answers[chosen]], axis=1)
-                examples[str(kind)] = [self.text(line) for line in lines]
-            counts = {str(kind): verdicts.count(kind) for kind in Verdict}
+                chosen = lines[[v is kind for v in verdicts]]
+                counts[str(kind)] = len(chosen)
+                examples[str(kind)] = [self.text(line) for line in chosen[:EXAMPLES]]
             record[split] = {"counts": counts, "examples": examples}
         return [(Picture(file="rejections.json"), record)]
 

@@ -88,11 +88,9 @@ def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
     values, row = numbers.astype(np.int64), np.arange(count)
     found = np.empty((count, n - 1, 4), dtype=np.int64)
     for m, (pair, operation) in zip(range(n, 1, -1), reversed(steps), strict=True):
-        chosen = np.array(_pairs(m))[pair]
-        rest = np.array(
-            [[k for k in range(m) if k not in both] for both in _pairs(m)], dtype=np.int64
-        )[pair]
-        a, b = values[row, chosen[:, 0]], values[row, chosen[:, 1]]
+        pairs = np.array(_pairs(m))
+        rest = np.array([np.delete(np.arange(m), both) for both in pairs])[pair]
+        a, b = values[row, pairs[pair].T]
         swapped = (operation >= 2) & (a < b)
         a, b = np.where(swapped, b, a), np.where(swapped, a, b)
         result = np.choose(operation, [a + b, a * b, a - b, a // np.maximum(b, 1)])
@@ -103,17 +101,11 @@ def equations(numbers: np.ndarray, paths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Problems:
-    """P solvable problems.
+    """P solvable problems."""
 
-    Attributes:
-        numbers: (P, n).
-        targets: (P,).
-        equations: (P, n - 1, 4) of their stored solutions, see `equations`.
-    """
-
-    numbers: np.ndarray
-    targets: np.ndarray
-    equations: np.ndarray
+    numbers: np.ndarray  # (P, n)
+    targets: np.ndarray  # (P,)
+    equations: np.ndarray  # (P, n - 1, 4) of their stored solutions, see `equations`
 
     def keys(self) -> np.ndarray:
         """(P,) one value per problem, the same for every order of its numbers."""
@@ -121,9 +113,7 @@ class Problems:
 
 
 def _keys(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    return row_keys(
-        np.concatenate([np.sort(numbers, axis=1), targets[:, None]], axis=1).astype(np.int32)
-    )
+    return row_keys(np.column_stack([np.sort(numbers, axis=1), targets]).astype(np.int32))
 
 
 def draw_problems(
@@ -136,15 +126,15 @@ def draw_problems(
     max_value: int,
     refused: np.ndarray | None = None,
 ) -> Problems:
-    """Random problems: a target, then numbers, which are drawn again until there is a solution, the
-    stored one has no number above `max_value`, and the problem is not refused.
+    """Random problems: a target, then numbers, which are drawn again until there is a solution
+    without a number above `max_value`, and the problem is not refused.
 
     Args:
         targets: to draw from.
         count: P.
         rng: draws them.
         numbers: n.
-        max_number: numbers are drawn from 1 to here.
+        max_number: of the numbers drawn.
         max_value: see above.
         refused: keys of problems that are drawn again.
 

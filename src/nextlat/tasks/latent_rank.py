@@ -3,7 +3,6 @@
 Shapes: R rows, T tokens, D width.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +42,9 @@ def latent_rank(
     is a jackknife over groups of rows.
 
     Args:
-        input_ids: (R, T) rows as a dataset packs them.
-        position_ids: (R, T), likewise.
-        attention_mask: (R, T), likewise.
+        input_ids: (R, T) rows as a dataset packs them, as the next two are.
+        position_ids: (R, T).
+        attention_mask: (R, T).
         batch_size: rows in a forward pass.
         groups: of the jackknife, at most one per row.
 
@@ -55,10 +54,9 @@ def latent_rank(
     groups = min(groups, len(input_ids))
     factors = []
     with evaluation_mode(model):
-        for group in np.array_split(np.arange(len(input_ids)), groups):
+        for group in torch.arange(len(input_ids)).tensor_split(groups):
             states = []
-            for first in range(0, len(group), batch_size):
-                rows = torch.from_numpy(group[first : first + batch_size])
+            for rows in group.split(batch_size):
                 ids = input_ids[rows].to(model.device)
                 positions, mask = (
                     None if x is None else x[rows].to(model.device)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
@@ -60,8 +60,8 @@ class TaskConfig(Settings, ABC):
         return None
 
     def trusting(self, code: str | None) -> Self:
-        """These settings, which came with a run, for use: with `code` from the user in the place of
-        what the run names, which may be a stranger's.
+        """These settings, which came with a run, with `code` from the user in the place of what the
+        run names, which may be a stranger's.
 
         Raises:
             NextLatError: there is code in only one of the two.
@@ -115,11 +115,8 @@ class Task(ABC):
 
     @abstractmethod
     def measures(self) -> Mapping[str, Measure]:
-        """What is shown while it is measured -> the measurement of a trained model.
-
-        Together they give measurements of `metrics`, in that order, and charts. One that a model
-        does not allow is left out.
-        """
+        """What is shown while it is measured -> the measurement of a trained model, which gives
+        measurements of `metrics` and charts. One that a model does not allow is left out."""
 
     def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
         """Files beside results.json, with their JSON content, that a report draws from."""
@@ -151,13 +148,17 @@ def held_out_cross_entropy(
         dataset: held-out rows.
         batch_size: rows in a forward pass, of equal length if more than one.
     """
-    sums, counts = [], []
-    for rows in DataLoader(dataset, batch_size=batch_size):
-        batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
-        row_sums, row_counts = model.next_token_loss(batch)
-        sums += row_sums.tolist()
-        counts += row_counts.tolist()
+    losses = [model.next_token_loss(batch) for batch in batches(model, dataset, batch_size)]
+    sums, counts = (torch.cat(parts).cpu() for parts in zip(*losses, strict=True))
     return ratio_score(sums, counts)
+
+
+def batches(
+    model: ObjectiveModel, dataset: Dataset[dict[str, Tensor]], size: int
+) -> Iterator[Batch]:
+    """The rows of a dataset, so many at a time, where the model is."""
+    for rows in DataLoader(dataset, batch_size=size):
+        yield Batch.from_inputs(**{name: x.to(model.device) for name, x in rows.items()})
 
 
 def word_tokenizer(
@@ -198,11 +199,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_size(rows: int, length: int) -> None:
-    """Refuse a number of rows of some length that no memory holds.
-
-    Raises:
-        ValueError: there are too many tokens.
-    """
+    """Refuse (ValueError) a number of rows of some length that no memory holds."""
     if rows * length > MAX_TOKENS:
         raise ValueError(
             f"{rows:,} rows of {length:,} tokens are too many to be held in memory: take fewer"
@@ -210,8 +207,8 @@ def check_size(rows: int, length: int) -> None:
 
 
 def world_fingerprint(config: TaskConfig, *data: np.ndarray) -> str:
-    """Hash of the settings that are not the defaults (so that a setting which comes with a later
-    version changes nothing) and of the data that they gave."""
+    """Hash of the settings that are not the defaults (so that a new setting changes nothing) and of
+    the data that they gave."""
     settings = config.model_dump(mode="json", exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for array in data:

@@ -25,16 +25,7 @@ from nextlat.backbone import evaluation_mode
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
-from nextlat.results import (
-    Chart,
-    Line,
-    Mark,
-    Measurement,
-    Metric,
-    Parameter,
-    Published,
-    Saying,
-)
+from nextlat.results import Chart, Line, Mark, Measurement, Metric, Published, Saying
 from nextlat.scores import mean_score
 from nextlat.tasks.dynamics_alone import ALONE_NOTE, DRIVERS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
@@ -60,9 +51,12 @@ MAX_ORDER = 720
 
 def accuracy(predictor: Driver, length: int) -> Metric:
     """Accuracy at the last of `length` elements."""
-    parameters: Mapping[str, Parameter] = {"predictor": predictor, "length": length}
     declare = partial(
-        Metric, name="accuracy", parameters=parameters, items="sequences", published=predictor
+        Metric,
+        name="accuracy",
+        parameters={"predictor": predictor, "length": length},
+        items="sequences",
+        published=predictor,
     )
     if predictor == "transformer":
         return declare(
@@ -85,15 +79,10 @@ def accuracy(predictor: Driver, length: int) -> Metric:
 
 @dataclass(frozen=True)
 class Group:
-    """A finite group as its Cayley table.
+    """A finite group as its Cayley table."""
 
-    Attributes:
-        table: (G, G), `table[a, b]` is the index of the product a b.
-        names: tokens of the elements.
-    """
-
-    table: np.ndarray
-    names: tuple[str, ...]
+    table: np.ndarray  # (G, G), `table[a, b]` is the index of the product a b
+    names: tuple[str, ...]  # tokens of the elements
 
 
 def group(name: str) -> Group:
@@ -113,14 +102,14 @@ def group(name: str) -> Group:
             f"'{name}' is not a group known here: use Z2 to Z{MAX_ORDER} (cyclic), S2 to S6 or A3 "
             "to A6 (permutations)."
         )
-    elements = [p for p in itertools.permutations(range(n)) if kind == "S" or _even(p)]
+    elements = [
+        p
+        for p in itertools.permutations(range(n))
+        if kind == "S" or sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
+    ]
     index = {p: i for i, p in enumerate(elements)}
     table = np.array([[index[tuple(p[i] for i in q)] for q in elements] for p in elements])
     return Group(table, tuple("".join(map(str, p)) for p in elements))
-
-
-def _even(p: tuple[int, ...]) -> bool:
-    return sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
 
 
 class WordProblemConfig(TaskConfig):
@@ -152,8 +141,7 @@ class WordProblemConfig(TaskConfig):
 
 
 class WordProblem(Task):
-    """See the module; the data are a function of the settings alone, the order of training of the
-    seed."""
+    """See the module; the data depend on the settings alone, the order of training on the seed."""
 
     name = "word-problem"
     title = "Word problem"
@@ -232,25 +220,24 @@ class WordProblem(Task):
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
     def accuracies(self, model: ObjectiveModel) -> list[Measurement | Chart]:
-        """Accuracy at the last position of test sequences of each length, and a chart of it by
-        position at the longest: of the transformer, and, where the objective has one, of the latent
-        dynamics model run alone, as an RNN, from the state at `begin` (arXiv 2511.05963, A5)."""
+        """Accuracy at the last of each length, and a chart of it by position at the longest: of the
+        transformer, and, where the objective has one, of the latent dynamics model run alone, as an
+        RNN, from the state at `begin` (arXiv 2511.05963, A5)."""
         found: list[Measurement | Chart] = []
         lines: list[Line] = []
+        order = len(self.group.names)
         for n in self._lengths:
-            rng = np.random.default_rng((len(self.group.names), n))
-            words = (
-                self._held_out[: self.config.tests]
-                if n == self.config.length
-                else rng.integers(len(self.group.names), size=(self.config.tests, n))
-            )
+            words = self._held_out[: self.config.tests]
+            if n != self.config.length:
+                rng = np.random.default_rng((order, n))
+                words = rng.integers(order, size=(self.config.tests, n))
             rows = self.rows(words)
             for predictor, tokens in self._predictions(model, rows["input_ids"][:, :-1]).items():
                 correct = (tokens == rows["labels"][:, 2:]).astype(np.float64)
                 found.append(Measurement(accuracy(predictor, n), mean_score(correct[:, -1])))
                 if n == max(self._lengths):
-                    alone = "latent dynamics model run alone"
-                    series = alone if predictor == "dynamics" else predictor
+                    alone = predictor == "dynamics"
+                    series = "latent dynamics model run alone" if alone else predictor
                     lines.append(Line(values=correct.mean(0).tolist(), series=series))
         chart = Chart(
             name="accuracy",
@@ -260,7 +247,7 @@ class WordProblem(Task):
             alt="Accuracy of {models} by the number of elements read.",
             marks=[
                 Mark(text="trained up to here", x=self.config.length),
-                Mark(text="chance", y=1 / len(self.group.names)),
+                Mark(text="chance", y=1 / order),
             ],
         )
         return [*found, chart]
@@ -270,14 +257,13 @@ class WordProblem(Task):
     ) -> dict[Driver, np.ndarray]:
         """(S, n + 1) inputs -> the products (S, n) that each way to predict them gives."""
         ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
+        found: dict[Driver, np.ndarray] = {}
         with evaluation_mode(model):
-            found: dict[Driver, np.ndarray] = {}
             for who in DRIVERS:
                 if predictor := driver(model, who, begun=1):
                     h, _ = predictor.step(ids)
-                    tokens = predictor.next_token_logits(h[:, 1:]).argmax(-1)
-                    found[who] = tokens.cpu().numpy()
-            return found
+                    found[who] = predictor.next_token_logits(h[:, 1:]).argmax(-1).cpu().numpy()
+        return found
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:
@@ -288,9 +274,7 @@ def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:
         codes = rng.permutation(order**config.length)[: config.sequences]
         return (codes[:, None] // order ** np.arange(config.length) % order).astype(np.int16)
     words = np.zeros((0, config.length), dtype=np.int16)
-    while len(words) < config.sequences:
-        more = rng.integers(
-            order, size=(config.sequences - len(words), config.length), dtype=np.int16
-        )
+    while missing := config.sequences - len(words):
+        more = rng.integers(order, size=(missing, config.length), dtype=np.int16)
         words = np.unique(np.concatenate([words, more]), axis=0)
     return rng.permutation(words)

@@ -7,7 +7,6 @@ Nothing is written and nothing is trained that stays.
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -27,33 +26,17 @@ TIMED_STEPS = 3  # after one that is not timed
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one run.
+    """The cost of one run."""
 
-    Attributes:
-        lm_parameters: of the transformer.
-        objective_parameters: of what the objective adds.
-        steps: optimiser steps.
-        rows: of each step.
-        tokens: of the whole run, padding left out; estimated from one batch.
-        flops: of the whole run by part, see `flops.step_flops`; None for an objective of which
-            there is no formula.
-        step_seconds: of one optimiser step.
-        timed: whether steps were made; otherwise one takes at least as long as its matrix products
-            alone, or as many rows one after another.
-        flops_per_second: of matrix products of the model's size here.
-        device: where.
-        threads: of torch.
-    """
-
-    lm_parameters: int
-    objective_parameters: int
+    lm_parameters: int  # of the transformer
+    objective_parameters: int  # of what the objective adds
     steps: int
-    rows: int
-    tokens: int
-    flops: dict[str, float] | None
+    rows: int  # of each step
+    tokens: int  # of the whole run, padding left out; estimated from one batch
+    flops: dict[str, float] | None  # of the whole run by part; None = there is no formula
     step_seconds: float
-    timed: bool
-    flops_per_second: float
+    timed: bool  # or a step takes at least as long as its matrix products, or its single rows
+    flops_per_second: float  # of matrix products of the model's size here
     device: str
     threads: int
 
@@ -109,7 +92,7 @@ def _first_batch(recipe: Recipe, task: Task) -> Item:
     return collate([rows[i] for i in range(len(rows))])
 
 
-def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[None]:
+def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16")
 
 

@@ -129,6 +129,23 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return Record.from_json(content, f"{path} is damaged, {way_out}").model_dump(mode="json")
 
 
+def read_finished(directory: Path, otherwise: str, then: str) -> dict[str, Any]:
+    """run.json of a run that has been trained to its end.
+
+    Raises:
+        NextLatError: see `read_record`; there is no run (`otherwise` ends the sentence), or it is
+            not finished (`then` does).
+    """
+    record = read_record(directory)
+    if record is None:
+        raise NextLatError(f"{directory} is not a run directory (no {RECORD}): {otherwise}.")
+    if record["status"] != "finished":
+        raise NextLatError(
+            f"the run {directory} is not finished: give the command that started it again, {then}."
+        )
+    return record
+
+
 def is_finished(directory: str | Path) -> bool:
     """Whether a directory holds a run that has been trained to its end (`train` then returns at
     once).

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -40,19 +41,18 @@ ROWS = 16  # in a batch
 def benchmark_metric(benchmark: str, name: str) -> Metric:
     """One of `METRICS` on one benchmark."""
     words, is_accuracy = METRICS[name], name.startswith("acc")
-    what, _, how = words.partition(", ")
-    key = f"{name} on {benchmark}"
+    what, comma, how = words.partition(",")
     return Metric(
         name=f"lm_eval_{name}",
         title=f"{benchmark}, {words}",
-        noun=f"{what} on {benchmark}{f', {how}' if how else ''}",
+        noun=f"{what} on {benchmark}{comma}{how}",
         definition=f"{words[0].upper()}{words[1:]} on {benchmark}, as the harness defines it.",
         source="LM Evaluation Harness, Gao et al., EleutherAI",
         unit="share" if is_accuracy else "number",
         higher_is_better=is_accuracy,
         items="documents",
         parameters={"benchmark": benchmark},
-        published=key,
+        published=f"{name} on {benchmark}",
     )
 
 
@@ -143,12 +143,11 @@ def score(metric: str, items: Sequence[Any]) -> Score:
     if metric == "perplexity":
         return exp_score(mean_score([-item for item in items]))
     if metric.startswith("acc"):
-        return mean_score([float(item) for item in items])
-    nats = math.log(2) if metric == "bits_per_byte" else 1.0
-    rate = ratio_score(
-        [-log_likelihood for log_likelihood, _ in items], [nats * units for _, units in items]
-    )
-    return rate if metric == "bits_per_byte" else exp_score(rate)
+        return mean_score(items)
+    log_likelihoods, units = np.array(items, dtype=np.float64).T
+    in_bits = metric == "bits_per_byte"
+    rate = ratio_score(-log_likelihoods, (math.log(2) if in_bits else 1.0) * units)
+    return rate if in_bits else exp_score(rate)
 
 
 class _WithLogits(nn.Module):

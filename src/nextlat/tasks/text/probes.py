@@ -7,11 +7,12 @@ Shapes: N positions, D width, V vocabulary, K offsets, B positions of a minibatc
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nextlat.backbone import evaluation_mode
 from nextlat.batch import IGNORE, Batch
 from nextlat.model import ObjectiveModel
+from nextlat.tasks.task import batches
 
 ROWS_PER_BATCH = 16  # whose states are computed at a time
 PROBE_BATCH = 256  # positions of a minibatch
@@ -37,8 +38,7 @@ def states_and_futures(
     """h_ND and the tokens ahead, (N, K), of the positions of some rows that have any."""
     states, targets = [], []
     with evaluation_mode(model):
-        for part in DataLoader(rows, batch_size=ROWS_PER_BATCH):
-            batch = Batch.from_inputs(**{name: x.to(model.device) for name, x in part.items()})
+        for batch in batches(model, rows, ROWS_PER_BATCH):
             ahead_NK = future_tokens(batch, offsets)
             some_N = (ahead_NK >= 0).any(1)
             states.append(model.backbone.hidden(batch).flatten(0, 1)[some_N].float())
@@ -60,15 +60,13 @@ def probe_cross_entropy(
     steps: int = 1000,
     batch_size: int = PROBE_BATCH,
     learning_rate: float = 5e-3,
-    seed: int = 0,
 ) -> list[float]:
     """Train one linear probe for each offset on frozen states, and measure it on held-out ones.
 
     The K probes share nothing but their input and are trained in one go, each over its own count of
-    targets, by AdamW with a linear decay to 0, beginning with what is known without the state: the
-    frequency of the tokens. Every feature is first scaled to mean 0 and deviation 1 over the
-    training states: that changes no linear probe, but makes the learning rate fit models whose
-    states are of another size.
+    targets, by AdamW with a linear decay to 0, beginning with the frequency of the tokens. Every
+    feature is first scaled to mean 0 and deviation 1 over the training states: that changes no
+    linear probe, but makes the learning rate fit states of any size.
 
     Args:
         h_ND: states to learn from.
@@ -79,7 +77,6 @@ def probe_cross_entropy(
         steps: minibatches.
         batch_size: positions of a minibatch.
         learning_rate: at the start.
-        seed: of the order of the positions.
 
     Returns:
         Mean cross-entropy over the held-out targets of each offset, in nats; NaN for an offset
@@ -94,9 +91,8 @@ def probe_cross_entropy(
 
     def losses(h_BD: Tensor, targets_BK: Tensor) -> Tensor:
         """(K, B): 0 where there is no target."""
-        logits_KVB = (
-            torch.addmm(bias, (h_BD - mean) * scale, weight).view(-1, K, V).permute(1, 2, 0)
-        )
+        logits_BKV = torch.addmm(bias, (h_BD - mean) * scale, weight).view(-1, K, V)
+        logits_KVB = logits_BKV.permute(1, 2, 0)
         return F.cross_entropy(logits_KVB, targets_BK.T, ignore_index=IGNORE, reduction="none")
 
     with torch.enable_grad():
@@ -104,8 +100,7 @@ def probe_cross_entropy(
             [weight, bias], lr=learning_rate, weight_decay=0.0, fused=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(h_ND), generator=generator)
+        order = torch.randperm(len(h_ND), generator=torch.Generator().manual_seed(0))
         for step in range(steps):
             start = step * batch_size % len(h_ND)
             rows = order[start : start + batch_size].to(device)
