@@ -125,9 +125,11 @@ def document_start(tokenizer: Any) -> list[int]:
 
 
 def document_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that a document begins with, as in training."""
+    """The tokens of a text that a document begins with, as in training; a start that is written
+    out is not said twice."""
     start = document_start(tokenizer)
     if not _has_words(tokenizer):
+        text = text.removeprefix(tokenizer.decode(start))
         return [*start, *plain_encoder(tokenizer).encode(text, add_special_tokens=False).ids]
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids if start and ids[: len(start)] == start else [*start, *ids]

@@ -237,12 +237,13 @@ class ObjectiveModel(nn.Module):
             other = "a plain model" if adapted else "an adapter"
             raise NextLatError(f"{directory} holds {other}: choose another directory.")
         base = adapters.base_of(self.lm) if adapted else None
+        lm = adapters.merged(self.lm) if merge else self.lm
+        if not adapted:
+            check_restorable(lm)
         directory.mkdir(parents=True, exist_ok=True)
         if adapted:
-            adapters.save(self.lm, directory)
+            adapters.save(lm, directory)
         else:
-            lm = adapters.merged(self.lm) if merge else self.lm
-            check_restorable(lm)
             with cache_enabled(lm):
                 lm.save_pretrained(directory)
         sidecar.write(directory, self.objective, base)

@@ -321,10 +321,10 @@ def load_recipe(
         raise NextLatError(f"recipe {path.name}: it is nested too deeply.") from error
     except ValidationError as error:
         # `task.place=10115` is a place too: where words are wanted, the override is taken as words.
-        for key in _keys_of_words(error, content) & {
-            key for key, (text, _) in given.items() if text
-        }:
-            _set(content, key, given[key][0])
+        problems = [p["loc"] for p in error.errors() if p["type"].startswith("string")]
+        for key in [".".join(locate(location, Recipe, content)[0]) for location in problems]:
+            if key in given and given[key][0]:
+                _set(content, key, given[key][0])
         recipe = Recipe.from_json(content, source_of)
     recipe._name = path.stem
     return recipe
@@ -382,12 +382,6 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError, RecursionError):
         return text
-
-
-def _keys_of_words(error: ValidationError, content: Any) -> set[str]:
-    """Dotted keys whose value should have been a string."""
-    problems = (p["loc"] for p in error.errors() if p["type"].startswith("string"))
-    return {".".join(locate(location, Recipe, content)[0]) for location in problems}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], table: str = "") -> list[str]:
