@@ -5,9 +5,9 @@ On disk it is a plain Hugging Face directory that loads with this package uninst
 objective adds lies in its sub-folder `nextlat/`, which everyone else ignores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,7 @@ class ObjectiveModel(nn.Module):
         attention_mask: Tensor | None = None,
         counts: Counts | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        states: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Loss of the objective on a batch, or logits when there are no labels.
 
@@ -134,6 +135,7 @@ class ObjectiveModel(nn.Module):
                 step (see `Objective.counts`).
             num_items_in_batch: the same as far as `transformers.Trainer` knows it: labelled tokens
                 of the whole step, by which every part is then divided.
+            states: (B, T, D) hidden states, where they are known (of a frozen transformer).
 
         Raises:
             NextLatError: packed rows for a model that would attend across documents; shapes that
@@ -141,6 +143,7 @@ class ObjectiveModel(nn.Module):
         """
         targets = input_ids if labels is None else labels
         batch = Batch.from_inputs(input_ids, targets, position_ids, attention_mask)
+        batch = batch if states is None else replace(batch, states=states)
         if labels is None:
             return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
         if counts is None and num_items_in_batch is not None:
@@ -213,13 +216,15 @@ class ObjectiveModel(nn.Module):
         `nextlat.decoding.generate` for everything that it takes and gives."""
         return generate(self, input_ids, attention_mask, **options)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, known: Mapping[str, str] = {}) -> None:
         """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by
-        itself: see `training`."""
+        itself: see `training`. The LM is not written where the checksums of its files are `known`,
+        because they are there."""
         sidecar, objective = Path(directory) / SIDECAR, self.objective
         sidecar.mkdir(parents=True, exist_ok=True)
-        with _cache_enabled(self.lm):
-            self.lm.save_pretrained(directory)
+        if not known:
+            with _cache_enabled(self.lm):
+                self.lm.save_pretrained(directory)
         description = Description(
             objective=objective.name,
             config=objective.config.model_dump(mode="json"),
@@ -232,7 +237,7 @@ class ObjectiveModel(nn.Module):
         save_file(weights, sidecar / WEIGHTS, metadata={"format": "pt"})
         write_json(sidecar / DESCRIPTION, description.model_dump(mode="json", exclude_none=True))
         write_draft_config(sidecar, objective)
-        write_sums(Path(directory))
+        write_sums(Path(directory), known)
 
     def load_weights(self, directory: str | Path) -> None:
         """Load both halves in place from a directory that `save_pretrained` wrote (resume of a
@@ -260,6 +265,7 @@ class ObjectiveModel(nn.Module):
         check(weights, objective, path.with_name(WEIGHTS))
         copy_into(self.lm, saved)
         copy_into(objective, weights)
+        objective.check_vocabulary()
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -349,6 +355,7 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
         model.objective.to(dtype=dtypes.pop())  # not always the LM's
     check(weights, model.objective, path.with_name(WEIGHTS), converts=converts)
     copy_into(model.objective, weights)
+    model.objective.check_vocabulary()
     return model
 
 

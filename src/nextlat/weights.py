@@ -7,6 +7,7 @@ found by the checksums that every save leaves beside the sidecar.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -290,6 +291,28 @@ def write_sums(directory: Path, known: Mapping[str, str] = {}) -> None:
     sums = {path.relative_to(directory).as_posix(): path for path in sorted(files)}
     lines = (f"{known.get(name) or _sum(path)}  {name}\n" for name, path in sums.items())
     write_text(directory / SUMS, "".join(lines))
+
+
+def link_lm(source: Path, directory: Path) -> dict[str, str]:
+    """Give the files of a saved LM a second name in another directory.
+
+    Returns:
+        Their checksums by name; none where they cannot be linked, and nothing was done.
+    """
+    sums = {name: value for name, value in read_sums(source).items() if "/" not in name}
+    of_lm = {name: sums[name] for name in sums if any(Path(name).match(x) for x in MODEL_FILES)}
+    if "config.json" not in of_lm:
+        return {}
+    extra = [name for name in ("generation_config.json",) if (source / name).exists()]
+    try:
+        for name in [*of_lm, *extra]:
+            (directory / name).unlink(missing_ok=True)
+            os.link(source / name, directory / name)
+    except OSError:  # another disk, or a file system without links
+        for name in of_lm:
+            (directory / name).unlink(missing_ok=True)
+        return {}
+    return of_lm
 
 
 def read_sums(directory: str | Path) -> dict[str, str]:

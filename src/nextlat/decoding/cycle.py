@@ -154,7 +154,8 @@ def draw_draft(
         if plan.more is not None and j + 1 < plan.length:
             q_BV = draws[-1].q
             q_BV = scores_BV.softmax(dim=-1) if q_BV is None else q_BV
-            if not plan.more(j, q_BV.amax(dim=-1).tolist()):
+            # NaN where a processor leaves no token of a draft vocabulary: nothing there is kept.
+            if not plan.more(j, q_BV.amax(dim=-1).nan_to_num().tolist()):
                 break
     return Draft(read, draws, finite_B)
 
@@ -202,6 +203,8 @@ class Eager:
     def __init__(self, objective: Objective, sampler: Sampler, cache: Any, *, drafts: bool) -> None:
         self.objective, self.sampler, self.cache, self.drafts = objective, sampler, cache, drafts
         self.clock = Clock(objective.backbone.lm.device)
+        if drafts:
+            objective.prepare_drafts()
 
     def longest(self, room: int) -> int:
         """The longest draft that may be asked for where rows have room for so many tokens."""

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +22,18 @@ from transformers.utils import logging as library_logging
 from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import atomic_directory, staging_directory
+from nextlat.head import is_frozen
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
+from nextlat.training.acceptance import acceptance, by_position
+from nextlat.training.cached_states import ROW, CachedStates, without_number
+from nextlat.training.cached_states import Item as Item
 from nextlat.training.checkpoints import load_state, load_trainer_state, rotate_checkpoints
-from nextlat.weights import not_finite, read_sums, write_sums
+from nextlat.weights import link_lm, not_finite, read_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
-Item = dict[str, Tensor]
+ACCEPTANCE_BATCHES = 8  # held-out ones at which it is measured
 _OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
@@ -54,23 +59,28 @@ def evaluation_loss(
     dataset: Dataset[Item],
     batch_size: int,
     collate_fn: Callable[[list[Any]], Item] = collate,
+    states: Callable[[Item], Item] = lambda batch: batch,
 ) -> dict[str, float]:
     """Means of the objective and its named parts over a whole dataset, each over its own count
     (next_token: nats per token).
 
     The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
-    their tokens.
+    their tokens. `states` adds the hidden states to a batch, where they are known.
     """
     batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
-    counts = add_counts([model.counts(**batch) for batch in batches])
+    counts = add_counts([model.counts(**without_number(batch)) for batch in batches])
     counts = {name: count.to(model.device) for name, count in counts.items()}
     sums: dict[str, Tensor] = {}
+    accepted: Tensor | int = 0
     with evaluation_mode(model):
-        for batch in batches:
-            out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
+        for number, batch in enumerate(batches):
+            batch = states({k: x.to(model.device) for k, x in batch.items()})
+            out = model(**batch, counts=counts)
             for name, value in {"loss": out.loss, **out.losses}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
-    return {name: value.item() for name, value in sums.items()}
+            asked = acceptance(model, batch) if number < ACCEPTANCE_BATCHES else None
+            accepted = accepted if asked is None else accepted + asked
+    return {name: value.item() for name, value in sums.items()} | by_position(accepted)
 
 
 class NextLatTrainer(Trainer):
@@ -95,6 +105,9 @@ class NextLatTrainer(Trainer):
     """
 
     args: TrainingArguments
+    train_states: CachedStates | None = None  # of rows with numbers
+    eval_states: CachedStates | None = None
+    _written: Path | None = None  # a checkpoint that holds the LM as it is, where that is frozen
 
     def create_accelerator_and_postprocess(self) -> None:
         if not isinstance(self.model, ObjectiveModel):
@@ -111,6 +124,7 @@ class NextLatTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._steps: set[int] = set()
         self._tokens: Tensor | int = 0
+        self._accepted: Tensor | int = 0
         self._sound_step = 0
         super().create_accelerator_and_postprocess()
 
@@ -125,7 +139,7 @@ class NextLatTrainer(Trainer):
         several = len(batch_samples) > 1 or self.args.world_size > 1
         if not batch_samples or not several:
             return None  # the batch is the whole step, whose own counts the loss takes anyway
-        counts = [self.objective_model.counts(**batch) for batch in batch_samples]
+        counts = [self.objective_model.counts(**without_number(x)) for x in batch_samples]
         total = {name: count.to(device) for name, count in add_counts(counts).items()}
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
@@ -141,14 +155,25 @@ class NextLatTrainer(Trainer):
         step = self.state.global_step + 1
         # Restored on resume, so that a loss that changes over the steps is the same there.
         self.objective_model.objective.step = step
+        inputs = self._with_states(inputs, self.train_states)
         outputs = model(**inputs, counts=num_items_in_batch)
         if model.training:
             self._steps.add(step)
+            if step % self.state.logging_steps == 0 and self.args.logging_strategy == "steps":
+                accepted = acceptance(self.objective_model, inputs)
+                self._accepted = self._accepted if accepted is None else self._accepted + accepted
             for name, value in outputs.losses.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
         # Processes average their gradients, and each loss is already its share of the global mean.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _with_states(self, batch: Item, cached: CachedStates | None) -> Item:
+        row_B = batch.get(ROW)
+        if cached is None or row_B is None:
+            return batch
+        batch, context = without_number(batch), self.accelerator.autocast()
+        return {**batch, "states": cached.states(self.objective_model, batch, row_B, context)}
 
     # ---- log ----
 
@@ -176,8 +201,10 @@ class NextLatTrainer(Trainer):
             tokens = torch.as_tensor(self._tokens, dtype=torch.int64, device=self.args.device)
             self.state.num_input_tokens_seen += int(reduce(tokens, "sum").item())
             means = {name: total / len(self._steps) for name, total in parts.items()}
-            logs = {"loss": logs["loss"], **means, **logs}
-            self._sums, self._steps, self._tokens = {}, set(), 0
+            accepted = self._accepted
+            accepted = accepted if isinstance(accepted, int) else reduce(accepted, "sum")
+            logs = {"loss": logs["loss"], **means, **by_position(accepted), **logs}
+            self._sums, self._steps, self._tokens, self._accepted = {}, set(), 0, 0
         for name, value in logs.items():
             if name.endswith("loss") and not math.isfinite(value):
                 held_out = "" if name == "loss" else "held-out "
@@ -216,7 +243,13 @@ class NextLatTrainer(Trainer):
             ours = self.get_eval_dataloader(rows)
             # Not divided among the processes, where rows would be counted twice to make it even.
             size = self.args.per_device_eval_batch_size
-            means = evaluation_loss(self.objective_model, ours.dataset, size, ours.collate_fn)
+            means = evaluation_loss(
+                self.objective_model,
+                ours.dataset,
+                size,
+                ours.collate_fn,
+                partial(self._with_states, cached=self.eval_states),
+            )
             logs |= {f"{prefix}_{part}": value for part, value in means.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -229,7 +262,9 @@ class NextLatTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             with no_library_bars():
-                self.objective_model.save_pretrained(directory)
+                # A frozen LM is written once, and has more names from then on.
+                known = link_lm(self._written, directory) if self._written else {}
+                self.objective_model.save_pretrained(directory, known=known)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
@@ -243,6 +278,7 @@ class NextLatTrainer(Trainer):
         with no_library_bars():
             self.objective_model.load_weights(resume_from_checkpoint)
         checkpoint = Path(resume_from_checkpoint)
+        self._written = checkpoint if is_frozen(self.objective_model.lm) else None
         with _of_this_run(checkpoint / "trainer_state.json"):
             self._sound_step = load_trainer_state(checkpoint).global_step
 
@@ -290,6 +326,7 @@ class NextLatTrainer(Trainer):
                     if isinstance(callback, ExportableState):
                         state.stateful_callbacks[type(callback).__name__] = callback.state()
                 state.save_to_json(str(staging / "trainer_state.json"))
+        self._written = target if is_frozen(self.objective_model.lm) else None
         if args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if args.should_save and args.save_total_limit:
