@@ -304,6 +304,7 @@ def link_lm(source: Path, directory: Path) -> dict[str, str]:
     if "config.json" not in of_lm:
         return {}
     extra = [name for name in ("generation_config.json",) if (source / name).exists()]
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         for name in [*of_lm, *extra]:
             (directory / name).unlink(missing_ok=True)

@@ -267,7 +267,7 @@ class NextLat(NextToken):
         if not self.alone:
             return None
         counts, W = self.draft_ids.new_zeros(2, self.horizon), self.backbone.head
-        with evaluation_mode(self):
+        with evaluation_mode(self, self.backbone.lm):
             h_ND = self.backbone.hidden(batch).flatten(0, 1)
             choices, known = torch.full_like(batch.targets, -1), self.draft_head() or W
             first = batch.rollout(1)[0]
