@@ -11,13 +11,16 @@ VLLM_PIP = timeout 600 $(VLLM_VENV)/bin/python -m pip install -q --timeout 30 --
 SEEDS ?= 0
 OUT ?= demo
 
-.PHONY: demo test serve-test check lint types docs clean
+.PHONY: demo test quick serve-test check lint types docs clean
 
 demo: $(VENV)/.run  ## train both models, compare them, open demo/report.html
 	$(BIN)/nextlat demo --out $(OUT) --seeds $(SEEDS)
 
 test: $(VENV)/.dev  ## install and test
 	$(BIN)/python -m pytest -n auto
+
+quick: $(VENV)/.dev  ## the tests of everything that is quick to test
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 # vLLM wants an older transformers than the rest is tested with, hence an environment of its own.
 serve-test: $(VLLM_VENV)/.installed  ## the same in vLLM and llama.cpp, on a CPU

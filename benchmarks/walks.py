@@ -3,12 +3,14 @@ nodes.csv and edges.csv]`."""
 
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
 
+from nextlat.tasks.streets.packing import ride_stream
 from nextlat.tasks.streets.sources import generate_city, read_csv
-from nextlat.tasks.streets.walks import random_walks, walk_stream
+from nextlat.tasks.streets.walks import random_walks
 
 ROWS, ROW_LENGTH = 16_384, 128
 LENGTHS = {"min_moves": 4, "max_moves": 60}
@@ -25,7 +27,8 @@ def main() -> None:
         start = time.process_time()
         walks = random_walks(network, 50_000, rng=np.random.default_rng(0), **LENGTHS)
         rate = (walks.lengths + 3).sum() / (time.process_time() - start)
-        data = walk_stream(network, row_length=ROW_LENGTH, seed=0, **LENGTHS)
+        draw = partial(random_walks, network, **LENGTHS)
+        data = ride_stream(draw, row_length=ROW_LENGTH, seed=0)
         start = time.process_time()
         tokens = sum(int(data[i]["attention_mask"].sum()) for i in range(ROWS))
         print(f"{name:<40} {rate:>18,.0f} {tokens / (time.process_time() - start):>24,.0f}")

@@ -20,6 +20,8 @@ from nextlat.cli import app
 from nextlat.objectives import OBJECTIVES
 from nextlat.results import read_results, read_scores
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "steps=4",
     "schedule.name=constant",

@@ -16,6 +16,8 @@ from nextlat.errors import NextLatError
 from nextlat.training.recipe import BUILT_IN, load_recipe
 from nextlat.training.sweep import Job, plan, run
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["steps=2", "schedule.warmup_steps=0", "schedule.decay_steps=1", "task.tests=12"]
 # What stands in for `nextlat train`: it notes that it was called, and puts a finished run in place
 # or fails, as told.

@@ -10,6 +10,8 @@ from nextlat.training import sweep
 from nextlat.training.recipe import BUILT_IN
 from nextlat.training.sweep import collect, demo, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:

@@ -72,6 +72,7 @@ def result(run: Path) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_a_run_logs_every_step(run: Path) -> None:
     assert [line["step"] for line in read_metrics(run) if "next_h" in line] == [1, 2, 3]
 

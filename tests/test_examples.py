@@ -13,6 +13,8 @@ import nextlat
 from conftest import tiny_lm
 from nextlat.tasks import TASKS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -167,6 +167,7 @@ def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
     assert drawer.of_models() == drawer.of_comparison() == []
 
 
+@pytest.mark.slow
 def test_figures_of_one_name_do_not_replace_one_another(tmp_path: Path) -> None:
     """Labels that differ in what no file name keeps."""
     paths = [write_city_run(tmp_path / "base", "next-token", 0)]

@@ -100,6 +100,7 @@ def test_without_drafts_recurrent_models_decode_batches_as_transformers_does(fam
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_rows_end_at_different_times_wherever_the_end_falls(family: str):
     model, ids, mask, expected = batch_case(family, 8)
@@ -500,6 +501,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
 def test_a_compiled_cycle_is_one_graph_with_the_same_output(family: str, traced: list[Any]):
     lm = decoding_lm(family)

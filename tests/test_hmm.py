@@ -13,7 +13,9 @@ from conftest import by_key, tiny_lm
 from nextlat.errors import NextLatError
 from nextlat.model import attach
 from nextlat.objectives import NextLatConfig
+from nextlat.results import Chart, Measurement
 from nextlat.tasks import rows
+from nextlat.tasks.dynamics_alone import DYNAMICS
 from nextlat.tasks.hmm import (
     BEGIN,
     BELIEF_R2,
@@ -24,6 +26,7 @@ from nextlat.tasks.hmm import (
     ROWS_PER_CHUNK,
     TRANSITION_ERROR,
     HMMConfig,
+    next_token_kl,
 )
 from nextlat.tasks.hmm_process import HiddenMarkov
 from nextlat.tasks.task import held_out_cross_entropy
@@ -160,6 +163,8 @@ class Filter:
     """A model whose state is an affine map of the belief after the prefix, and which predicts from
     it; all by exact filtering."""
 
+    training = False
+
     def __init__(
         self, task: HMM, noise: float = 0.0, slips: float = 0.0, forgets: bool = False
     ) -> None:
@@ -170,7 +175,9 @@ class Filter:
         )  # wide enough for a probe to fit noise
         self.backbone = SimpleNamespace(step=self.step, embed=lambda ids: ids[..., None].float())
         self.slips = slips
-        self.objective = SimpleNamespace(dynamics=self.dynamics)
+        self.objective = SimpleNamespace(
+            dynamics=self.dynamics, draft=self.draft, max_draft_length=None
+        )
 
     def step(self, input_ids: torch.Tensor, past: Any = None) -> tuple[torch.Tensor, None]:
         beliefs = self.task.process.beliefs(input_ids[:, 1:].numpy() - FIRST_SYMBOL)
@@ -187,6 +194,10 @@ class Filter:
         logits[..., FIRST_SYMBOL:] = torch.from_numpy(np.log(p))
         return logits
 
+    def draft(self, h: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.dynamics(h, token[:, None].float())
+        return h, self.next_token_logits(h)
+
     def dynamics(self, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         process, symbol = self.task.process, e[..., 0].long().numpy() - FIRST_SYMBOL
         joint = (
@@ -196,10 +207,49 @@ class Filter:
         return torch.from_numpy((1 - self.slips) * exact + self.slips * h.double().numpy()).float()
 
 
+@pytest.fixture(scope="module")
+def rrxor() -> HMM:
+    return HMMConfig(process="rrxor", length=8, tests=60, multiples=(1, 3)).build()
+
+
+def test_every_third_symbol_of_rrxor_is_the_xor_of_the_two_before(rrxor: HMM) -> None:
+    for symbols in rrxor._held_out:
+        holds = [symbols[i] ^ symbols[i + 1] == symbols[i + 2] for i in range(len(symbols) - 2)]
+        assert any(all(holds[phase::3]) for phase in range(3))
+    assert np.unique(rrxor._held_out, axis=0).shape[0] > 30
+    np.testing.assert_allclose(rrxor.process.stationary, [1 / 6] * 4 + [1 / 12] * 4)
+    # Once the phase is known a third of the symbols is determined, and the others are coins.
+    p = rrxor.process.next_symbol(rrxor.process.beliefs(rrxor._symbols(3)))[:, 20:]
+    assert ((p.max(-1) > 0.999).mean(), (abs(p.max(-1) - 0.5) < 1e-3).mean()) == pytest.approx(
+        (1 / 3, 2 / 3), abs=0.03
+    )
+
+
+def test_the_filter_is_measured_inside_and_beyond_the_training_length(rrxor: HMM) -> None:
+    """A filter that forgets a quarter of every move is wrong at once, and the transformer not."""
+    assert rrxor.max_length == 25
+    found = rrxor.distributions(Filter(rrxor, slips=0.25))
+    [chart] = [one for one in found if isinstance(one, Chart)]
+    assert [len(line.values) for line in chart.lines] == [24, 24]
+    values = {m.metric.key: m.score.value for m in found if isinstance(m, Measurement)}
+    exact, slow = (next_token_kl(who, 24).key for who in ("transformer", "dynamics"))
+    assert values[exact] < 1e-4 < 0.05 < values[slow]
+    # Over the last eight positions of the 24.
+    line = chart.lines[1]
+    assert values[slow] == pytest.approx(np.mean(line.values[16:]))
+    assert line.values[0] == pytest.approx(0, abs=1e-6)  # the transformer's own first state
+
+
 def test_an_exact_filter_has_the_belief_the_distribution_and_the_dynamics(task: HMM) -> None:
     measured = [found for measure in task.measures().values() for found in measure(Filter(task))]
-    assert [m.metric for m in measured] == task.metrics
+    charts = [found for found in measured if isinstance(found, Chart)]
+    measured = [found for found in measured if isinstance(found, Measurement)]
+    assert {m.metric.key for m in measured} == {metric.key for metric in task.metrics}
+    assert [line.series for line in charts[0].lines] == ["transformer", DYNAMICS]
     found = by_key(measured)
+    for metric in task.metrics:
+        if metric.name == NEXT_TOKEN_KL.name:
+            assert found[metric.key].value == pytest.approx(0, abs=1e-5)
     assert found[BELIEF_R2.key].value == pytest.approx(1, abs=1e-6)
     assert found[NEXT_TOKEN_KL.key].value == pytest.approx(0, abs=1e-6)
     assert found[TRANSITION_ERROR.key].value == pytest.approx(0, abs=1e-4)
@@ -217,12 +267,16 @@ def test_what_is_broken_shows_where_it_is_broken(task: HMM) -> None:
     assert task.transition_consistency(SimpleNamespace(objective=SimpleNamespace())) == []
 
 
+def measurements(task: HMM, model: Any) -> list[Measurement]:
+    return [found for found in task.distributions(model) if isinstance(found, Measurement)]
+
+
 def test_the_kl_of_a_uniform_model_is_the_missing_entropy(task: HMM) -> None:
     model = Filter(task)
     model.next_token_logits = lambda h: torch.zeros(
         *h.shape[:-1], len(task.tokenizer)
     )  # six tokens, three of them symbols
-    found = by_key(task.distributions(model))
+    found = by_key(measurements(task, model))
     missing = np.log(6) - found[ENTROPY_FLOOR.key].value
     assert found[NEXT_TOKEN_KL.key].value == pytest.approx(missing)
 
@@ -232,7 +286,7 @@ def test_the_entropy_floor_is_what_an_exact_model_pays(task: HMM) -> None:
     task = HMMConfig(length=12, tests=4000).build()
     p = task.process.next_symbol(task.process.beliefs(task._held_out)[:, :-1])
     paid = -np.log(np.take_along_axis(p, task._held_out[:, :, None], axis=2))[..., 0].mean(axis=1)
-    floor = by_key(task.distributions(Filter(task)))[ENTROPY_FLOOR.key].value
+    floor = by_key(measurements(task, Filter(task)))[ENTROPY_FLOOR.key].value
     assert paid.mean() == pytest.approx(floor, abs=5 * paid.std() / np.sqrt(4000))
 
 
@@ -320,7 +374,7 @@ def test_worlds_have_fingerprints() -> None:
 def test_the_cross_entropy_is_the_floor_and_what_the_model_adds_to_it() -> None:
     task = HMMConfig(length=12, tests=2000).build()
     model = attach(tiny_lm("llama", vocab_size=len(task.tokenizer)), NextLatConfig(horizon=1))
-    found = by_key(task.distributions(model))
+    found = by_key(measurements(task, model))
     paid, floor = (
         held_out_cross_entropy(model, task.eval_dataset(), batch_size=100),
         found[ENTROPY_FLOOR.key],

@@ -26,7 +26,10 @@ lm_eval = pytest.importorskip(
     "lm_eval", reason="the LM Evaluation Harness is not installed: pip install 'nextlat[lm-eval]'"
 )
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
-pytestmark = pytest.mark.filterwarnings("default")  # the harness and what it imports have their own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # the harness and what it imports have their own
+]
 
 TEXTS = [f"The cat number {i} went home. It was {'very ' * (i % 7)}happy!" for i in range(40)]
 KINDS = {

@@ -27,6 +27,7 @@ def batch_of(vocab: int = 50) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 def test_the_saved_directory_opens_without_this_package(tmp_path: Path) -> None:
     model = nextlat.attach(tiny_lm("llama"), nextlat.NextLatConfig())
     model.lm.config.use_cache = False  # what transformers' Trainer does to the models it trains

@@ -274,6 +274,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(NextLatTrainer, "training_step", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mtp", "jtp", "bst"])
 def test_a_run_resumes_exactly_accumulates_and_is_evaluated(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from nextlat.results import read_results
 from nextlat.tasks import TASKS
 from nextlat.training.run_directory import read_metrics
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVE = '''
 from nextlat.losses import Losses, Term
 from nextlat.objectives import OBJECTIVES

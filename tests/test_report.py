@@ -47,6 +47,8 @@ from nextlat.results import (
 )
 from nextlat.tasks.streets.map import map_record, reconstruct
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = ("next-token", "nextlat")
 LIMIT = 0.1 * np.log(2) / 4
 FALLING = {100: 0.3, 200: LIMIT * 0.9, 300: LIMIT * 1.1, 400: LIMIT * 0.9}

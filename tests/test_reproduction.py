@@ -11,6 +11,8 @@ from nextlat.report import compare, read_runs, write_report
 from nextlat.report.comparison import TaskComparison
 from nextlat.report.published import reproduction, reproduction_summary
 
+pytestmark = pytest.mark.slow
+
 
 def compared(
     folder: Path, metric: str, values: dict[str, float], task: str = "streets", horizon: int = 2

@@ -21,6 +21,8 @@ from nextlat.cli import app
 from nextlat.decoding import Cycle, Pass
 from nextlat.decoding.stream import RESET, TokenText, coloured, draw, legend, marked
 
+pytestmark = pytest.mark.slow
+
 WORDS = [" was", " a", " girl", "\n", "é", "<|endoftext|>", "Once"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -267,7 +269,6 @@ def test_bad_options_are_one_sentence(endless: Path, options: list[str], cause: 
     assert err.startswith("error: ") and err.count("\n") == 1, err
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as of POSIX")
 def test_an_interrupt_leaves_the_terminal_clean(endless: Path):
     command = [

@@ -154,6 +154,14 @@ def test_rides_gone_astray_keep_their_streets_and_unclosed_ones_have_none():
     assert found.rides == 4
 
 
+def test_a_ride_that_was_cut_may_be_anywhere_at_the_end():
+    found = reconstruct(grid(), [(0, None, [E]), (0, None, [W, E, E]), (0, 11, [E])])
+    assert (found.explained, found.astray) == (2, 1)
+    [(start, direction, end)] = found.invented
+    assert (start, direction) == (0, W)
+    assert end in (1, 4)  # the nearest from which two moves east can be made
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -188,7 +196,7 @@ def test_the_map_keeps_its_constraints_and_explains_its_rides(rides):
     )  # a later invention may explain an earlier failure, never the other way round
 
 
-# --- the record ---------------------------------------------------------------------------------
+# --- the record -----------------------------------------------------------------------------------
 
 
 def test_a_record_gives_back_network_and_map():
@@ -231,7 +239,7 @@ def test_a_damaged_record_is_refused_in_one_sentence(path, value, message):
     assert "\n" not in str(caught.value)
 
 
-# --- the picture --------------------------------------------------------------------------------
+# --- the picture ----------------------------------------------------------------------------------
 
 
 def lines_of(ax) -> dict[str, list[np.ndarray]]:

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from conftest import tiny_lm
-from nextlat import BSTConfig, JTPConfig, NextTokenConfig, attach
+from nextlat import BSTConfig, JTPConfig, NextLatConfig, NextTokenConfig, attach
 from nextlat.backbone import Backbone
 from nextlat.errors import NextLatError
+from nextlat.results import Chart, Measurement
 from nextlat.scores import effective_rank, paired_difference
+from nextlat.tasks.dynamics_alone import driver
 from nextlat.tasks.latent_rank import latent_rank
 from nextlat.tasks.streets import rides
 from nextlat.tasks.streets.map import read_map_record, reconstruct
-from nextlat.tasks.streets.metrics import (
+from nextlat.tasks.streets.measuring import (
     continuation_probabilities,
     detour_robustness,
     identical_continuations,
+    legal_positions,
     next_token_test,
     pair_draws,
     sampled_rides,
@@ -30,10 +33,11 @@ from nextlat.tasks.streets.metrics import (
     valid_trajectories,
 )
 from nextlat.tasks.streets.network import Pairs, StreetNetwork
+from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.streets.rides import PrefixPairs, Prompts, Rides, prefix_pairs, ride
 from nextlat.tasks.streets.sources import generate_city
 from nextlat.tasks.streets.streets import StreetsConfig
-from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE, Walks
+from nextlat.tasks.streets.walks import Walks
 from nextlat.tasks.task import PAD
 
 MAX_MOVES = 24
@@ -159,7 +163,7 @@ def random_walks(network: StreetNetwork, count: int, seed: int) -> Walks:
         for t in range(lengths[i]):
             moves[i, t] = rng.choice(np.flatnonzero(network.targets[nodes[i, t]] >= 0))
             nodes[i, t + 1] = network.targets[nodes[i, t], moves[i, t]]
-    return Walks(lengths, nodes, moves)
+    return Walks(lengths, nodes, moves, nodes[np.arange(count), lengths])
 
 
 # --- the exact world model scores full marks ----------------------------------------------------
@@ -210,19 +214,24 @@ def test_next_token_test_takes_a_move_or_end_at_a_destination_passed_on_the_way(
     e = int(city.targets[d, out])
     back = int(np.flatnonzero(city.targets[e] == d)[0])
     source, into = next((s, k) for s, k, t in city.edges.tolist() if t == d and s != e)
-    walk = Walks(np.array([3]), np.array([[source, d, e, d]]), np.array([[into, out, back]]))
+    nodes, moves = np.array([[source, d, e, d]]), np.array([[into, out, back]])
+    walk = Walks(np.array([3]), nodes, moves, np.array([d]))
 
-    def share(token: int) -> float:
+    def share(token: int, **options) -> float:
         def change(logits_V, source, destination, here, made):
             logits_V[token] = 50
 
-        return next_token_test(Oracle(city, change), city, walk).value
+        return next_token_test(Oracle(city, change), city, walk, **options).value
 
     assert share(END) == 2 / 4
     assert share(FIRST_DIRECTION + out) == np.mean(
         [city.targets[x, out] >= 0 for x in (source, d, e, d)]
     )
     assert share(FIRST_NODE + d) == share(PAD) == 0
+    # Where rides stop on arrival, `end` alone is legal there.
+    legal = np.mean([city.targets[x, out] >= 0 and x != d for x in (source, d, e, d)])
+    assert share(FIRST_DIRECTION + out, stop=True) == legal
+    assert share(END, stop=True) == 2 / 4
 
 
 def test_valid_trajectories_lose_a_missed_end_an_early_end_and_an_illegal_move(city, pairs):
@@ -424,9 +433,24 @@ def test_detours_equal_a_slow_reference(city, pairs, kind, legal_only):
     assert 0 < score.value < 1
 
 
-# --- batches, draws, pairs ----------------------------------------------------------------------
+def test_several_draws_of_detours_are_averaged_by_pair(city, pairs):
+    """The first draw is that of a single one, and every other is an accident of its own."""
+    model = Oracle(city, chaotic(city, legal_only=True))
+    one, three = (
+        detour_robustness(model, city, pairs, MAX_MOVES, probability=0.4, draws=draws)
+        for draws in (1, 3)
+    )
+    assert three.per_item.shape == one.per_item.shape
+    assert set(np.round(3 * three.per_item, 9)) == {0, 1, 2, 3}
+    others = 3 * three.per_item - one.per_item
+    assert set(np.round(others, 9)) <= {0, 1, 2}
+    assert three.stderr < one.stderr
 
 
+# --- batches, draws, pairs ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_or_on_the_other_pairs(
     city, pairs, prefixes, monkeypatch
 ):
@@ -483,6 +507,16 @@ def test_prefix_pairs_are_what_they_claim(city):
     assert to_go.min() == 1
     assert to_go.max() > 6
     assert (to_go <= p.room(max_moves)).all()
+    stopping = prefix_pairs(city, count, max_moves=max_moves, seed=4, stop=True)
+    for pairs, passes in ((p, True), (stopping, False)):
+        through = []
+        for prompts in (pairs.first, pairs.second):
+            node = prompts.source.copy()
+            for i in range(prompts.moves.shape[1]):
+                going = i < prompts.lengths
+                node[going] = city.targets[node[going], prompts.moves[going, i]]
+                through.append((node == prompts.destination).any())
+        assert any(through) == passes
     again, other = (prefix_pairs(city, count, max_moves=max_moves, seed=seed) for seed in (4, 5))
     np.testing.assert_array_equal(p.first.moves, again.first.moves)
     assert not np.array_equal(p.intersection, other.intersection)
@@ -621,20 +655,41 @@ def test_two_models_are_compared_on_the_same_accidents(city, pairs):
     ).value == pytest.approx(1 - score.value)
 
 
-def test_greedy_rides_give_the_moves_of_those_that_end(city, pairs):
+def test_rides_are_given_as_sequences(city, pairs):
     told, hops = greedy_rides(Oracle(city), city, pairs, MAX_MOVES), hops_between(city, pairs)
-    for i in range(10):
-        moves = told.moves(i)
-        assert moves is not None
-        assert len(moves) == hops[i]
-        end = Prompts(
-            pairs.source[i : i + 1],
-            pairs.destination[i : i + 1],
-            np.array([moves]),
-            np.array([len(moves)]),
-        )
-        assert end.intersections(city)[0] == pairs.destination[i]
-    assert greedy_rides(Oracle(city), city, pairs, 3).moves(int(hops.argmax())) is None
+    for (source, destination, moves), fewest in zip(told.sequences(pairs)[:10], hops, strict=False):
+        assert len(moves) == fewest
+        row = [np.array([x]) for x in (source, destination, moves, len(moves))]
+        assert Prompts(*row).intersections(city) == [destination]
+    # Out of moves: not closed, or cut, wherever it has come; the token too much is no move.
+    short = greedy_rides(Oracle(city), city, pairs, 3)
+    far = int(hops.argmax())
+    source, destination, whole = told.sequences(pairs)[far]
+    assert short.sequences(pairs)[far] == (source, destination, None)
+    assert short.sequences(pairs, cut=True)[far] == (source, None, whole[:3])
+    near = int(hops.argmin())
+    assert short.sequences(pairs, cut=True)[near] == told.sequences(pairs)[near]
+
+
+def test_a_ride_is_legal_up_to_its_last_move(city, pairs):
+    """An illegal move or an early `end` is a fault, an illegal token after the last move is none,
+    and neither is a missing `end`."""
+
+    def change(logits_V, source, destination, here, made):
+        if destination % 3 == 0 and made == 1:
+            logits_V[illegal_move(city, here)] = 50
+        if destination % 3 == 1 and made == 1:
+            logits_V[END] = 50
+        if destination % 3 == 2 and made == 2:
+            logits_V[illegal_move(city, here)] = 50
+
+    hops, kind = hops_between(city, pairs), pairs.destination % 3
+    for leave_map in (True, False):
+        rides = greedy_rides(Oracle(city, change), city, pairs, 2, leave_map=leave_map)
+        home = (kind == 1) & (hops == 1)
+        np.testing.assert_array_equal(rides.legal, home | (kind == 2))
+        longer = greedy_rides(Oracle(city, change), city, pairs, 3, leave_map=leave_map)
+        np.testing.assert_array_equal(longer.legal, home | ((kind == 2) & (hops < 2)))
 
 
 def test_the_map_of_the_exact_world_model_is_the_city(city, pairs):
@@ -703,7 +758,141 @@ def test_sampled_rides_stay_among_the_tokens_above_the_cut(city, pairs, monkeypa
     assert (sampled().tokens == told.tokens).all()
 
 
-# --- the task -----------------------------------------------------------------------------------
+# --- dynamics alone -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nextlat(city):
+    return attach(Plain(city).lm, NextLatConfig(horizon=2))
+
+
+def test_the_dynamics_alone_drive_from_the_state_after_source_and_destination(
+    city, pairs, prefixes, nextlat, monkeypatch
+):
+    """In batches that shrink, with prefixes of many lengths: as the rollout p_psi(h, x) of each
+    ride alone."""
+    alone, embed = driver(nextlat, "dynamics", 2), nextlat.lm.get_input_embeddings()
+    monkeypatch.setattr(rides, "BATCH", 8)
+    for prompts in (Prompts.of_pairs(pairs[:20]), prefixes.first[np.arange(20)]):
+        told = ride(alone, city, prompts, 12, leave_map=True)
+        assert len(set(told.lengths.tolist())) > 1
+        for i in range(20):
+            ids = torch.from_numpy(prompts.tokens()[i : i + 1, : 2 + prompts.lengths[i]])
+            expected: list[int] = []
+            with torch.no_grad():
+                h_BD = nextlat.lm.base_model(ids[:, :2]).last_hidden_state[:, -1]
+                for token in ids[0, 2:]:
+                    h_BD = nextlat.objective.dynamics(h_BD, embed(token[None]))
+                while len(expected) <= 12 - prompts.lengths[i]:
+                    expected.append(int(nextlat.lm.lm_head(h_BD).argmax()))
+                    if not FIRST_DIRECTION <= expected[-1] < FIRST_NODE:
+                        break
+                    h_BD = nextlat.objective.dynamics(h_BD, embed(torch.tensor(expected[-1:])))
+            assert told.tokens[i, : told.lengths[i]].tolist() == expected
+
+
+def test_only_recurrent_drafters_drive_alone(city, nextlat):
+    assert driver(nextlat, "transformer", 2) is nextlat
+    for config in (NextTokenConfig(), JTPConfig()):
+        assert driver(attach(Plain(city).lm, config), "dynamics", 2) is None
+    nextlat.train()
+    greedy_rides(driver(nextlat, "dynamics", 2), city, Pairs(np.array([0]), np.array([1])), 3)
+    assert nextlat.training and nextlat.objective.dynamics.training
+
+
+def test_positions_of_the_next_token_test(city):
+    walks = random_walks(city, 40, seed=3)
+    legal = legal_positions(Plain(city), city, walks)
+    np.testing.assert_array_equal(
+        np.isnan(legal), np.arange(legal.shape[1]) > walks.lengths[:, None]
+    )
+    score = next_token_test(Plain(city), city, walks)
+    assert score.value == pytest.approx(np.nansum(legal) / (walks.lengths + 1).sum())
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["random-walks", "stop-on-arrival"])
+def test_drivers_and_lengths_are_variants_of_every_metric(kind):
+    config = StreetsConfig(
+        rows=4, columns=4, rides=kind, min_moves=1, max_moves=8, row_length=32, held_out=20,
+        tests=10, multiples=(2, 4), dynamics_alone=True,
+    )  # fmt: skip
+    task = config.build()
+    assert task.max_length == 4 * 8 + 3
+    keys = [metric.key for metric in task.metrics]
+    assert len(set(keys)) == len(keys) == 8 * 6 + 1
+    assert keys[:8] == [metric.key for metric in StreetsConfig(rows=4).build().metrics[:8]]
+    assert {"legal_rides", "legal_rides[length=32]", "legal_rides[driver=dynamics]"} <= set(keys)
+    for metric in task.metrics:
+        if metric.parameters.get("driver") == "dynamics":
+            other = {k: v for k, v in metric.parameters.items() if k != "driver"}
+            assert metric.counterpart == metric.model_copy(update={"parameters": other}).key
+            assert metric.counterpart in keys
+    lm = tiny_lm("llama", vocab_size=len(task.tokenizer), seed=2)
+    nextlat, baseline = attach(lm, NextLatConfig(horizon=1)), attach(lm, NextTokenConfig())
+    measured = {
+        name: [x for measure in task.measures().values() for x in measure(model)]
+        for name, model in (("nextlat", nextlat), ("baseline", baseline))
+    }
+    metrics = {
+        name: [x.metric.key for x in found if isinstance(x, Measurement)]
+        for name, found in measured.items()
+    }
+    assert sorted(metrics["nextlat"]) == sorted(keys)
+    assert metrics["baseline"] == [key for key in metrics["nextlat"] if "dynamics" not in key]
+    for name, lines in (("nextlat", 2), ("baseline", 1)):
+        [chart] = [x for x in measured[name] if isinstance(x, Chart)]
+        assert len(chart.lines) == lines
+        assert 8 < len(chart.lines[0].values) <= 4 * 8 + 1
+        assert all(0 <= value <= 1 for line in chart.lines for value in line.values)
+    pictures = {picture.file: content for picture, content in task.artifacts(nextlat)}
+    assert set(pictures) == {
+        "map.json", "map-transformer-16.json", "map-transformer-32.json",
+        "map-dynamics-8.json", "map-dynamics-16.json", "map-dynamics-32.json",
+    }  # fmt: skip
+    assert [p.file for p, _ in task.artifacts(baseline)] == [f for f in pictures if "dyn" not in f]
+
+
+@pytest.mark.parametrize("kind", ["random-walks", "stop-on-arrival"])
+def test_maps_follow_rides_without_an_end_where_those_of_training_are_cut(kind):
+    config = StreetsConfig(
+        rows=4, columns=4, rides=kind, min_moves=1, max_moves=8, row_length=32, held_out=20,
+    )  # fmt: skip
+    task = config.build()
+
+    def change(logits_V, source, destination, here, made):
+        logits_V[END] = -50
+
+    [(_, record)] = task.artifacts(Oracle(task.network, change))
+    counts = record["counts"]
+    assert counts["invented"] == counts["failed"] == counts["astray"] == 0
+    rides = counts["explained"] + counts["unclosed"]
+    assert (counts["explained"], counts["unclosed"]) == (
+        (rides, 0) if kind == "stop-on-arrival" else (0, rides)
+    )
+
+
+def test_detours_of_several_probabilities_and_kinds():
+    config = StreetsConfig(
+        rows=4, columns=4, max_moves=8, row_length=32, held_out=20, tests=10,
+        detour_probability=(0.01, 0.75), detour_kinds=("random", "second_most_likely"),
+        detour_draws=3,
+    )  # fmt: skip
+    task = config.build()
+    metrics = [metric for metric in task.metrics if metric.name == "detour_robustness"]
+    assert [metric.title for metric in metrics] == [
+        "Random detours, probability 0.01",
+        "Second most likely detours, probability 0.01",
+        "Random detours",
+        "Second most likely detours",
+    ]
+    assert [metric.published for metric in metrics] == [None, None, "detour_robustness", None]
+    assert "Mean over 3 draws for each pair" in metrics[0].definition
+    found = list(task.measures()["detours"](Oracle(task.network)))
+    assert [m.metric for m in found] == metrics
+    assert [m.score.value for m in found] == [1, 1, 1, 1]
 
 
 def test_the_task_declares_what_the_paper_reports():

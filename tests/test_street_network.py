@@ -50,7 +50,7 @@ def network_of(targets: list[list[int]]) -> StreetNetwork:
 
 RING = [[(i + 1) % 8] for i in range(8)]
 
-# --- the generated city -------------------------------------------------------------------------
+# --- the generated city ---------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -118,7 +118,7 @@ def test_a_seed_always_gives_the_same_city():
     assert generate_city().fingerprint() == "d42e4f115db37213"
 
 
-# --- geometry and paths -------------------------------------------------------------------------
+# --- geometry and paths ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_the_fingerprint_sees_every_part():
     assert len(prints) == len(variants)
 
 
-# --- parts --------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def test_the_largest_strongly_connected_part():
@@ -252,7 +252,7 @@ def test_boxes_without_streets_are_refused(box, message):
         generate_city(5, 5).within(*box)
 
 
-# --- held-out pairs -----------------------------------------------------------------------------
+# --- held-out pairs -------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["listed", "sampled"])
@@ -294,7 +294,7 @@ def test_a_city_too_small_to_hold_out_pairs():
         held_out_pairs(network_of([[1], [0]]), 10)
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 NODES = "id,lat,lon\na,40.1,-73.9\nb,40.2,-73.9\n"
 EDGES = "source,direction,target\na,N,b\nb,S,a\n"
@@ -395,7 +395,7 @@ def test_manhattan(data_dir):
     assert nx.is_strongly_connected(graph(village))
 
 
-# --- OpenStreetMap ------------------------------------------------------------------------------
+# --- OpenStreetMap --------------------------------------------------------------------------------
 
 
 def osm_graph() -> nx.MultiDiGraph:

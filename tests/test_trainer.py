@@ -21,6 +21,8 @@ from nextlat import NextLatTrainer
 from nextlat.errors import NextLatError
 from nextlat.training.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 TRAINERS = (Trainer, NextLatTrainer)
 Rows = list[dict[str, torch.Tensor]]
 

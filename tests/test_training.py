@@ -35,6 +35,8 @@ from nextlat.training.train import FirstRows, Interrupted, train
 from nextlat.training.trainer import NextLatTrainer, evaluation_loss
 from test_files import largest_file
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "steps=6",
     "batch_size=4",
@@ -248,7 +250,6 @@ def test_warm_up_of_the_lambdas_counts_optimiser_steps_through_a_resume(
     assert final["eval_loss"] == pytest.approx(full, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from nextlat.training.recipe import load_recipe; "
@@ -277,7 +278,6 @@ def test_two_processes_equal_one(whole: Path, tmp_path: Path) -> None:
     assert all(y == pytest.approx(x, rel=1e-4, abs=1e-7) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # of torch's own, when it imports its compiler

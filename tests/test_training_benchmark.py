@@ -12,6 +12,8 @@ import torch
 from conftest import load_benchmark
 from nextlat.objectives import OBJECTIVES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:

@@ -14,6 +14,8 @@ from nextlat.report.runs import read_runs
 from nextlat.training.recipe import load_recipe
 from nextlat.training.train import build_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:

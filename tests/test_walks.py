@@ -3,6 +3,7 @@ the street task."""
 
 import hashlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,21 +14,24 @@ from transformers import AutoTokenizer
 
 from nextlat.errors import NextLatError
 from nextlat.tasks.rows import Stream
-from nextlat.tasks.streets import walks
+from nextlat.tasks.streets import packing, walks
 from nextlat.tasks.streets.network import DIRECTIONS, Pairs, StreetNetwork, held_out_pairs
+from nextlat.tasks.streets.packing import (
+    END,
+    FIRST_DIRECTION,
+    FIRST_NODE,
+    pack,
+    ride_stream,
+    tokenizer,
+)
 from nextlat.tasks.streets.rides import prefix_pairs
 from nextlat.tasks.streets.sources import generate_city, read_csv
 from nextlat.tasks.streets.streets import StreetsConfig
 from nextlat.tasks.streets.walks import (
-    END,
-    FIRST_DIRECTION,
-    FIRST_NODE,
     Walks,
     conditioned_walks,
-    pack,
     random_walks,
-    tokenizer,
-    walk_stream,
+    stopping_rides,
 )
 from nextlat.tasks.task import PAD, UNK
 
@@ -70,20 +74,21 @@ def packed_documents(rows: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def follow(network: StreetNetwork, document: list[int]) -> tuple[int, int, int]:
-    """Checks that a document is a legal walk that ends at its destination; source, destination,
-    moves."""
-    source, destination, *moves, end = document
-    assert end == END
+    """Checks that a document is a legal walk that ends exactly at its destination, or was cut;
+    source, destination, moves."""
+    source, destination, *moves = document
+    ended = moves[-1] == END
+    moves = moves[:-1] if ended else moves
     node = source - FIRST_NODE
     for move in moves:
         assert FIRST_DIRECTION <= move < FIRST_NODE
         node = int(network.targets[node, move - FIRST_DIRECTION])
         assert node >= 0
-    assert node == destination - FIRST_NODE
-    return source - FIRST_NODE, node, len(moves)
+    assert ended == (node == destination - FIRST_NODE)
+    return source - FIRST_NODE, destination - FIRST_NODE, len(moves)
 
 
-# --- walks --------------------------------------------------------------------------------------
+# --- walks ----------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -99,7 +104,8 @@ def test_walks_are_legal(seed, min_moves, extra, count):
     )
     assert found.nodes.shape == (count, min_moves + extra + 1)
     assert found.moves.shape == (count, min_moves + extra)
-    for length, node, move in zip(*(x.tolist() for x in found), strict=True):
+    for length, node, move, destination in zip(*(x.tolist() for x in found), strict=True):
+        assert node[length] == destination
         assert min_moves <= length <= min_moves + extra
         assert node[0] != node[length]
         assert all(node[i + 1] == CITY.targets[node[i], move[i]] >= 0 for i in range(length))
@@ -114,8 +120,8 @@ def test_a_seed_always_gives_the_same_walks():
     prefixes = prefix_pairs(CITY, 50, max_moves=20)
     drawn = {
         "pairs": (pairs.source, pairs.destination),
-        "free": free,
-        "held_out": held_out,
+        "free": free[:3],
+        "held_out": held_out[:3],
         "prefixes": (prefixes.intersection, prefixes.first.moves, prefixes.second.moves),
         "rows": tuple(stream()[30].values()),
     }
@@ -133,7 +139,7 @@ def test_a_seed_always_gives_the_same_walks():
 
 def test_starts_and_moves_are_uniform():
     count = 40_000
-    _, nodes, moves = random_walks(CITY, count, min_moves=9, max_moves=9, rng=rng())
+    _, nodes, moves, _ = random_walks(CITY, count, min_moves=9, max_moves=9, rng=rng())
     # A walk back to its start is drawn again, which favours some starts by a little; hence the wide
     # margin there.
     starts = np.bincount(nodes[:, 0], minlength=len(CITY)) / count * len(CITY)
@@ -153,7 +159,7 @@ def test_lengths_are_uniform_though_walks_are_drawn_again():
     # A ring of 5 with a dead end at each corner: half of all moves end a walk, and five moves lead
     # back to the start.
     ring = line([[(i + 1) % 5, 5 + i] for i in range(5)] + [[]] * 5)
-    lengths, nodes, _ = random_walks(ring, 6000, min_moves=1, max_moves=6, rng=rng())
+    lengths, nodes, *_ = random_walks(ring, 6000, min_moves=1, max_moves=6, rng=rng())
     shares = np.bincount(lengths, minlength=7)[1:] / 6000
     assert abs(shares - 1 / 6).max() < 5 * np.sqrt(1 / 6 * 5 / 6 / 6000)
     inner = nodes[np.arange(6000), lengths - 1]
@@ -168,7 +174,7 @@ def test_impossible_walks_are_told():
         random_walks(back_and_forth, 10, min_moves=2, max_moves=2, rng=rng())
 
 
-# --- packing ------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -178,7 +184,7 @@ def test_impossible_walks_are_told():
     rows=st.none() | st.integers(1, 12),
 )
 def test_documents_share_rows_without_overlap(sizes, capacity, rows):
-    row_of, start_of, used = walks._best_fit(sizes, capacity, rows)
+    row_of, start_of, used = packing._best_fit(sizes, capacity, rows)
     taken = set()
     for row, start, size in zip(row_of, start_of, sizes, strict=False):
         assert start + size <= capacity
@@ -200,7 +206,7 @@ def test_packed_rows_hold_the_walks_in_full():
     rows = pack(found, 64)
     expected = [
         [node[0] + 11, node[length] + 11, *(move + 3 for move in moves[:length]), 2]
-        for length, node, moves in zip(*(x.tolist() for x in found), strict=True)
+        for length, node, moves, _ in zip(*(x.tolist() for x in found), strict=True)
     ]
     assert sorted(packed_documents(rows)) == sorted(expected)
     assert all(tensor.dtype == torch.int64 for tensor in rows.values())
@@ -208,12 +214,22 @@ def test_packed_rows_hold_the_walks_in_full():
         pack(found, 8)
 
 
-# --- the training stream ------------------------------------------------------------------------
+# --- the training stream --------------------------------------------------------------------------
 
 
-def stream(seed: int = 0, **changes: object) -> Stream:
-    options: dict = dict(row_length=48, min_moves=3, max_moves=20, seed=seed, count=40)
-    return walk_stream(CITY, **{**options, **changes})
+def stream(
+    seed: int = 0,
+    *,
+    network: StreetNetwork = CITY,
+    row_length: int = 48,
+    count: int = 40,
+    min_moves: int = 3,
+    max_moves: int = 20,
+    exclude: Pairs | None = None,
+) -> Stream:
+    draw = partial(random_walks, network, min_moves=min_moves, max_moves=max_moves, exclude=exclude)
+    mean_moves = (min_moves + max_moves) / 2
+    return ride_stream(draw, row_length=row_length, seed=seed, mean_moves=mean_moves, count=count)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -221,7 +237,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_row_depends_on_seed_and_index_alone(monkeypatch):
-    monkeypatch.setattr(walks, "TOKENS_PER_CHUNK", 48 * 4)  # many chunks: the cache is emptied
+    monkeypatch.setattr(packing, "TOKENS_PER_CHUNK", 48 * 4)  # many chunks: the cache is emptied
     forward = list(stream())
     assert len(forward) == 40
     data = stream()
@@ -265,13 +281,14 @@ def test_training_never_sees_a_held_out_pair():
     assert len(seen) > 0.75 * (len(CITY) * (len(CITY) - 1) - len(held_out))
 
 
+@pytest.mark.slow
 def test_manhattan_walks(data_dir):
     """The network as it is, with its dead ends and loops; sequences of at most 100 tokens."""
     manhattan = read_csv(data_dir / "manhattan")
     pairs = held_out_pairs(manhattan, 1000, seed=0)
     assert len(pairs) == 1000
-    data = walk_stream(
-        manhattan, row_length=256, min_moves=1, max_moves=97, seed=0, exclude=pairs, count=20
+    data = stream(
+        network=manhattan, row_length=256, min_moves=1, max_moves=97, exclude=pairs, count=20
     )
     found = [document for row in data for document in documents(row)]
     assert all(follow(manhattan, document) and len(document) <= 100 for document in found)
@@ -280,7 +297,7 @@ def test_manhattan_walks(data_dir):
     assert ends == list(zip(pairs.source[:20], pairs.destination[:20], strict=True))
 
 
-# --- held-out sequences -------------------------------------------------------------------------
+# --- held-out sequences ---------------------------------------------------------------------------
 
 
 def all_walks(
@@ -349,7 +366,7 @@ def test_conditioned_walks_of_many_pairs(monkeypatch):
     monkeypatch.setattr(walks, "TABLE_BYTES", 8 * len(CITY) * 26 * 7)  # seven pairs at a time
     pairs = held_out_pairs(CITY, 60)
     found = conditioned_walks(CITY, pairs, min_moves=5, max_moves=25, rng=rng())
-    for i, (length, nodes, moves) in enumerate(zip(*(x.tolist() for x in found), strict=True)):
+    for i, (length, nodes, moves, _) in enumerate(zip(*(x.tolist() for x in found), strict=True)):
         document = [nodes[0] + 11, nodes[length] + 11, *(move + 3 for move in moves[:length]), 2]
         assert follow(CITY, document) == (pairs.source[i], pairs.destination[i], length)
         assert set(nodes[length + 1 :]) | set(moves[length:]) <= {-1}
@@ -360,7 +377,89 @@ def test_conditioned_walks_of_many_pairs(monkeypatch):
         conditioned_walks(CITY, far, min_moves=1, max_moves=2, rng=rng())
 
 
-# --- settings and tokenizer ---------------------------------------------------------------------
+# --- rides that stop where they arrive ------------------------------------------------------------
+
+
+def all_rides(
+    network: StreetNetwork, source: int, destination: int, longest: int, noise: float
+) -> dict[tuple[int, ...], tuple[float, bool]]:
+    """Every ride between two intersections with its probability, and whether it arrives."""
+    found: dict[tuple[int, ...], tuple[float, bool]] = {}
+    frontier = {(): (source, 1.0)}
+    for _ in range(longest):
+        step = {}
+        for moves, (node, chance) in frontier.items():
+            legal = np.flatnonzero(network.targets[node] >= 0).tolist()
+            hops = network.hops[destination]
+            nearer = [m for m in legal if hops[network.targets[node, m]] < hops[node]]
+            for move in legal:
+                p = noise / len(legal) + (1 - noise) * (move in nearer) / len(nearer)
+                if p > 0:
+                    step[(*moves, move)] = int(network.targets[node, move]), chance * p
+        found |= {moves: (p, True) for moves, (node, p) in step.items() if node == destination}
+        frontier = {m: (node, p) for m, (node, p) in step.items() if node != destination}
+    return found | {moves: (p, False) for moves, (_, p) in frontier.items()}
+
+
+@pytest.mark.parametrize(("noise", "arrive"), [(0.0, True), (0.3, True), (1.0, False)])
+def test_rides_to_a_destination_follow_their_law(noise, arrive):
+    city, count = generate_city(4, 4, seed=0), 40_000
+    # A pair with a choice of shortest paths.
+    near = np.argwhere((city.hops > 0) & (city.hops <= 5)).tolist()
+    destination, source = max(near, key=lambda pair: len(all_rides(city, *pair[::-1], 5, 0.0)))
+    assert len(all_rides(city, source, destination, 5, 0.0)) > 1
+    rides = all_rides(city, source, destination, 5, noise)
+    kept = {moves: p for moves, (p, arrived) in rides.items() if arrived or not arrive}
+    total = sum(kept.values())
+    assert total == pytest.approx(1.0) or (noise > 0 and arrive)
+    pairs = Pairs(np.full(count, source), np.full(count, destination))
+    options = {"max_moves": 5, "noise": noise, "arrive": arrive}
+    drawn = stopping_rides(city, count, rng=rng(), pairs=pairs, **options)
+    assert_drawn_from(seen_moves(drawn), {moves: p / total for moves, p in kept.items()})
+    rows = zip(drawn.moves.tolist(), drawn.lengths, drawn.arrived, strict=True)
+    assert all(rides[tuple(moves[:length])][1] == arrived for moves, length, arrived in rows)
+    # Without given pairs, source and destination are any two of the city, but those excluded.
+    free = stopping_rides(city, 3000, rng=rng(), exclude=pairs[:1], **options)
+    ends = set(zip(free.source.tolist(), free.destination.tolist(), strict=True))
+    assert (free.source != free.destination).all()
+    assert (source, destination) not in ends
+    far = int((city.hops > 5).sum()) if arrive else 0
+    assert len(ends) == len(city) * (len(city) - 1) - 1 - far
+    if noise == 0:
+        np.testing.assert_array_equal(free.lengths, city.hops[free.destination, free.source])
+
+
+def test_rides_that_cannot_arrive_are_told():
+    far = Pairs(np.array([0]), np.array([len(CITY) - 1]))
+    with pytest.raises(NextLatError, match="no ride of at most 2 moves arrived"):
+        stopping_rides(CITY, 1, max_moves=2, noise=0.0, arrive=True, rng=rng(), pairs=far)
+
+
+@pytest.mark.parametrize("kind", ["shortest-paths", "noisy-shortest-paths", "stop-on-arrival"])
+def test_rows_of_rides_that_stop(kind):
+    task = StreetsConfig(
+        rows=5, columns=5, rides=kind, min_moves=1, max_moves=15, row_length=64, tests=40
+    ).build()
+    held_out = set(zip(task.pairs.source.tolist(), task.pairs.destination.tolist(), strict=True))
+    data = task.train_dataset(0)
+    found = [document for i in range(300) for document in documents(data[i])]
+    assert np.mean([data[i]["attention_mask"].float().mean() for i in range(300)]) > 0.9
+    cut = [document for document in found if document[-1] != END]
+    for document in found:
+        source, destination, moves = follow(task.network, document)
+        assert (source, destination) not in held_out
+        assert moves <= 15
+    assert bool(cut) == (kind == "stop-on-arrival")
+    assert all(len(document) == 2 + 15 for document in cut)
+    tested = packed_documents(pack(task._walks(), 64))
+    ends = {follow(task.network, document)[:2] for document in tested}
+    assert ends == set(
+        list(zip(task.pairs.source.tolist(), task.pairs.destination.tolist(), strict=True))[:40]
+    )
+    assert task.published is None
+
+
+# --- settings and tokenizer -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -378,6 +477,9 @@ def test_conditioned_walks_of_many_pairs(monkeypatch):
             "walks of 30 to 20 moves: give min_moves <= max_moves",
         ),
         ({"min_moves": 0}, "'min_moves' = 0"),
+        ({"rides": "shortest-paths"}, "shortest-paths are as long as their way: set min_moves = 1"),
+        ({"noise": 0.5}, "random-walks have no noise: leave it out"),
+        ({"held_out_share": 0.9}, "'held_out_share' = 0.9"),
         ({"row_length": 22, "max_moves": 20}, "too short for a walk of 20 moves: give at least 23"),
         ({"held_out": 10**12}, "'held_out'"),
         ({"tests": 1}, "'tests' = 1"),

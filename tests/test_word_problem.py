@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from conftest import by_key
 from nextlat.errors import NextLatError
+from nextlat.tasks.dynamics_alone import Driver
 from nextlat.tasks.word_problem import (
     BEGIN,
     END,
     FIRST_ELEMENT,
-    Predictor,
     WordProblem,
     WordProblemConfig,
     accuracy,
@@ -93,6 +93,8 @@ class Tracker:
     """A perfect model: its state is the accumulator. `forgets_after` breaks its transformer,
     `slips` its dynamics."""
 
+    training = False
+
     def __init__(self, task: WordProblem, forgets_after: int = 10**6, slips: bool = False) -> None:
         self.task, self.forgets_after, self.slips = task, forgets_after, slips
         self.device = torch.device("cpu")
@@ -128,7 +130,7 @@ def test_a_perfect_tracker_scores_one_and_broken_ones_lose_where_they_are_broken
     perfect = Tracker(task)
     lengths = (4, 8, 12)
 
-    def keys(predictor: Predictor) -> list[str]:
+    def keys(predictor: Driver) -> list[str]:
         return [accuracy(predictor, n).key for n in lengths]
 
     found = by_key(task.accuracies(perfect))

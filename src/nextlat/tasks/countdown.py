@@ -15,7 +15,7 @@ Shapes: P problems, n numbers, A tokens of an answer.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -191,7 +191,7 @@ class Countdown(Task):
 
     name = "countdown"
     title = "Countdown"
-    published: ClassVar[Published] = Published(
+    published = Published(
         setting="four numbers, three equations, 500,000 problems, 12 layers of width 768, three "
         "seeds",
         source=f"{NEXTLAT}v4",

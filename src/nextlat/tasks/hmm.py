@@ -20,8 +20,9 @@ from torch import Tensor
 from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
 from nextlat.model import ObjectiveModel
-from nextlat.results import Measurement, Metric, Picture
+from nextlat.results import Chart, Line, Mark, Measurement, Metric, Picture
 from nextlat.scores import Score, mean_score, ratio_score
+from nextlat.tasks.dynamics_alone import ALONE_NOTE, DRIVERS, DYNAMICS, Driver, driver
 from nextlat.tasks.hmm_process import HiddenMarkov
 from nextlat.tasks.rows import Rows, Stream, redraw, row_keys
 from nextlat.tasks.task import (
@@ -31,6 +32,7 @@ from nextlat.tasks.task import (
     Length,
     Measure,
     Seed,
+    SequenceModel,
     Task,
     TaskConfig,
     TestCount,
@@ -54,15 +56,45 @@ BELIEF_R2 = _declare(
     "on half of the held-out sequences and read on the others; 1 = all.",
     unit="number",
 )
-NEXT_TOKEN_KL = _declare(
-    name="next_token_kl",
-    title="KL from the exact distribution",
-    noun="divergence from the exact next-token distribution",
-    definition="KL divergence of the model's next-token distribution from the exact one, which is "
-    "known here; nats, mean over positions.",
-    unit="nats",
-    higher_is_better=False,
-)
+
+
+def next_token_kl(who: Driver = "transformer", length: int | None = None) -> Metric:
+    """Divergence from the exact next-token distribution.
+
+    Args:
+        who: predicts.
+        length: of longer sequences, over whose last part it is taken; None = the training length.
+    """
+    where = f", {length} tokens" if length else ""
+    parameters = {"length": length} if length else {}
+    definition = (
+        "KL divergence of the next-token distribution from the exact one, which is known here; "
+        "nats, mean over positions"
+    ) + (f", of sequences of {length} tokens over the last training length." if length else ".")
+    declare = partial(
+        _declare, name="next_token_kl", unit="nats", higher_is_better=False, headline=False
+    )
+    if who == "transformer":
+        return declare(
+            title=f"KL from the exact distribution{where}",
+            noun=f"divergence from the exact next-token distribution{where}",
+            definition=definition,
+            parameters=parameters,
+            headline=not length,
+        )
+    return declare(
+        title=f"KL of the dynamics alone{where}",
+        noun=f"divergence of the {DYNAMICS} from the exact next-token distribution{where}",
+        definition=f"The same of the {DYNAMICS}, as a filter, from the transformer's first state: "
+        f"{definition}",
+        parameters={**parameters, "driver": who},
+        counterpart=next_token_kl("transformer", length).key,
+        counterpart_name="the transformer of",
+        note=ALONE_NOTE,
+    )
+
+
+NEXT_TOKEN_KL = next_token_kl()
 ENTROPY_FLOOR = _declare(
     name="entropy_floor",
     title="Entropy of the process",
@@ -94,8 +126,8 @@ class HMMConfig(TaskConfig):
     """Settings of the task.
 
     Attributes:
-        process: mess3 (alpha, x), random (states, symbols, concentration, process_seed), or given
-            (transition, emission).
+        process: mess3 (alpha, x), rrxor, random (states, symbols, concentration, process_seed), or
+            given (transition, emission).
         alpha: see `HiddenMarkov.mess3`; the default is that of Shai et al., arXiv 2405.15943.
         x: likewise.
         states: S, see `HiddenMarkov.random`.
@@ -106,9 +138,10 @@ class HMMConfig(TaskConfig):
         emission: rows of probabilities, P(symbol | state).
         length: tokens of a sequence, besides `begin`.
         tests: held-out sequences, which never occur in training.
+        multiples: of length, at which the next-token distribution is measured, besides 1.
     """
 
-    process: Literal["mess3", "random", "given"] = "mess3"
+    process: Literal["mess3", "rrxor", "random", "given"] = "mess3"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.85
     x: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     states: Annotated[int, Field(ge=2, le=1000)] = 4
@@ -119,6 +152,7 @@ class HMMConfig(TaskConfig):
     emission: tuple[tuple[float, ...], ...] | None = None
     length: Annotated[Length, Field(ge=2)] = 32
     tests: Annotated[TestCount, Field(ge=4)] = 1000
+    multiples: Annotated[tuple[Length, ...], Field(max_length=8)] = (1,)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -137,7 +171,7 @@ class HMMConfig(TaskConfig):
             if owner != self.process and getattr(self, name) != default:
                 raise ValueError(f"task.{name} has no meaning with {process}: remove it")
         states = len(self.transition) if self.transition is not None else self.states
-        check_size(self.tests, self.length * states)
+        check_size(self.tests, self.length * max(1, *self.multiples) * states)
         return self
 
     def build(self) -> "HMM":
@@ -151,6 +185,8 @@ class HMMConfig(TaskConfig):
         """
         if self.process == "mess3":
             return HiddenMarkov.mess3(self.alpha, self.x)
+        if self.process == "rrxor":
+            return HiddenMarkov.rrxor()
         if self.transition is None or self.emission is None:
             return HiddenMarkov.random(
                 self.states, self.symbols, self.concentration, self.process_seed
@@ -168,7 +204,8 @@ class HMM(Task):
     def __init__(self, config: HMMConfig) -> None:
         self.config = config
         self.process = config.hidden_markov()
-        self.max_length = config.length + 1
+        self._multiples = sorted({1, *config.multiples})
+        self.max_length = self._multiples[-1] * config.length + 1
         symbols = map(str, range(self.process.emission.shape[1]))
         self.tokenizer = word_tokenizer(("begin", *symbols), begin="begin")
         self._held_out = self.process.sample(config.tests, config.length, np.random.default_rng(0))
@@ -225,12 +262,14 @@ class HMM(Task):
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        return [BELIEF_R2, NEXT_TOKEN_KL, ENTROPY_FLOOR, TRANSITION_ERROR]
+        lengths = [None, *(n * self.config.length for n in self._multiples[1:])]
+        kls = [next_token_kl(who, length) for length in lengths for who in DRIVERS]
+        return [BELIEF_R2, kls[0], ENTROPY_FLOOR, *kls[1:], TRANSITION_ERROR]
 
     def measures(self) -> Mapping[str, Measure]:
         return {
             "belief state": lambda model: [Measurement(BELIEF_R2, self.belief_probe(model)[0])],
-            "next-token distribution": self.distributions,
+            "next-token distributions": self.distributions,
             "transition consistency": self.transition_consistency,
         }
 
@@ -265,25 +304,56 @@ class HMM(Task):
         error = ((true - decoded) ** 2).sum(axis=(1, 2))
         return ratio_score(variation - error, variation), decoded
 
-    def distributions(self, model: ObjectiveModel) -> list[Measurement]:
-        """KL(exact || model) of the next token in nats, mean over t = 0 .. L - 1, where the model's
-        distribution is that over its whole vocabulary; and the mean entropy of the exact
-        distribution at the same positions. The items are the sequences."""
-        p = self.process.next_symbol(self.beliefs[:, :-1])
-        log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
-        symbols = slice(FIRST_SYMBOL, FIRST_SYMBOL + p.shape[-1])
+    def _symbols(self, multiple: int) -> np.ndarray:
+        """(P, L) held-out sequences of a multiple of the training length."""
+        if multiple == 1:
+            return self._held_out
+        length = multiple * self.config.length
+        return self.process.sample(self.config.tests, length, np.random.default_rng(multiple))
+
+    def distributions(self, model: ObjectiveModel) -> list[Measurement | Chart]:
+        """KL(exact || model) of the next token in nats, where the model's distribution is that over
+        its whole vocabulary, and the mean entropy of the exact distribution; of the transformer and
+        of the dynamics run alone as a filter, and by position on the longest sequences. The items
+        are the sequences."""
+        length, found, lines = self.config.length, list[Measurement | Chart](), list[Line]()
+        for multiple in self._multiples:
+            symbols = self._symbols(multiple)
+            p = self.process.next_symbol(self.process.beliefs(symbols)[:, :-1])
+            log_p = np.log(np.maximum(p, np.finfo(np.float64).tiny))
+            beyond = None if multiple == 1 else multiple * length
+            for who in DRIVERS:
+                if (reader := driver(model, who, begun=1)) is None:
+                    continue
+                kl = (p * (log_p - self._log_q(reader, symbols))).sum(axis=-1)
+                score = mean_score(kl[:, -length:].mean(axis=1))
+                found.append(Measurement(next_token_kl(who, beyond), score))
+                if multiple == self._multiples[-1]:
+                    series = DYNAMICS if who == "dynamics" else who
+                    lines.append(Line(values=kl.mean(axis=0).tolist(), series=series, first=0))
+            if multiple == 1:
+                entropy = mean_score(-(p * log_p).sum(axis=-1).mean(axis=1))
+                found.append(Measurement(ENTROPY_FLOOR, entropy))
+        chart = Chart(
+            name="filter",
+            title="KL from the exact next-token distribution, by position",
+            x="symbols read",
+            unit="nats",
+            lines=lines,
+            alt="Divergence of {models} from the exact next-token distribution by position.",
+            marks=[Mark(text="trained up to here", x=length)] * (multiple > 1),
+        )
+        return [*found, chart]
+
+    def _log_q(self, reader: SequenceModel, symbols: np.ndarray) -> np.ndarray:
+        """(P, L, M) log-probabilities of the next symbol before each one."""
+        wanted = slice(FIRST_SYMBOL, FIRST_SYMBOL + self.process.emission.shape[1])
         log_q = []
-        with evaluation_mode(model):
-            for ids in self.rows(self._held_out)[:, :-1].split(BATCH):
-                h_BTD, _ = model.step(ids.to(model.device))
-                logits = model.next_token_logits(h_BTD).double().cpu()
-                log_q.append(logits.log_softmax(-1)[..., symbols].numpy())
-        kl = (p * (log_p - np.concatenate(log_q))).sum(axis=-1)
-        entropy = -(p * log_p).sum(axis=-1)
-        return [
-            Measurement(NEXT_TOKEN_KL, mean_score(kl.mean(axis=1))),
-            Measurement(ENTROPY_FLOOR, mean_score(entropy.mean(axis=1))),
-        ]
+        with evaluation_mode(reader):
+            for ids in self.rows(symbols)[:, :-1].split(BATCH):
+                logits = reader.next_token_logits(reader.step(ids.to(reader.device))[0])
+                log_q.append(logits.double().cpu().log_softmax(-1)[..., wanted].numpy())
+        return np.concatenate(log_q)
 
     def transition_consistency(self, model: ObjectiveModel) -> list[Measurement]:
         """How far the latent dynamics model misses, against how far the state moves; 0 = exact.

@@ -65,6 +65,19 @@ class HiddenMarkov:
         return cls.of(same * (1 - 2 * x) + (1 - same) * x, same * alpha + (1 - same) * beta)
 
     @classmethod
+    def rrxor(cls) -> "HiddenMarkov":
+        """The process "random, random, XOR of the two", endlessly, at a random phase (Crutchfield's
+        group; Shai et al., arXiv 2405.15943): its next-token distribution is the same in many
+        different beliefs.
+
+        The states are those of its automaton by the symbol on which they are entered: S0, S1 (a new
+        round begins), 0, 1 (one bit has come), T0, T1 (the XOR is 1), F0, F1 (it is 0).
+        """
+        successors = [(2, 3), (2, 3), (6, 5), (4, 7), (1, 1), (1, 1), (0, 0), (0, 0)]
+        transition = np.eye(8)[np.array(successors)].mean(axis=1)
+        return cls.of(transition, np.eye(2)[np.arange(8) % 2])
+
+    @classmethod
     def random(cls, states: int, symbols: int, concentration: float, seed: int) -> "HiddenMarkov":
         """Every row of both matrices from a symmetric Dirichlet distribution: the lower the
         concentration, the more peaked."""

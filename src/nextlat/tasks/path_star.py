@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -224,7 +224,7 @@ class PathStar(Task):
 
     name = "path-star"
     title = "Path-Star"
-    published: ClassVar[Published] = Published(
+    published = Published(
         setting="200,000 training graphs of 100 names, 12 layers of width 384, horizon of the arm "
         "length minus 2, five seeds",
         source=f"{NEXTLAT}v4",

@@ -85,7 +85,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    published: ClassVar[Published | None] = None
+    published: Published | None = None
     solved: Solved | None = None
     tokenizer: PreTrainedTokenizerFast
     max_length: int

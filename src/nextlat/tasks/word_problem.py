@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from nextlat.results import (
     Saying,
 )
 from nextlat.scores import mean_score
+from nextlat.tasks.dynamics_alone import ALONE_NOTE, DRIVERS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
 from nextlat.tasks.task import (
@@ -56,10 +57,8 @@ BEGIN, END, FIRST_ELEMENT = FIRST_WORD, FIRST_WORD + 1, FIRST_WORD + 2
 VALIDATION_SHARE = 0.2  # of the distinct sequences (paper: 80 % train, 20 % validation)
 MAX_ORDER = 720
 
-Predictor = Literal["transformer", "dynamics"]
 
-
-def accuracy(predictor: Predictor, length: int) -> Metric:
+def accuracy(predictor: Driver, length: int) -> Metric:
     """Accuracy at the last of `length` elements."""
     parameters: Mapping[str, Parameter] = {"predictor": predictor, "length": length}
     declare = partial(
@@ -80,8 +79,7 @@ def accuracy(predictor: Predictor, length: int) -> Metric:
         source=NEXTLAT,
         counterpart=accuracy("transformer", length).key,
         counterpart_name="the transformer of",
-        note="The dynamics model run alone is compared with the transformer of the baseline at the "
-        "same length.",
+        note=ALONE_NOTE,
     )
 
 
@@ -159,7 +157,7 @@ class WordProblem(Task):
 
     name = "word-problem"
     title = "Word problem"
-    published: ClassVar[Published] = Published(
+    published = Published(
         setting="A5, one million sequences of 12 elements, 2 layers of width 512, horizon 1",
         source=f"{NEXTLAT}v4",
         sayings=[
@@ -221,8 +219,7 @@ class WordProblem(Task):
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        predictors: tuple[Predictor, ...] = ("transformer", "dynamics")
-        accuracies = [accuracy(who, n) for n in self._lengths for who in predictors]
+        accuracies = [accuracy(who, n) for n in self._lengths for who in DRIVERS]
         return [EFFECTIVE_LATENT_RANK, *accuracies]
 
     def measures(self) -> Mapping[str, Measure]:
@@ -270,19 +267,17 @@ class WordProblem(Task):
 
     def _predictions(
         self, model: ObjectiveModel, input_ids: np.ndarray
-    ) -> dict[Predictor, np.ndarray]:
+    ) -> dict[Driver, np.ndarray]:
         """(S, n + 1) inputs -> the products (S, n) that each way to predict them gives."""
         ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
         with evaluation_mode(model):
-            h, _ = model.step(ids)
-            found: dict[Predictor, Tensor] = {"transformer": model.next_token_logits(h[:, 1:])}
-            if model.objective.max_draft_length is None:
-                state, logits = h[:, 0], []
-                for t in range(1, ids.shape[1]):
-                    state, next_logits = model.objective.draft(state, ids[:, t])
-                    logits.append(next_logits)
-                found["dynamics"] = torch.stack(logits, dim=1)
-            return {who: logits.argmax(-1).cpu().numpy() for who, logits in found.items()}
+            found: dict[Driver, np.ndarray] = {}
+            for who in DRIVERS:
+                if predictor := driver(model, who, begun=1):
+                    h, _ = predictor.step(ids)
+                    tokens = predictor.next_token_logits(h[:, 1:]).argmax(-1)
+                    found[who] = tokens.cpu().numpy()
+            return found
 
 
 def _distinct(order: int, config: WordProblemConfig) -> np.ndarray:

@@ -17,8 +17,9 @@ from nextlat.errors import NextLatError
 from nextlat.tasks.streets.network import NOWHERE, StreetNetwork
 from nextlat.validation import CountOrZero, Settings
 
-# Source, destination, directions 0..7 (None: the model did not close the ride).
-Ride = tuple[int, int, Sequence[int] | None]
+# Source, destination (None: the ride was cut and may be anywhere), directions 0..7 (None: the model
+# did not close the ride).
+Ride = tuple[int, int | None, Sequence[int] | None]
 Street = tuple[int, int, int]  # source, direction, target
 
 
@@ -31,7 +32,8 @@ class ReconstructedMap:
             sorted.
         invented: streets in the order of their invention.
         true_unused: true streets that no followed ride used.
-        explained: rides that lead from source to destination over true and invented streets.
+        explained: rides that lead from source to destination (of one that was cut: to its last
+            move) over true and invented streets.
         astray: rides that can be followed to their last move too, but end elsewhere than at their
             destination.
         failed: rides that could not be repaired.
@@ -120,7 +122,7 @@ def reconstruct(
             for a, direction, _ in added:
                 known[a, direction] = NOWHERE
             continue
-        outcome["explained" if here == destination else "astray"] += 1
+        outcome["explained" if destination in (here, None) else "astray"] += 1
         invented += added
         for street in path:
             used[street] = True
@@ -132,7 +134,7 @@ def _invent(
     network: StreetNetwork,
     known: np.ndarray,
     here: int,
-    destination: int,
+    destination: int | None,
     rest: Sequence[int],
     max_miles: float,
     max_degree: int,
@@ -151,7 +153,7 @@ def _invent(
         at[going] = known[at[going], direction]
         going = going[at[going] != NOWHERE]
         followed[going] += 1
-    arrives = (followed == len(rest)) & (at == destination)
+    arrives = (followed == len(rest)) & ((destination is None) | (at == destination))
     return int(near[np.lexsort((near, miles[near], ~arrives, -followed))[0]])
 
 

@@ -20,6 +20,7 @@ from nextlat.errors import NextLatError
 DIRECTIONS = ("N", "NE", "E", "SE", "S", "SW", "W", "NW")
 NOWHERE = -1  # the target of a street that does not exist
 MAX_LISTED_PAIRS = 2**22  # 2,048 intersections: up to here all pairs are listed to hold some out
+MAX_TABLE = 20_000  # intersections up to which the distances between all of them are kept
 EARTH_RADIUS_MILES = 3958.7613  # mean radius of the WGS 84 ellipsoid, 6,371.0088 km
 
 
@@ -103,6 +104,12 @@ class StreetNetwork:
         return np.where(np.take_along_axis(legal, order, axis=1), order, -1)
 
     @cached_property
+    def successors(self) -> np.ndarray:
+        """(N, D) int64, the intersections that `legal_moves` lead to, then -1."""
+        reached = np.take_along_axis(self.targets, self.legal_moves, axis=1)
+        return np.where(self.legal_moves >= 0, reached, -1)
+
+    @cached_property
     def edges(self) -> np.ndarray:
         """(E, 3) int64, rows (source, direction, target), sorted."""
         source, direction = np.nonzero(self.targets != NOWHERE)
@@ -132,6 +139,20 @@ class StreetNetwork:
         """
         hops = dijkstra(self.adjacency.T, indices=destinations, unweighted=True)
         return np.where(np.isinf(hops), -1, hops).astype(np.int16)
+
+    @cached_property
+    def hops(self) -> np.ndarray:
+        """(N, N) int16, fewest moves to each intersection (first index) from each.
+
+        Raises:
+            NextLatError: they are too many to be kept.
+        """
+        if len(self) > MAX_TABLE:
+            raise NextLatError(
+                f"the distances between all {len(self):,} intersections are too many to be kept: "
+                f"take a part of the network (task.box) of at most {MAX_TABLE:,}."
+            )
+        return self.hops_to(np.arange(len(self)))
 
     def miles(self, a: np.ndarray | int, b: np.ndarray | int) -> np.ndarray:
         """Great-circle (haversine) distance in miles between node indices a and b, of shapes that
@@ -237,8 +258,7 @@ def held_out_pairs(
     n = len(network)
     rng = np.random.default_rng(seed)
     if n * n <= MAX_LISTED_PAIRS:
-        hops = network.hops_to(np.arange(n))  # (destination, source)
-        keys = np.flatnonzero((hops > 0) & (hops <= max_hops))
+        keys = np.flatnonzero((network.hops > 0) & (network.hops <= max_hops))
         limit = int(max_share * len(keys))
         destination, source = np.divmod(rng.permutation(keys)[: min(count, limit)], n)
     else:

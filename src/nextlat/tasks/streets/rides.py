@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
+from nextlat.tasks.streets.map import Ride
 from nextlat.tasks.streets.network import NOWHERE, Pairs, StreetNetwork
-from nextlat.tasks.streets.walks import END, FIRST_DIRECTION, FIRST_NODE
+from nextlat.tasks.streets.packing import END, FIRST_DIRECTION, FIRST_NODE
 from nextlat.tasks.task import PAD, SequenceModel
 
 BATCH = 256  # rides in lockstep
@@ -106,23 +107,37 @@ class Rides:
         tokens: (P, L) token ids after the prompt, PAD beyond the end.
         lengths: (P,) tokens of each ride, a last `end` or illegal token included.
         arrived: (P,) every move legal, and `end` given exactly at the destination.
+        legal: (P,) every move within the limit legal, and `end` given nowhere else.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     arrived: np.ndarray
+    legal: np.ndarray
 
-    def moves(self, row: int) -> list[int] | None:
-        """Direction indices of one ride; None if it does not close with `end` (out of moves, or not
-        a move)."""
-        *moves, last = self.tokens[row, : self.lengths[row]].tolist()
-        return [move - FIRST_DIRECTION for move in moves] if last == END else None
+    def sequences(self, pairs: Pairs, *, cut: bool = False) -> list[Ride]:
+        """The rides of these pairs, as `map.reconstruct` reads them.
 
-    def sequences(self, pairs: Pairs) -> list[tuple[int, int, list[int] | None]]:
-        """(source, destination, moves) of the rides of these pairs, as `map.reconstruct` reads
-        them."""
-        ends = zip(pairs.source.tolist(), pairs.destination.tolist(), strict=True)
-        return [(*end, self.moves(row)) for row, end in enumerate(ends)]
+        Args:
+            pairs: of the rides.
+            cut: whether rides that ran out of moves are followed, wherever they have come;
+                otherwise, as rides with a token that is no move, they count as not closed.
+        """
+        found: list[Ride] = []
+        for row, (source, destination) in enumerate(
+            zip(pairs.source, pairs.destination, strict=True)
+        ):
+            *moves, last = (self.tokens[row, : self.lengths[row]] - FIRST_DIRECTION).tolist()
+            ended = last == END - FIRST_DIRECTION
+            out_of_moves = cut and len(moves) == self.tokens.shape[1] - 1
+            found.append(
+                (
+                    int(source),
+                    int(destination) if ended or not out_of_moves else None,
+                    moves if ended or out_of_moves else None,
+                )
+            )
+        return found
 
 
 def greedy(step: Step) -> np.ndarray:
@@ -157,9 +172,8 @@ def ride(
     count = len(prompts)
     budget = np.broadcast_to(max_moves, count)
     longest = int((budget - prompts.lengths).max(initial=0)) + 1
-    rides = Rides(
-        np.full((count, longest), PAD), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-    )
+    tokens, lengths = np.full((count, longest), PAD), np.zeros(count, dtype=np.int64)
+    rides = Rides(tokens, lengths, np.zeros(count, dtype=bool), np.ones(count, dtype=bool))
     start = prompts.intersections(network)
     with evaluation_mode(model):
         for rows in prompts.batches():
@@ -181,14 +195,16 @@ def ride(
                     token[drives] = chosen = choose(Step(now, here, made, logits_BV))
                     rides.tokens[now, made - prefix[drives]] = chosen
                     rides.lengths[now] += 1
-                    rides.arrived[now] = (chosen == END) & (here == prompts.destination[now])
+                    home = (chosen == END) & (here == prompts.destination[now])
+                    rides.arrived[now] = home
                     is_move = (chosen >= FIRST_DIRECTION) & (chosen < FIRST_NODE)
                     legal = is_move & (here != NOWHERE)
                     there = np.full(len(now), NOWHERE)
                     there[legal] = network.targets[here[legal], chosen[legal] - FIRST_DIRECTION]
                     nodes[drives] = there
-                    on = is_move & (leave_map | (there != NOWHERE))
-                    alive[drives] = on & (made < limit[drives])
+                    on_map, in_time = there != NOWHERE, made < limit[drives]
+                    rides.legal[now] &= on_map | home | ~in_time
+                    alive[drives] = is_move & (leave_map | on_map) & in_time
                 made += 1
                 if alive.any() and alive.mean() < COMPACT_BELOW:
                     past.batch_select_indices(
@@ -230,7 +246,7 @@ class PrefixPairs:
 
 
 def prefix_pairs(
-    network: StreetNetwork, count: int, *, max_moves: int, seed: int = 0
+    network: StreetNetwork, count: int, *, max_moves: int, stop: bool = False, seed: int = 0
 ) -> PrefixPairs:
     """Draw pairs of prefixes that lead to the same state by different ways.
 
@@ -239,13 +255,13 @@ def prefix_pairs(
     of independent lengths uniform in 1..max_moves/2; where they end are the two sources. A draw is
     made again when the sources are equal, when one is the destination (no ride leads from a node to
     itself), when a walk meets an intersection without incoming street, or when the destination is
-    further than the longer prefix leaves moves for. Walks may pass through the destination, as
-    training walks may.
+    further than the longer prefix leaves moves for.
 
     Args:
         network: the city.
         count: P.
         max_moves: moves of a ride in all, the longest training walk.
+        stop: no prefix passes through the destination: for rides that stop there.
         seed: the same seed gives the same pairs.
 
     Raises:
@@ -256,9 +272,11 @@ def prefix_pairs(
     incoming = network.edges[np.argsort(network.edges[:, 2], kind="stable")]
     first_in = np.searchsorted(incoming[:, 2], np.arange(len(network) + 1))
 
-    def walk_back(end: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sources (C,), NOWHERE where a walk got stuck; moves (C, longest) in the order of driving,
-        0 beyond the length."""
+    def walk_back(
+        end: np.ndarray, lengths: np.ndarray, destination: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sources (C,), NOWHERE where a walk got stuck or must not go on; moves (C, longest) in the
+        order of driving, 0 beyond the length."""
         node, moves = end.copy(), np.zeros((len(end), longest), dtype=np.int64)
         for i in range(longest):
             u = rng.random(len(end))
@@ -268,6 +286,8 @@ def prefix_pairs(
             going, low, high = (x[low < high] for x in (going, low, high))
             street = low + np.minimum((u[going] * (high - low)).astype(np.int64), high - low - 1)
             node[going], moves[going, lengths[going] - 1 - i] = incoming[street, :2].T
+            if stop:
+                node[node == destination] = NOWHERE
         return node, moves
 
     parts: list[tuple[np.ndarray, ...]] = []
@@ -276,7 +296,7 @@ def prefix_pairs(
             break
         here, there = rng.integers(len(network), size=(2, 2 * count + 64))
         lengths = rng.integers(1, longest + 1, size=(2, 2 * count + 64))
-        (source_a, moves_a), (source_b, moves_b) = (walk_back(here, x) for x in lengths)
+        (source_a, moves_a), (source_b, moves_b) = (walk_back(here, x, there) for x in lengths)
         destinations, row = np.unique(there, return_inverse=True)
         hops = network.hops_to(destinations)[row, here]
         good = (hops > 0) & (hops <= max_moves - lengths.max(axis=0)) & (source_a != source_b)

@@ -1,9 +1,10 @@
-"""Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689) in its
-random-walks variant, for any city."""
+"""Taxi rides through a street network: the task of Vafa et al. (arXiv 2406.03689), for any city and
+four kinds of rides."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import product
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -12,69 +13,68 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextlat.errors import NextLatError
-from nextlat.results import Measurement, Metric, Picture, Published, PublishedFigures
-from nextlat.scores import Score
+from nextlat.model import ObjectiveModel
+from nextlat.results import (
+    Chart,
+    Line,
+    Mark,
+    Measurement,
+    Metric,
+    Picture,
+    Published,
+)
+from nextlat.scores import Score, mean_score
+from nextlat.tasks.dynamics_alone import DRIVERS, DYNAMICS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
 from nextlat.tasks.streets.map import map_record, reconstruct
-from nextlat.tasks.streets.metrics import (
-    IDENTICAL_CONTINUATIONS,
-    IDENTICAL_VALID_CONTINUATIONS,
-    NEXT_TOKEN_TEST,
-    SEQUENCE_COMPRESSION,
-    VALID_TRAJECTORIES,
-    DetourKind,
+from nextlat.tasks.streets.measuring import (
     detour_robustness,
-    detours,
     identical_continuations,
+    legal_positions,
     next_token_test,
     sampled_rides,
     sequence_compression,
     valid_trajectories,
 )
-from nextlat.tasks.streets.network import StreetNetwork, held_out_pairs
-from nextlat.tasks.streets.rides import PrefixPairs, Prompts, prefix_pairs
-from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
-from nextlat.tasks.streets.walks import (
-    Walks,
-    conditioned_walks,
-    pack,
-    random_walks,
-    tokenizer,
-    walk_stream,
+from nextlat.tasks.streets.metrics import (
+    IDENTICAL_CONTINUATIONS,
+    IDENTICAL_VALID_CONTINUATIONS,
+    LEGAL_RIDES,
+    MAP,
+    NEXT_TOKEN_TEST,
+    PUBLISHED,
+    SEQUENCE_COMPRESSION,
+    VALID_TRAJECTORIES,
+    DetourKind,
+    detours,
+    variant,
+    words,
 )
-from nextlat.tasks.task import NEXTLAT, Measure, Seed, Task, TaskConfig, find_data
+from nextlat.tasks.streets.network import Pairs, StreetNetwork, held_out_pairs
+from nextlat.tasks.streets.packing import pack, ride_stream, tokenizer
+from nextlat.tasks.streets.rides import Prompts, Rides, prefix_pairs
+from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
+from nextlat.tasks.streets.walks import Walks, conditioned_walks, random_walks, stopping_rides
+from nextlat.tasks.task import Measure, Seed, SequenceModel, Task, TaskConfig, find_data
 from nextlat.validation import Share
-
-if TYPE_CHECKING:
-    from nextlat.model import ObjectiveModel
 
 MAP_RIDES = 1000  # at least so many are driven for the map
 LATENT_ROWS, LATENT_TOKENS = 256, 256  # of the effective latent rank, as in arXiv 2511.05963
-DETOURS: tuple[DetourKind, ...] = ("random", "least_likely")
-MAP = Picture(
-    kind="map",
-    file="map.json",
-    title="The city in the model's head",
-    text="Rebuilt from the rides that each model generates between places it has never seen "
-    "paired. A red street does not exist; it bends from the direction the model took to where it "
-    "must lead for the ride to make sense.",
-)
+PROMPT = 2  # tokens of source and destination
+NOISE = 0.2  # of noisy shortest paths
+MAX_MOVES = 10_000
 
+Scores = Callable[[SequenceModel], Iterable[Score]]
+RideKind = Literal["random-walks", "shortest-paths", "noisy-shortest-paths", "stop-on-arrival"]
 Lines = Annotated[int, Field(ge=4, le=200)]  # of a generated city
-Moves = Annotated[int, Field(ge=1, le=10_000)]
+Moves = Annotated[int, Field(ge=1, le=MAX_MOVES)]
+Multiple = Annotated[int, Field(ge=1, le=100)]
 Degrees = Annotated[float, Field(ge=-180, le=180)]
 
 
-def _figures(title: str, *values: float, **options: Any) -> PublishedFigures:
-    methods = ("GPT", "MTP", "JTP", "NextLat", "true world model")
-    return PublishedFigures(
-        title=title, by_method=dict(zip(methods, values, strict=False)), **options
-    )
-
-
 class StreetsConfig(TaskConfig):
-    """Which city, which walks, and how much is measured.
+    """Which city, which rides, and how much is measured.
 
     Attributes:
         path: directory with nodes.csv and edges.csv, relative to the working directory or to
@@ -84,19 +84,29 @@ class StreetsConfig(TaskConfig):
         box: (south, west, north, east) in degrees: only this part of the network, cut to its
             largest strongly connected part.
         rows: streets of the generated city, when there is neither path nor place.
-        columns: its avenues.
-        city_seed: what it follows from.
-        one_way: see `sources.generate_city`.
-        missing: see `sources.generate_city`.
-        diagonal: see `sources.generate_city`.
-        park: see `sources.generate_city`.
-        min_moves: length of the shortest walk.
-        max_moves: length of the longest walk (paper: at most 100 tokens, so 97 moves).
+        columns: avenues of the generated city.
+        city_seed: of the generated city.
+        one_way: share of the inner streets, and of the inner avenues, that are one-way.
+        missing: share of the blocks that are closed.
+        diagonal: whether there are a diagonal avenue and a diagonal lane.
+        park: whether there is a park, with no streets inside.
+        rides: random-walks (the paper's), of a length drawn uniformly, their destination where they
+            end; or, to a destination drawn uniformly, shortest-paths, noisy-shortest-paths (see
+            `noise`), or stop-on-arrival, random moves until it is reached, cut at max_moves.
+        noise: of noisy-shortest-paths, the share of the moves that are random.
+        min_moves: length of the shortest random walk; 1 for other rides.
+        max_moves: length of the longest ride (paper: at most 100 tokens, so 97 moves).
         row_length: tokens in a packed training row.
-        held_out: (source, destination) pairs that never occur in training; at most a tenth of all.
+        held_out: (source, destination) pairs that never occur in training.
+        held_out_share: limit of `held_out` as a share of all pairs.
         max_hops: the held-out destinations are at most this many moves away (paper: 50).
         tests: pairs, walks and prefix pairs that the metrics use.
-        detour_probability: paper: 0.75.
+        multiples: of max_moves, up to which rides are measured, besides 1.
+        dynamics_alone: also measure the rides of the latent dynamics model alone, begun after
+            source and destination.
+        detour_probability: one or several (paper: 0.75; Vafa et al.: 0.01, 0.1, 0.5, 0.75).
+        detour_kinds: random, least_likely, second_most_likely.
+        detour_draws: of each kind at each probability for each pair.
     """
 
     path: str | None = None
@@ -109,16 +119,32 @@ class StreetsConfig(TaskConfig):
     missing: Share = 0.1
     diagonal: bool = True
     park: bool = True
+    rides: RideKind = "random-walks"
+    noise: Share = NOISE
     min_moves: Moves = 4
     max_moves: Moves = 40
     row_length: Annotated[int, Field(ge=4, le=2**20)] = 128
     held_out: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     max_hops: Moves = 50
     tests: Annotated[int, Field(ge=2, le=10**5)] = 1000
-    detour_probability: Share = 0.75
+    multiples: Annotated[tuple[Multiple, ...], Field(max_length=8)] = (1,)
+    dynamics_alone: bool = False
+    detour_probability: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = 0.75
+    detour_kinds: tuple[DetourKind, ...] = ("random", "least_likely")
+    detour_draws: Annotated[int, Field(ge=1, le=1000)] = 1
 
     @model_validator(mode="after")
-    def _walks_fit(self) -> Self:
+    def _rides_fit(self) -> Self:
+        if self.rides != "random-walks" and self.min_moves != 1:
+            raise ValueError(
+                f"rides of the kind {self.rides} are as long as their way: set min_moves = 1"
+            )
+        if self.rides != "noisy-shortest-paths" and self.noise != NOISE:
+            raise ValueError(
+                f"rides of the kind {self.rides} have no noise: leave it out, or set rides = "
+                "noisy-shortest-paths"
+            )
         if self.min_moves > self.max_moves:
             raise ValueError(
                 f"walks of {self.min_moves} to {self.max_moves} moves: give min_moves <= max_moves"
@@ -127,6 +153,11 @@ class StreetsConfig(TaskConfig):
             raise ValueError(
                 f"row_length = {self.row_length} is too short for a walk of {self.max_moves} "
                 f"moves: give at least {self.max_moves + 3}"
+            )
+        if (longest := max(1, *self.multiples) * self.max_moves) > MAX_MOVES:
+            raise ValueError(
+                f"rides of {longest:,} moves are too long to be measured: give multiples of "
+                f"max_moves up to {MAX_MOVES:,}"
             )
         return self
 
@@ -162,43 +193,65 @@ class Streets(Task):
 
     name = "streets"
     title = "Streets of a city"
-    published: ClassVar[Published] = Published(
-        setting="all of Manhattan, random walks, 91 million sequences, 48 layers of width 384, "
-        "horizon 8",
-        source=f"{NEXTLAT}v4",
-        figures={
-            "next_token_test": _figures("Next-token test", 1.0, 1.0, 1.0, 1.0, 1.0),
-            "valid_trajectories": _figures("Valid trajectories", 0.97, 0.981, 0.971, 0.987, 1.0),
-            "sequence_compression": _figures("Sequence compression", 0.65, 0.64, 0.32, 0.71, 1.0),
-            "detour_robustness": _figures("Random detours", 0.85, 0.95, 0.87, 0.95, 1.0),
-            "effective_latent_rank": _figures(
-                "Effective latent rank", 160.1, 57.7, 215.8, 52.7, unit="number"
-            ),
-        },
-    )
+    published: Published | None = PUBLISHED
 
     def __init__(self, config: StreetsConfig) -> None:
         self.config = config
         self.network = config.network()
         self.tokenizer = tokenizer(self.network)
-        self.max_length = config.max_moves + 3
+        self._multiples = sorted({1, *config.multiples})
+        self._variants = [*product(DRIVERS[: 1 + config.dynamics_alone], self._multiples)]
+        self.max_length = self._multiples[-1] * config.max_moves + 3
         self.pairs = held_out_pairs(
-            self.network, config.held_out, max_hops=min(config.max_hops, config.max_moves), seed=1
+            self.network,
+            config.held_out,
+            max_hops=min(config.max_hops, config.max_moves),
+            seed=1,
+            max_share=config.held_out_share,
         )
         self._tested = self.pairs[: config.tests]
-        self._lengths: dict[str, Any] = {
-            "min_moves": config.min_moves,
-            "max_moves": config.max_moves,
-        }
+        self._stop = config.rides != "random-walks"
+        if self._stop:
+            self.published = None  # is about random walks
+            _ = self.network.hops  # of a network that is too large for it nothing else is made
+        self._drawn: dict[int, Walks] = {}
+
+    def _laws(self, multiple: int = 1) -> tuple[Callable[..., Walks], Callable[..., Walks]]:
+        """What draws rides as those of training, called with their number and `rng`; and such rides
+        between given pairs, called with those.
+
+        Args:
+            multiple: of max_moves, the limit. All random walks are longer than at one less.
+        """
+        config = self.config
+        max_moves = multiple * config.max_moves
+        if not self._stop:
+            shortest = config.min_moves if multiple == 1 else max_moves - config.max_moves + 1
+            lengths: dict[str, Any] = {"min_moves": shortest, "max_moves": max_moves}
+            return (
+                partial(random_walks, self.network, **lengths),
+                partial(conditioned_walks, self.network, **lengths),
+            )
+        draw = partial(
+            stopping_rides,
+            self.network,
+            max_moves=max_moves,
+            noise={"shortest-paths": 0.0, "stop-on-arrival": 1.0}.get(config.rides, config.noise),
+            arrive=config.rides != "stop-on-arrival",
+        )
+        return draw, lambda pairs, rng: draw(len(pairs), rng=rng, pairs=pairs)
 
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
-        row_length = self.config.row_length
-        return walk_stream(
-            self.network, row_length=row_length, seed=seed, exclude=self.pairs, **self._lengths
+        config = self.config
+        return ride_stream(
+            partial(self._laws()[0], exclude=self.pairs),
+            row_length=config.row_length,
+            seed=seed,
+            mean_moves=None if self._stop else (config.min_moves + config.max_moves) / 2,
         )
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
-        return Rows(pack(self._walks, self.config.row_length))
+        return Rows(pack(self._walks(), self.config.row_length))
 
     def fingerprint(self) -> str:
         return self.network.fingerprint()
@@ -206,72 +259,138 @@ class Streets(Task):
     def prompts(self, count: int) -> list[Tensor]:
         return list(torch.from_numpy(Prompts.of_pairs(self.pairs[:count]).tokens()))
 
-    @cached_property
-    def _walks(self) -> Walks:
-        """One random walk for each held-out pair that is measured."""
-        rng = np.random.default_rng(3)
-        return conditioned_walks(self.network, self._tested, rng=rng, **self._lengths)
-
-    @cached_property
-    def _prefixes(self) -> PrefixPairs:
-        config = self.config
-        return prefix_pairs(self.network, config.tests, max_moves=config.max_moves, seed=4)
+    def _walks(self, multiple: int = 1) -> Walks:
+        """One ride for each held-out pair that is measured."""
+        if multiple not in self._drawn:
+            rng = np.random.default_rng(3)
+            self._drawn[multiple] = self._laws(multiple)[1](self._tested, rng=rng)
+        return self._drawn[multiple]
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        return [
-            NEXT_TOKEN_TEST,
-            VALID_TRAJECTORIES,
-            SEQUENCE_COMPRESSION,
-            IDENTICAL_CONTINUATIONS,
-            IDENTICAL_VALID_CONTINUATIONS,
-            *(detours(kind, self.config.detour_probability) for kind in DETOURS),
-            EFFECTIVE_LATENT_RANK,
-        ]
+        stages = [metrics for variant in self._variants for _, metrics, _ in self._stages(*variant)]
+        return [*(metric for metrics in stages for metric in metrics), EFFECTIVE_LATENT_RANK]
 
     def measures(self) -> Mapping[str, Measure]:
-        city, pairs, max_moves = self.network, self._tested, self.config.max_moves
-        probability = self.config.detour_probability
-
-        def scored(metric: Metric, score: Callable[..., Score], *of: Any) -> Measure:
-            return lambda model: [Measurement(metric, score(model, city, *of))]
-
-        def continuations(model: "ObjectiveModel") -> list[Measurement]:
-            scores = identical_continuations(model, city, self._prefixes, max_moves)
-            metrics = (IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS)
-            return list(map(Measurement, metrics, scores))
-
-        def driven_off(model: "ObjectiveModel") -> Iterable[Measurement]:
-            for kind in DETOURS:
-                score = detour_robustness(
-                    model, city, pairs, max_moves, probability=probability, kind=kind
-                )
-                yield Measurement(detours(kind, probability), score)
-
-        return {
-            "next-token test": scored(NEXT_TOKEN_TEST, next_token_test, self._walks),
-            "valid trajectories": scored(VALID_TRAJECTORIES, valid_trajectories, pairs, max_moves),
-            "sequence compression": scored(
-                SEQUENCE_COMPRESSION, sequence_compression, self._prefixes, max_moves
-            ),
-            "identical continuations": continuations,
-            "detours": driven_off,
-            "effective latent rank": self.latent_rank,
+        found: dict[str, Measure] = {
+            name: partial(_measure, who, metrics, scores)
+            for who, multiple in self._variants
+            for name, metrics, scores in self._stages(who, multiple)
         }
+        if self._multiples[-1] > 1:
+            found["legal tokens by position"] = self.legal_tokens
+        return found | {"effective latent rank": self.latent_rank}
 
-    def artifacts(self, model: "ObjectiveModel") -> list[tuple[Picture, Any]]:
-        """The city in the model's head, rebuilt from 1,000 rides or more that it holds possible
-        (`sampled_rides`)."""
+    def _stages(self, who: Driver, multiple: int) -> Iterator[tuple[str, Sequence[Metric], Scores]]:
+        """What is shown while measuring, the metrics, and what gives their scores."""
+        config, city, pairs, stop = self.config, self.network, self._tested, self._stop
+        max_moves = multiple * config.max_moves
+        given, draws = config.detour_probability, config.detour_draws
+        probabilities = given if isinstance(given, tuple) else (given,)
+        off = [(kind, p) for p in dict.fromkeys(probabilities) for kind in config.detour_kinds]
+        prefixes = cache(
+            lambda: prefix_pairs(city, config.tests, max_moves=max_moves, stop=stop, seed=4)
+        )
+        stages: dict[str, tuple[list[Metric], Scores]] = {
+            "next-token test": (
+                [NEXT_TOKEN_TEST],
+                lambda model: [next_token_test(model, city, self._walks(multiple), stop=stop)],
+            ),
+            "valid trajectories": (
+                [VALID_TRAJECTORIES],
+                lambda model: [valid_trajectories(model, city, pairs, max_moves)],
+            ),
+            "sequence compression": (
+                [SEQUENCE_COMPRESSION],
+                lambda model: [sequence_compression(model, city, prefixes(), max_moves)],
+            ),
+            "identical continuations": (
+                [IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS],
+                lambda model: identical_continuations(model, city, prefixes(), max_moves),
+            ),
+            "detours": (
+                [detours(kind, p, draws) for kind, p in off],
+                lambda model: [
+                    detour_robustness(
+                        model, city, pairs, max_moves, probability=p, kind=kind, draws=draws
+                    )
+                    for kind, p in off
+                ],
+            ),
+            "legal rides": ([LEGAL_RIDES], lambda model: [self._legal_rides(model, max_moves)]),
+        }
+        length, longest = self._length(multiple), multiple == self._multiples[-1]
+        for name, (metrics, scores) in stages.items():
+            if who == "dynamics" or length:
+                metrics = [variant(metric, who, length, headline=longest) for metric in metrics]
+            yield name + words(who, length), metrics, scores
+
+    def _length(self, multiple: int) -> int | None:
+        """In moves, if it is not that of training."""
+        return multiple * self.config.max_moves if multiple > 1 else None
+
+    def _sampled_rides(self, model: SequenceModel, max_moves: int) -> tuple[Pairs, Rides]:
+        """1,000 rides or more that the model holds possible, all pairs in turn."""
         times = -(-MAP_RIDES // len(self.pairs))
         pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
-        rides = sampled_rides(model, self.network, pairs, self.config.max_moves)
-        return [(MAP, map_record(self.network, reconstruct(self.network, rides.sequences(pairs))))]
+        return pairs, sampled_rides(model, self.network, pairs, max_moves)
 
-    def latent_rank(self, model: "ObjectiveModel") -> list[Measurement]:
+    def _legal_rides(self, model: SequenceModel, max_moves: int) -> Score:
+        """The error is clustered by pair."""
+        _, rides = self._sampled_rides(model, max_moves)
+        return mean_score(rides.legal.reshape(-1, len(self.pairs)).mean(axis=0))
+
+    def legal_tokens(self, model: ObjectiveModel) -> Iterable[Chart]:
+        """The next-token test by position, on the longest rides."""
+        multiple = self._multiples[-1]
+        walks, lines = self._walks(multiple), []
+        for who in dict.fromkeys(who for who, _ in self._variants):
+            if at_the_wheel := driver(model, who, PROMPT):
+                legal = legal_positions(at_the_wheel, self.network, walks, stop=self._stop)
+                means = np.nanmean(legal[:, : walks.lengths.max() + 1], axis=0)
+                series = DYNAMICS if who == "dynamics" else who
+                lines.append(Line(values=means.tolist(), series=series, first=0))
+        yield Chart(
+            name="legal-tokens",
+            title="Legal next tokens by position",
+            x="moves made",
+            lines=lines,
+            alt="Share of legal next tokens of {models} by the number of moves made.",
+            marks=[Mark(text="trained up to here", x=self.config.max_moves)],
+        )
+
+    def artifacts(self, model: ObjectiveModel) -> Iterable[tuple[Picture, Any]]:
+        """The city in the model's head, rebuilt from rides that it holds possible."""
+        for who, multiple in self._variants:
+            if at_the_wheel := driver(model, who, PROMPT):
+                max_moves = multiple * self.config.max_moves
+                pairs, rides = self._sampled_rides(at_the_wheel, max_moves)
+                # Where training rides are cut, those without an end belong to the language.
+                sequences = rides.sequences(pairs, cut=self.config.rides == "stop-on-arrival")
+                base = (who, multiple) == ("transformer", 1)
+                picture = MAP.model_copy(
+                    update={
+                        "title": MAP.title + words(who, self._length(multiple)),
+                        "file": MAP.file if base else f"map-{who}-{max_moves}.json",
+                    }
+                )
+                yield picture, map_record(self.network, reconstruct(self.network, sequences))
+
+    def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
         """Effective rank of the states of 256 packed rows of 256 tokens."""
         length = max(LATENT_TOKENS, self.max_length)
-        count = 2 * LATENT_ROWS * length // sum(self._lengths.values())
-        walks = random_walks(self.network, count, rng=np.random.default_rng(5), **self._lengths)
-        rows = pack(walks, length, LATENT_ROWS)
+        # Enough to fill the rows: 2 E(moves), and of rides that may be short, 4 tokens.
+        size = 4 if self._stop else (self.config.min_moves + self.config.max_moves) / 2
+        draw = self._laws()[0]
+        rides = draw(int(LATENT_ROWS * length // size), rng=np.random.default_rng(5))
+        rows = pack(rides, length, LATENT_ROWS)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
+
+
+def _measure(
+    who: Driver, metrics: Sequence[Metric], scores: Scores, model: ObjectiveModel
+) -> Iterable[Measurement]:
+    """Nothing where the model has no such driver."""
+    at_the_wheel = driver(model, who, PROMPT)
+    return map(Measurement, metrics, scores(at_the_wheel)) if at_the_wheel else []

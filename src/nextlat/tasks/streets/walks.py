@@ -1,36 +1,22 @@
-"""Random walks through a street network, packed into rows of tokens (Vafa et al., arXiv 2406.03689,
-"random walks").
+"""The rides that models are trained and tested on: the three kinds of Vafa et al. (arXiv
+2406.03689), and walks that stop where they arrive.
 
-A sequence is `source destination move move ... end`; its source and destination are the two ends
-of the walk. Shapes: N intersections, W walks, M largest number of moves, R rows of T tokens.
+Random walks have a length drawn in advance, and their destination is where they end. The others
+have a destination drawn in advance, and end when they reach it.
+
+Shapes: N intersections, W walks, M largest number of moves.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
-from nextlat.tasks.rows import STREAM, Stream, redraw
-from nextlat.tasks.streets.network import DIRECTIONS, Pairs, StreetNetwork
-from nextlat.tasks.task import FIRST_WORD, PAD, word_tokenizer
+from nextlat.tasks.rows import redraw
+from nextlat.tasks.streets.network import Pairs, StreetNetwork
 
-END = FIRST_WORD
-FIRST_DIRECTION = END + 1
-FIRST_NODE = FIRST_DIRECTION + len(DIRECTIONS)
-TOKENS_PER_CHUNK = 2**16  # of training rows
 TABLE_BYTES = 2**27  # of the table of arrival probabilities, which limits the pairs of a batch
-
-
-def tokenizer(network: StreetNetwork) -> PreTrainedTokenizerFast:
-    """One token per word: `<pad> <unk> end`, the eight directions, then the intersections by name,
-    in node order. `end` is the end-of-sequence token."""
-    return word_tokenizer(("end", *DIRECTIONS, *network.node_ids), end="end")
 
 
 class Walks(NamedTuple):
@@ -40,11 +26,13 @@ class Walks(NamedTuple):
         lengths: (W,) int64, moves of each.
         nodes: (W, M + 1) int64, from source to destination.
         moves: (W, M) int64, indices in DIRECTIONS.
+        destination: (W,) int64, node indices.
     """
 
     lengths: np.ndarray
     nodes: np.ndarray
     moves: np.ndarray
+    destination: np.ndarray
 
     @property
     def source(self) -> np.ndarray:
@@ -52,9 +40,9 @@ class Walks(NamedTuple):
         return self.nodes[:, 0]
 
     @property
-    def destination(self) -> np.ndarray:
-        """(W,) node indices."""
-        return self.nodes[np.arange(len(self.nodes)), self.lengths]
+    def arrived(self) -> np.ndarray:
+        """(W,) whether each ends at its destination; others have been cut."""
+        return self.nodes[np.arange(len(self.nodes)), self.lengths] == self.destination
 
 
 def random_walks(
@@ -83,8 +71,6 @@ def random_walks(
     Raises:
         NextLatError: walks of some length keep failing, as in a network without loops.
     """
-    n = len(network)
-    excluded = exclude.source * n + exclude.destination if exclude else np.zeros(0)
     drawn = rng.integers(min_moves, max_moves + 1, size=count)
     # Longest first, so that the walkers still on their way are always the first ones.
     order = np.argsort(-drawn, kind="stable")
@@ -96,7 +82,7 @@ def random_walks(
         source = nodes_MC[0].astype(np.int64)
         destination = nodes_MC[length, np.arange(len(length))]
         good = (destination >= 0) & (destination != source)
-        good &= ~np.isin(source * n + destination, excluded)
+        good &= ~_among(exclude, source, destination)
         return (nodes_MC.T, moves_MC.T), good
 
     nodes, moves = redraw(
@@ -106,12 +92,11 @@ def random_walks(
             f"no walk of {lengths[walk]} moves was found, often as it was tried: use a strongly "
             "connected network, shorter walks, or fewer held-out pairs."
         ),
-        # One candidate for each walk at first; then several, since a round costs about the same
-        # however small it is.
-        tries=lambda pending, attempt: max(4, 512 // pending) if attempt else 1,
+        tries=_tries,
     )
     back = np.argsort(order)
-    return Walks(drawn, nodes[back].astype(np.int64), moves[back].astype(np.int64))
+    nodes, moves = (x[back].astype(np.int64) for x in (nodes, moves))
+    return Walks(drawn, nodes, moves, nodes[np.arange(count), drawn])
 
 
 def _free_walks(
@@ -119,13 +104,12 @@ def _free_walks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One walk of each length ((W,), decreasing): nodes (M + 1, W), moves (M, W) int32, -1 beyond
     a dead end or the end."""
-    legal, width = network.legal_moves, network.legal_moves.shape[1]
+    width = network.legal_moves.shape[1]
     # An extra node, index -1, stands for "off the map" and leads to itself, so that the loop needs
     # no branch.
-    next_node = np.where(legal >= 0, np.take_along_axis(network.targets, legal, axis=1), -1)
     move_table, next_table = (
         np.pad(table, ((0, 1), (0, 0)), constant_values=-1).astype(np.int32).reshape(-1)
-        for table in (legal, next_node)
+        for table in (network.legal_moves, network.successors)
     )
     degree_table = np.concatenate([network.out_degree, [1]]).astype(np.float32)
     active = np.searchsorted(-lengths, -np.arange(1, max_moves + 1), side="right")
@@ -174,6 +158,7 @@ def conditioned_walks(
         np.zeros(count, dtype=np.int64),
         np.full((count, max_moves + 1), -1, dtype=np.int64),
         np.full((count, max_moves), -1, dtype=np.int64),
+        pairs.destination,
     )
     batch = max(1, TABLE_BYTES // (8 * n * (max_moves + 1)))
     for first in range(0, count, batch):
@@ -192,20 +177,102 @@ def conditioned_walks(
                 f"no walk of {min_moves} to {max_moves} moves leads from {names[0]} to {names[1]}: "
                 "hold out pairs with a smaller max_hops, or raise max_moves."
             )
-        lengths, nodes, moves = (x[part] for x in walks)  # views
+        lengths, nodes, moves, _ = (x[part] for x in walks)  # views
         lengths[:] = min_moves + _draw(weights, rng)
         nodes[:, 0] = source
         for made in range(int(lengths.max())):
             walk = np.flatnonzero(lengths > made)
-            at = nodes[walk, made]
-            legal = network.legal_moves[at]
-            reached = np.where(legal >= 0, network.targets[at[:, None], legal], -1)
-            still = (lengths[walk] - made - 1)[:, None]
-            weights = np.where(legal >= 0, arrival[still, reached, walk[:, None]], 0.0)
-            choice = _draw(weights, rng)[:, None]
-            moves[walk, made] = np.take_along_axis(legal, choice, axis=1)[:, 0]
-            nodes[walk, made + 1] = np.take_along_axis(reached, choice, axis=1)[:, 0]
+            at, still = nodes[walk, made], (lengths[walk] - made - 1)[:, None]
+            reached = network.successors[at]
+            weights = np.where(reached >= 0, arrival[still, reached, walk[:, None]], 0.0)
+            choice = _draw(weights, rng)
+            moves[walk, made] = network.legal_moves[at, choice]
+            nodes[walk, made + 1] = network.successors[at, choice]
     return walks
+
+
+def stopping_rides(
+    network: StreetNetwork,
+    count: int,
+    *,
+    max_moves: int,
+    noise: float,
+    arrive: bool,
+    rng: np.random.Generator,
+    exclude: Pairs | None = None,
+    pairs: Pairs | None = None,
+) -> Walks:
+    """Rides from a source to a destination, where they stop.
+
+    Each move is, with a probability, any legal one, and otherwise one that leads nearer to the
+    destination; uniformly among them. So noise 0 gives shortest paths (by the number of moves), and
+    noise 1 random walks. (The shortest paths of Vafa et al. are those by length, and the noise of
+    theirs varies the lengths of streets, as traffic does.)
+
+    Args:
+        network: the city, strongly connected.
+        count: W.
+        max_moves: limit of the length, M.
+        noise: the probability.
+        arrive: draw a ride again that has not arrived within max_moves; otherwise it is cut there.
+        rng: where all randomness comes from.
+        exclude: pairs that no ride may lead from and to.
+        pairs: where the rides lead from and to, W; default: uniformly random ones.
+
+    Raises:
+        NextLatError: hardly any ride arrives.
+    """
+
+    def draw(rows: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray]:
+        source, destination = (
+            rng.integers(len(network), size=(2, len(rows)))
+            if pairs is None
+            else (pairs.source[rows], pairs.destination[rows])
+        )
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        nodes = np.full((len(rows), max_moves + 1), -1)
+        moves = np.full((len(rows), max_moves), -1)
+        nodes[:, 0] = source
+        on_way = np.flatnonzero(source != destination)
+        for made in range(max_moves):
+            at, to = nodes[on_way, made], destination[on_way]
+            reached = network.successors[at]
+            nearer = network.hops[to[:, None], reached] < network.hops[to, at][:, None]
+            free = rng.random((len(on_way), 1)) < noise
+            choice = _draw((reached >= 0) & (nearer | free), rng)
+            moves[on_way, made] = network.legal_moves[at, choice]
+            nodes[on_way, made + 1] = network.successors[at, choice]
+            lengths[on_way] += 1
+            on_way = on_way[nodes[on_way, made + 1] != to]
+        good = (source != destination) & ~_among(exclude, source, destination)
+        if arrive:
+            good[on_way] = False
+        return (lengths, nodes, moves, destination), good
+
+    rides = redraw(
+        count,
+        draw,
+        lambda ride: (
+            f"no ride of at most {max_moves} moves arrived, often as it was tried: raise "
+            "max_moves, or hold out pairs with a smaller max_hops."
+        ),
+        tries=_tries,
+    )
+    return Walks(*rides)
+
+
+def _tries(pending: int, attempt: int) -> int:
+    """One candidate for each ride at first; then several, since a round costs about the same
+    however small it is."""
+    return max(4, 512 // pending) if attempt else 1
+
+
+def _among(pairs: Pairs | None, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+    """(C,) which (source, destination) are among the pairs."""
+    if not pairs:
+        return np.zeros(len(source), dtype=bool)
+    n = max(pairs.destination.max(), destination.max()) + 1
+    return np.isin(source * n + destination, pairs.source * n + pairs.destination)
 
 
 def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -214,115 +281,3 @@ def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     threshold = rng.random(len(weights)) * total[:, -1]
     # The first column whose cumulative weight exceeds the threshold: never one of weight zero.
     return (total > threshold[:, None]).argmax(axis=1)
-
-
-def pack(walks: Walks, row_length: int, rows: int | None = None) -> dict[str, Tensor]:
-    """Pack walks into rows of tokens, several documents to a row, none split: each goes to the
-    fullest row it fits in.
-
-    Args:
-        walks: what to pack, in this order.
-        row_length: T.
-        rows: R; packing stops at the first walk for which there is no room. Default: as many as all
-            walks take.
-
-    Returns:
-        `input_ids`, `labels` (-100 on source, destination and padding), `position_ids` (from 0 in
-        every document), `attention_mask` (0 on the padded tail), each (R, T) int64.
-
-    Raises:
-        NextLatError: a walk is longer than a row.
-    """
-    row_of, start_of, used = _best_fit((walks.lengths + 3).tolist(), row_length, rows)
-    walks = Walks(*(x[: len(row_of)] for x in walks))
-    lengths, moves = walks.lengths, walks.moves
-    row_count = len(used) if rows is None else rows
-    input_ids = np.full(row_count * row_length, PAD)
-    labels = np.full(row_count * row_length, IGNORE)
-    position_ids = np.zeros(row_count * row_length, dtype=np.int64)
-    start = np.array(row_of, dtype=np.int64) * row_length + np.array(start_of, dtype=np.int64)
-    input_ids[start] = walks.source + FIRST_NODE
-    input_ids[start + 1] = walks.destination + FIRST_NODE
-    on_way = np.arange(moves.shape[1]) < lengths[:, None]
-    spot = (start[:, None] + np.arange(2, 2 + moves.shape[1]))[on_way]
-    input_ids[spot] = labels[spot] = moves[on_way] + FIRST_DIRECTION
-    input_ids[start + 2 + lengths] = labels[start + 2 + lengths] = END
-    size = lengths + 3
-    within = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
-    position_ids[np.repeat(start, size) + within] = within
-    columns = {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": position_ids,
-        "attention_mask": (input_ids != PAD).astype(np.int64),
-    }
-    return {name: torch.from_numpy(x.reshape(-1, row_length)) for name, x in columns.items()}
-
-
-def _best_fit(
-    sizes: Sequence[int], capacity: int, rows: int | None
-) -> tuple[list[int], list[int], list[int]]:
-    """Row and offset of each document, in turn, until one does not fit; and the tokens used in each
-    row."""
-    row_of: list[int] = []
-    start_of: list[int] = []
-    used: list[int] = []
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space
-    nonempty = 0  # bit s is set if some row has s tokens free
-    for size in sizes:
-        fitting = nonempty >> size
-        if fitting:
-            free = size + (fitting & -fitting).bit_length() - 1
-            row = open_rows[free].pop()
-            if not open_rows[free]:
-                nonempty &= ~(1 << free)
-        else:
-            if size > capacity:
-                raise NextLatError(
-                    f"a walk of {size} tokens does not fit in a row of {capacity}: make row_length "
-                    "larger."
-                )
-            if len(used) == rows:
-                break
-            row, free = len(used), capacity
-            used.append(0)
-        row_of.append(row)
-        start_of.append(capacity - free)
-        used[row] += size
-        free -= size
-        open_rows[free].append(row)
-        nonempty |= 1 << free
-    return row_of, start_of, used
-
-
-def walk_stream(
-    network: StreetNetwork,
-    *,
-    row_length: int,
-    min_moves: int,
-    max_moves: int,
-    seed: int,
-    exclude: Pairs | None = None,
-    count: int = STREAM,
-) -> Stream:
-    """Packed rows of training walks: see `random_walks`, `pack` and `Stream`.
-
-    Args:
-        row_length: tokens of a row, at least max_moves + 3.
-        seed: a stream with another seed has other walks.
-        count: rows that the stream announces.
-    """
-    rows = max(1, TOKENS_PER_CHUNK // row_length)
-    mean_size = (min_moves + max_moves) / 2 + 3
-    # A tenth more than fit on average, for none may be missing.
-    walks = int(1.1 * rows * row_length / mean_size) + 8
-    draw = partial(
-        random_walks, network, walks, min_moves=min_moves, max_moves=max_moves, exclude=exclude
-    )
-    return Stream(partial(_packed, draw, row_length, rows), rows, seed, count)
-
-
-def _packed(
-    draw: Callable[..., Walks], row_length: int, rows: int, rng: np.random.Generator
-) -> dict[str, Tensor]:
-    return pack(draw(rng=rng), row_length, rows)

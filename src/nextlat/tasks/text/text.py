@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -255,7 +255,7 @@ class Text(Task):
 
     name = "text"
     title = "Text"
-    published: ClassVar[Published] = Published(
+    published = Published(
         setting="FineWeb-Edu, 1.3 billion parameters, 100 billion tokens, GPT-2's vocabulary; "
         "linear probes: TinyStories, 8 layers of width 768",
         source=f"{NEXTLAT}v4",
