@@ -52,6 +52,11 @@ class Start:
     token_B: Tensor
     state_BS: Tensor
 
+    def of(self, rows: Sequence[int]) -> "Start":
+        """That of some rows."""
+        index = torch.tensor(rows, device=self.token_B.device)
+        return Start(self.token_B[index], self.state_BS[index])
+
 
 @dataclass(frozen=True)
 class Plan:

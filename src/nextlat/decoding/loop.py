@@ -175,17 +175,18 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
     grows = sampler.scores.need_prefixes or bool(stopping.criteria)
     texts = request.texts or request.prompts
     rows = [Row(text, stopping, grows) for text in texts]
+    present = [*range(len(rows))]  # in the batch; those that have ended leave it
     kind = Compiled if request.compile else Eager
 
     def settle(
         out: Outcome, verdicts: Sequence[Verdict], limits: Sequence[int]
     ) -> tuple[Cycle | None, ...]:
-        _check_finite(verdicts, rows)
         cycles: list[Cycle | None] = [None] * len(rows)
-        for b, (row, verdict, limit) in enumerate(zip(rows, verdicts, limits, strict=True)):
-            if not row.ended:
-                kept = (out.scores_BKV[b], out.logits_BKV[b]) if request.keep_scores else ()
-                cycles[b] = row.settle(verdict, limit, kept)
+        for i, (b, verdict, limit) in enumerate(zip(present, verdicts, limits, strict=True)):
+            if not rows[b].ended:
+                _check_finite(verdict, b)
+                kept = (out.scores_BKV[i], out.logits_BKV[i]) if request.keep_scores else ()
+                cycles[b] = rows[b].settle(verdict, limit, kept)
         return tuple(cycles)
 
     with _cache(objective, request) as cache:
@@ -203,21 +204,30 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
         started = time.perf_counter()
         with _draft_length(cycle, request, out.start) as length:
             measuring = time.perf_counter() - started
-            while active := [b for b, row in enumerate(rows) if not row.ended]:
-                longest = cycle.longest(max(row.room for row in rows))
+            start = out.start
+            while active := [i for i, b in enumerate(present) if not rows[b].ended]:
+                # Graphs have one shape, and processors may go by the number of a row.
+                fixed = request.compile or sampler.scores.need_prefixes
+                if len(active) < len(present) and isinstance(cache, RaggedCache) and not fixed:
+                    cache.select(active)
+                    start, present = start.of(active), [present[i] for i in active]
+                    active = [*range(len(present))]
+                batch = [rows[b] for b in present]
+                longest = cycle.longest(max(row.room for row in batch))
                 planned = min(length.plan(active), longest)
-                limits = [min(planned, row.room) for row in rows]
+                limits = [min(planned, row.room) for row in batch]
                 begun = clock.mark()
                 plan = Plan(planned, limits, length.more)
-                out = cycle.run(out.start, plan, [row.text for row in rows])
+                out = cycle.run(start, plan, [row.text for row in batch])
+                start = out.start
                 verdicts = Verdict.of_rows(out.packed)  # the one read-back of the cycle
                 end = clock.mark()
                 cycles = settle(out, verdicts, limits)
-                accepted = {b: verdicts[b].accepted for b in active}
-                drafted = [min(limits[b], len(verdicts[b].drafted)) for b in active]
+                accepted = {i: verdicts[i].accepted for i in active}
+                drafted = [min(limits[i], len(verdicts[i].drafted)) for i in active]
                 length.observe(drafted, [*accepted.values()])
                 # The token before the draft stays in the cache, and what was accepted.
-                cache.keep([accepted[b] + 1 if b in accepted else 0 for b in range(len(rows))])
+                cache.keep([accepted[i] + 1 if i in accepted else 0 for i in range(len(present))])
                 yield Pass(
                     cycles,
                     draft=clock.seconds(begun, out.drafted_at),
@@ -278,17 +288,14 @@ def _draft_length(
         lengths[setting] = length
 
 
-def _check_finite(verdicts: Sequence[Verdict], rows: Sequence[Row]) -> None:
-    for b, (verdict, row) in enumerate(zip(verdicts, rows, strict=True)):
-        if row.ended:
-            continue
-        if not verdict.finite:
-            raise NextLatError(
-                f"the model gives logits that are not finite in row {b}: check its weights, or use "
-                "a wider dtype"
-            )
-        if not verdict.drafter_finite:
-            raise NextLatError(
-                f"the drafter gives logits that are not finite in row {b}: check its weights, or "
-                "use draft_length=0"
-            )
+def _check_finite(verdict: Verdict, row: int) -> None:
+    if not verdict.finite:
+        raise NextLatError(
+            f"the model gives logits that are not finite in row {row}: check its weights, or use a "
+            "wider dtype"
+        )
+    if not verdict.drafter_finite:
+        raise NextLatError(
+            f"the drafter gives logits that are not finite in row {row}: check its weights, or use "
+            "draft_length=0"
+        )
