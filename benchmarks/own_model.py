@@ -16,32 +16,26 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from nextlat.decoding.stats import GenerationStats
-from nextlat.model import ObjectiveModel, load
-from nextlat.tasks import TASKS
-from nextlat.tasks.task import TaskConfig, held_out_cross_entropy
-from nextlat.tasks.text.text import Text, TextConfig
+from nextlat.model import ObjectiveModel, attach, load
+from nextlat.scores import exp_score
+from nextlat.tasks.task import held_out_cross_entropy
 from nextlat.tasks.text.tokens import PackedDocuments, Tokens
+from nextlat.training.checkpoints import checkpoint_step, last_complete_checkpoint
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import is_finished, read_metrics
 from nextlat.training.train import Interrupted, train
+from own_model_text import KINDS, NEW, TEMPERATURE, OutOfTime, Texts, padded
 
-KINDS = ("chat", "stories", "wikitext")
-HELD_OUT = 16  # documents of each kind
-PROMPT, NEW, LONGEST = 32, 64, 6  # tokens of a prompt (of text), of its continuation, of a draft
-TEMPERATURE = 0.7
-CHAT_TRAIN, CHAT_TOKENS, CHAT_BATCH = 192, 128, 16
-CHAT_COPIES = 4  # of each chat in the corpus, whose other parts are much longer
+LONGEST = 6  # tokens of a draft
 # Costs in units of a plain pass: c of a draft step, v of a verification (docs/log.md).
 GPU_COSTS = {
     "whole head, bf16": (0.15, 1.05),
@@ -54,43 +48,7 @@ STUDIES = [{"horizon": d} for d in (1, 2, 8)] + [
 ]
 
 
-class OwnTextConfig(TaskConfig):
-    """Tokens that this script has prepared.
-
-    Attributes:
-        directory: of corpus.npz.
-        tokenizer: of the model.
-    """
-
-    directory: str
-    tokenizer: str
-
-    def build(self) -> "OwnText":
-        return OwnText(self)
-
-
-class OwnText(Text):
-    """The corpus as a task."""
-
-    def __init__(self, config: OwnTextConfig) -> None:
-        stored = np.load(Path(config.directory) / "corpus.npz")
-        self.config = TextConfig(train="corpus.npz", tokenizer=config.tokenizer, tests=24, probes=0)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        self.max_length = 256
-        self.train, self.held_out = (
-            Tokens(stored[f"{part}_ids"], stored[f"{part}_starts"])
-            for part in ("train", "held_out")
-        )
-
-
-TASKS["own-text"] = OwnTextConfig
-
-
-class OutOfTime(Exception):
-    """--minutes are over."""
-
-
-class Bench:
+class Bench(Texts):
     """The stages, and what they have measured.
 
     Args:
@@ -98,19 +56,13 @@ class Bench:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model, self.out, self.results_file = args.model, args.out, args.results
-        self.text, self.questions = args.text, args.questions
+        until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+        super().__init__(args.model, args.out, args.text, args.questions, until)
+        self.results_file, self.measure_now = args.results, args.measure
         self.steps, self.study_steps, self.rows = args.steps, args.study_steps, args.cached_rows
         self.vocabulary = args.draft_vocabulary
-        self.until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         stored = self.out / "results.json"
         self.results: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
-
-    def check_time(self) -> None:
-        if time.monotonic() > self.until:
-            raise OutOfTime
 
     def note(self, key: str, value: Any) -> None:
         self.results[key] = value
@@ -120,118 +72,42 @@ class Bench:
             path.write_text(text)
 
     def run(self) -> None:
-        self.corpus()
+        if counts := self.corpus():
+            self.note("tokens", counts)
         names = ("draft_vocabulary", "rows", "steps", "study_steps")
         settings = {
             name: getattr(self, "vocabulary" if "draft" in name else name) for name in names
         }
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         self.note("settings", {"model": Path(self.model).name, **settings, **machine})
-        main = self.train("main", self.steps, MAIN)
-        if is_finished(main):
-            model = load(main)
-            model.lm.eval()
-            self.once("perplexity", lambda: self.perplexity(model))
-            self.once("acceptance", lambda: self.acceptance(model))
-            for batch in (1, 4):
-                self.once(f"speed, batch {batch}", lambda b=batch: self.speed(model, b))
-        for settings in STUDIES:
+        if not self.measure_now:
+            self.train("main", self.steps, MAIN)
+        self.measure(self.out / "main")
+        for settings in () if self.measure_now else STUDIES:
             name = "-".join(f"{key}{value}" for key, value in settings.items())
             self.train(f"study-{name}", self.study_steps, settings)
+
+    def measure(self, run: Path) -> None:
+        """The trained model, or its newest checkpoint."""
+        checkpoint = run if is_finished(run) else last_complete_checkpoint(run)[0]
+        if checkpoint is None:
+            return
+        step = self.steps if checkpoint == run else checkpoint_step(checkpoint)
+        if self.results.get("measured at step") != step:
+            measured = {"perplexity", "acceptance", "speed, batch 1", "speed, batch 4"}
+            self.results = {k: v for k, v in self.results.items() if k not in measured}
+            self.note("measured at step", step)
+        model = load(checkpoint)
+        self.once("perplexity", lambda: self.perplexity(model))
+        self.once("acceptance", lambda: self.acceptance(model))
+        for batch in (1, 4):
+            self.once(f"speed, batch {batch}", lambda b=batch: self.speed(model, b))
 
     def once(self, key: str, measure: Callable[[], Any]) -> None:
         """Measure what has not been measured for the model as trained."""
         if key not in self.results:
             self.check_time()
             self.note(key, measure())
-
-    # ---- texts ----
-
-    def corpus(self) -> None:
-        if (self.out / "corpus.npz").exists():
-            return
-        chats = [*self.chats()]
-        texts = {
-            "stories": (self.text / "tinystories_train.txt").read_text().split("<|endoftext|>"),
-            "wikitext": articles((self.text / "wikitext2_train_1MB.txt").read_text()),
-        }
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        documents: dict[str, list[list[int]]] = {"chat": chats}
-        for kind, pieces in texts.items():
-            pieces = [piece.strip() for piece in pieces if piece.strip()][:3000]
-            encoded = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
-            documents[kind] = [[*ids, last] for ids in encoded if len(ids) > PROMPT]
-        parts = {
-            "train": [
-                d
-                for kind in KINDS
-                for d in documents[kind][HELD_OUT:]
-                for _ in range(CHAT_COPIES if kind == "chat" else 1)
-            ],
-            "held_out": [d for kind in KINDS for d in documents[kind][:HELD_OUT]],
-        }
-        arrays = {}
-        for part, rows in parts.items():
-            arrays[f"{part}_ids"] = np.array([t for row in rows for t in row], dtype=np.uint16)
-            arrays[f"{part}_starts"] = np.cumsum([0, *map(len, rows)])
-        np.savez(self.out / "corpus.npz", **arrays)
-        tokens = {kind: sum(map(len, documents[kind])) for kind in KINDS}
-        self.note("corpus", {"tokens": tokens, "begin": first})
-
-    def chats(self) -> Iterator[list[int]]:
-        """Questions with the model's own answers, sampled; kept batch by batch."""
-        questions = [
-            json.loads(line)["query"]
-            .removeprefix("Question: ")
-            .strip()
-            .removesuffix("Answer:")
-            .strip()
-            for line in (self.questions / "piqa.jsonl").read_text().splitlines()
-        ]
-        questions = [q for q in questions if q.endswith("?")][: CHAT_TRAIN + HELD_OUT]
-        kept = self.out / "chat.jsonl"
-        done = [json.loads(x) for x in kept.read_text().splitlines()] if kept.exists() else []
-        lm = (
-            AutoModelForCausalLM.from_pretrained(self.model) if len(done) < len(questions) else None
-        )
-        while len(done) < len(questions):
-            self.check_time()
-            torch.manual_seed(len(done))
-            prompts = [self.chat_prompt(q) for q in questions[len(done) : len(done) + CHAT_BATCH]]
-            ids, mask = padded(prompts)
-            options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
-            out = lm.generate(ids, attention_mask=mask, max_new_tokens=CHAT_TOKENS, **options)
-            for prompt, row in zip(prompts, out[:, ids.shape[1] :].tolist(), strict=True):
-                end = self.tokenizer.eos_token_id
-                row = row[: row.index(end) + 1] if end in row else row
-                done.append([*prompt.tolist(), *row])
-            kept.write_text("".join(json.dumps(chat) + "\n" for chat in done))
-            print(f"{len(done)} of {len(questions)} chats", flush=True)
-        yield from done
-
-    def chat_prompt(self, question: str) -> Tensor:
-        message = [{"role": "user", "content": question}]
-        text = self.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def held_out(self, kind: str) -> list[np.ndarray]:
-        stored = np.load(self.out / "corpus.npz")
-        tokens = Tokens(stored["held_out_ids"], stored["held_out_starts"])
-        first = KINDS.index(kind) * HELD_OUT
-        return [tokens.document(i).astype(np.int64) for i in range(first, first + HELD_OUT)]
-
-    def prompts(self, kind: str, count: int) -> list[Tensor]:
-        """Of a chat everything before the answer."""
-        documents, start = self.held_out(kind)[:count], self.chat_prompt("?")[-3:].tolist()
-        ends = [PROMPT] * count
-        if kind == "chat":
-            ends = [
-                next(i + 3 for i in range(len(d)) if d[i : i + 3].tolist() == start and i > 3)
-                for d in documents
-            ]
-        return [torch.from_numpy(d[:end]) for d, end in zip(documents, ends, strict=True)]
 
     # ---- training ----
 
@@ -299,10 +175,10 @@ class Bench:
             documents = self.held_out(kind)
             tokens = Tokens(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
             rows = PackedDocuments(tokens, 256, seed=None, rows=8)
-            after = float(np.exp(held_out_cross_entropy(model, rows, batch_size=8).mean))
-            lm, model.lm = model.lm, before
-            first = float(np.exp(held_out_cross_entropy(model, rows, batch_size=8).mean))
-            model.lm = lm
+            first, after = (
+                round(exp_score(held_out_cross_entropy(m, rows, batch_size=8)).value, 3)
+                for m in (attach(before), model)
+            )
             found[kind] = {"before": first, "after": after}
         return found
 
@@ -389,25 +265,6 @@ class Bench:
         return found
 
 
-def articles(text: str) -> list[str]:
-    """WikiText's articles begin with a title between single equals signs."""
-    found: list[list[str]] = [[]]
-    for line in text.splitlines():
-        if line.startswith(" = ") and not line.startswith(" = = "):
-            found.append([])
-        found[-1].append(line)
-    return ["\n".join(lines) for lines in found]
-
-
-def padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and mask, padded on the left."""
-    ids = pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=2)
-    mask = pad_sequence(
-        [torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left"
-    )
-    return ids, mask
-
-
 def sampling(temperature: float) -> dict[str, Any]:
     if not temperature:
         return {"do_sample": False}
@@ -427,6 +284,7 @@ def main() -> None:
     parser.add_argument("--study-steps", type=int, default=60, help="of each other run")
     parser.add_argument("--cached-rows", type=int, default=3000)
     parser.add_argument("--draft-vocabulary", type=int, default=8000)
+    parser.add_argument("--measure", action="store_true", help="the newest checkpoint, and stop")
     parser.add_argument("--minutes", type=float, help="stop after so many, at a checkpoint")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
