@@ -140,7 +140,7 @@ def test_parts_are_named_and_add_up_by_hand() -> None:
             "backbone": 6 * 2 * layer + 12 * 11 * 2 * 8,
             "head": 6 * 56 * 10 / 11,
             "dynamics": 6 * (16 * 10 + 10 * 10 + 10 * 8) * 19 / 11,
-            "kl": 6 * 56 * 17 / 11,
+            "kl": 2 * 56 * (2 * 17 + 9) / 11,  # the teacher once for both steps
         }
     )
 

@@ -356,7 +356,8 @@ def test_chunked_losses_equal_naive_ones_in_value_and_gradient(rows: int, family
 
 
 def test_a_chunk_is_a_fraction_of_the_batch() -> None:
-    assert row_chunks(10) == 16 and row_chunks(400) == 100 and row_chunks(10**6) == 1024
+    assert row_chunks(10) == 16 and row_chunks(400) == 100 and row_chunks(10**6) == 256
+    assert row_chunks(10**6, torch.device("cuda")) == 1024
 
 
 def test_counts_of_several_batches_add_up_by_name() -> None:

@@ -217,6 +217,8 @@ class Backbone:
             NextLatError: packed rows given to a model, or an attention kernel, that would attend
                 across documents.
         """
+        if batch.states is not None and encoder is None:
+            return batch.states
         if batch.position_ids is None:
             return self.states(batch.input_ids, encoder)
         flash = "flash" in str(self.lm.config._attn_implementation)

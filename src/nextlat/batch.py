@@ -47,6 +47,7 @@ class Batch:
             row is one unpadded document.
         valid: (B, T) bool, False on padding; None when there is none.
         packed: whether a row may hold several documents (the caller gave position_ids).
+        states: (B, T, D) hidden states, where they are known (of a frozen transformer).
     """
 
     input_ids: Tensor
@@ -54,6 +55,7 @@ class Batch:
     position_ids: Tensor | None = None
     valid: Tensor | None = None
     packed: bool = False
+    states: Tensor | None = None
 
     @classmethod
     def from_inputs(

@@ -22,6 +22,11 @@ def size(table: Any) -> int:
     return len(table.weight)
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no weight of it can move."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
 class Head:
     """The output head as a function of the hidden state: (..., D) -> (..., V), trainable or frozen.
 
@@ -89,6 +94,31 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether its parameters say all that it does."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) in (nn.Linear, nn.Embedding) and not hooked
+
+
+class HeadRows:
+    """Some rows of a frozen head, as they are now: (..., D) -> (..., n) logits of n tokens alone.
+
+    Only those are computed where the head is linear; of any other, all are, and n are taken.
+
+    Args:
+        head: the whole one, frozen.
+        ids: (n,) tokens.
+        wide: at least in fp32, for training.
+    """
+
+    def __init__(self, head: Head, ids: Tensor, *, wide: bool = False) -> None:
+        self.head, self.ids, weight, bias = head, ids, head.weight, head.bias
+        dtype = None
+        if weight is not None:
+            dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
+        self.weight = None if weight is None else weight.index_select(0, ids).to(dtype)
+        self.bias = None if bias is None else bias.index_select(0, ids).to(dtype)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self.weight is None:
+            return self.head(h).index_select(-1, self.ids)
+        return F.linear(h.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Around:

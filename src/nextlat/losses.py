@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+CPU = torch.device("cpu")
 Head = Callable[[Tensor], Tensor]
 
 Counts = dict[str, Tensor]
@@ -102,19 +103,31 @@ def cross_entropy(head: Head, h_ND: Tensor, targets_N: Tensor) -> Tensor:
 
 def same_head_kl(frozen_head: Head, h_hat_ND: Tensor, h_ND: Tensor) -> Tensor:
     """Sum over positions of KL( softmax(head(h)) || softmax(head(h_hat)) ), gradient to `h_hat`
-    only.
+    only: `rollout_kl` of one step."""
+    every = torch.arange(len(h_ND), device=h_ND.device)
+    return rollout_kl(frozen_head, [(h_hat_ND, every)], h_ND)[0]
+
+
+def rollout_kl(
+    frozen_head: Head, predicted: Sequence[tuple[Tensor, Tensor]], h_ND: Tensor
+) -> Tensor:
+    """(d,) sums over positions of KL( softmax(head(h)) || softmax(head(h_hat)) ) at the steps of a
+    rollout, gradient to the `h_hat` only.
 
     L_KL of arXiv 2511.05963: teacher = the true state, student = the predicted state, both through
     the same frozen head. Because the head is frozen, all that the backward pass needs is the
     gradient with respect to h_hat, which for a linear head is m_q - m_p with m = W^T softmax(W h).
-    It is formed chunk by chunk in the forward pass, and nothing else is kept.
+    It is formed chunk by chunk in the forward pass, and nothing else is kept. The teacher's
+    distribution at a position is computed once for all steps that reach it.
 
     Args:
         frozen_head: differentiable in its input, its parameters detached.
-        h_hat_ND: predicted states.
+        predicted: of each step, predicted states (K, D) and the positions (K,) of the true ones, in
+            ascending order.
         h_ND: true states, used as constants.
     """
-    return _SameHeadKL.apply(h_hat_ND, h_ND.detach(), frozen_head)
+    positions = [position_K for _, position_K in predicted]
+    return _SameHeadKL.apply(h_ND.detach(), frozen_head, positions, *(h for h, _ in predicted))
 
 
 def kl_divergence(teacher: Head, student: Head, h_ND: Tensor, h_hat_ND: Tensor) -> Tensor:
@@ -132,17 +145,18 @@ def kl_divergence(teacher: Head, student: Head, h_ND: Tensor, h_hat_ND: Tensor) 
     return _by_chunks(kl, h_ND, h_hat_ND)
 
 
-def row_chunks(rows: int) -> int:
-    """Rows of logits to hold at a time: a quarter of the batch, between 16 and 1,024.
+def row_chunks(rows: int, device: torch.device = CPU) -> int:
+    """Rows of logits to hold at a time: a quarter of the batch, between 16 and 256 (1,024 on a
+    GPU).
 
     Few enough to stay in cache, and never the whole batch: peak memory must not grow with N * V.
     """
-    return max(16, min(1024, -(-rows // 4)))
+    return max(16, min(256 if device.type == "cpu" else 1024, -(-rows // 4)))
 
 
 def _by_chunks(loss: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """Sum of `loss` over chunks of rows, each computed again in the backward pass."""
-    total, rows = _zero_like(a), row_chunks(len(a))
+    total, rows = _zero_like(a), row_chunks(len(a), a.device)
     for chunk in zip(a.split(rows), b.split(rows), strict=True):
         total = total + checkpoint(loss, *chunk, use_reentrant=False)
     return total
@@ -158,27 +172,45 @@ def _zero_like(x: Tensor) -> Tensor:
 
 class _SameHeadKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_hat_ND: Tensor, h_ND: Tensor, head: Head) -> Tensor:
-        rows, total = row_chunks(len(h_hat_ND)), _zero_like(h_ND)
-        grad_ND = torch.empty_like(h_hat_ND)
-        for start in range(0, len(h_hat_ND), rows):
-            chunk = slice(start, start + rows)
-            log_p = _fp32(head(h_ND[chunk])).log_softmax(-1)
-            with torch.enable_grad():
-                h_hat = h_hat_ND[chunk].detach().requires_grad_()
-                logits = head(h_hat)
-            log_q = _fp32(logits.detach()).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * log_p.sub_(log_q)).sum()
-            q_minus_p = log_q.exp_().sub_(p).to(logits.dtype)
-            (grad_ND[chunk],) = torch.autograd.grad(logits, h_hat, q_minus_p)
-        ctx.save_for_backward(grad_ND)
-        return total
+    def forward(
+        ctx: Any, h_ND: Tensor, head: Head, positions: list[Tensor], *h_hats: Tensor
+    ) -> Tensor:
+        sums = _fp32(h_ND.new_zeros(len(h_hats)))
+        # Zeros, not empty: a step without a state in a chunk leaves its rows as they are.
+        grads = [torch.zeros_like(h_hat) for h_hat in h_hats]
+        position_M = torch.cat(positions).unique()
+        chunks = position_M.split(row_chunks(len(position_M), h_ND.device)) if len(h_ND) else ()
+        firsts = position_M.new_tensor([0, *(len(chunk) for chunk in chunks)]).cumsum(0)
+        index = [torch.searchsorted(position_M, position_K) for position_K in positions]
+        bounds = [torch.searchsorted(index_K, firsts).tolist() for index_K in index]
+        for c, chunk in enumerate(chunks):
+            log_p_all = _fp32(head(h_ND.index_select(0, chunk))).log_softmax(-1)
+            p_all = log_p_all.exp()
+            for i, h_hat_KD in enumerate(h_hats):
+                rows = slice(bounds[i][c], bounds[i][c + 1])
+                if rows.start == rows.stop:
+                    continue
+                log_p, p = log_p_all, p_all
+                if rows.stop - rows.start < len(chunk):
+                    of_step = index[i][rows] - firsts[c]
+                    log_p, p = log_p.index_select(0, of_step), p.index_select(0, of_step)
+                learns = ctx.needs_input_grad[3 + i]
+                with torch.set_grad_enabled(learns):
+                    h_hat = h_hat_KD[rows].detach().requires_grad_(learns)
+                    logits = head(h_hat)
+                log_q = _fp32(logits.detach()).log_softmax(-1)
+                sums[i] += (log_p - log_q).mul_(p).sum()
+                if learns:
+                    q_minus_p = log_q.exp_().sub_(p).to(logits.dtype)
+                    (grads[i][rows],) = torch.autograd.grad(logits, h_hat, q_minus_p)
+        ctx.save_for_backward(*grads)
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad_outputs[0].to(grad_ND.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grads = (g * scale[i].to(g.dtype) for i, g in enumerate(ctx.saved_tensors))
+        return None, None, None, *grads
 
 
 # ---- losses in pieces ----

@@ -5,7 +5,8 @@ On disk it is a plain Hugging Face directory that loads with this package uninst
 objective adds lies in its sub-folder `nextlat/`, which everyone else ignores.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -122,6 +123,7 @@ class ObjectiveModel(nn.Module):
         attention_mask: Tensor | None = None,
         counts: Counts | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        states: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Loss of the objective on a batch, or logits when there are no labels.
 
@@ -135,6 +137,7 @@ class ObjectiveModel(nn.Module):
                 step (see `Objective.counts`).
             num_items_in_batch: the same as far as `transformers.Trainer` knows it: labelled tokens
                 of the whole step, by which every part is then divided.
+            states: (B, T, D) hidden states, where they are known (of a frozen transformer).
 
         Raises:
             NextLatError: packed rows for a model that would attend across documents; shapes that
@@ -142,6 +145,7 @@ class ObjectiveModel(nn.Module):
         """
         targets = input_ids if labels is None else labels
         batch = Batch.from_inputs(input_ids, targets, position_ids, attention_mask)
+        batch = batch if states is None else replace(batch, states=states)
         if labels is None:
             return ObjectiveOutput(logits=self.next_token_logits(self.hidden(batch)))
         if counts is None and num_items_in_batch is not None:
@@ -215,7 +219,9 @@ class ObjectiveModel(nn.Module):
     def peft_config(self, value: Any) -> None:
         raise NextLatError(adapters.ON_THE_LM)  # PEFT sets it on what it has put adapters into
 
-    def save_pretrained(self, directory: str | Path, *, merge: bool = False) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, merge: bool = False, known: Mapping[str, str] = {}
+    ) -> None:
         """Write a plain Hugging Face directory and the sidecar `nextlat/` in it. Not atomic by
         itself: see `training`.
 
@@ -224,6 +230,7 @@ class ObjectiveModel(nn.Module):
             merge: write the LM with its adapters added to its weights, as a plain model. Otherwise
                 a model with an adapter is saved as PEFT does: the adapter, and the name of its
                 base.
+            known: checksums of the LM's files, which are there already and are not written again.
 
         Raises:
             NextLatError: a weight is not finite; an adapter that could not be opened again (see
@@ -243,11 +250,11 @@ class ObjectiveModel(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         if adapted:
             adapters.save(lm, directory)
-        else:
+        elif not known:
             with cache_enabled(lm):
                 lm.save_pretrained(directory)
         sidecar.write(directory, self.objective, base)
-        write_sums(directory)
+        write_sums(directory, known)
         write_card(directory)
 
     def push_to_hub(
@@ -308,6 +315,7 @@ class ObjectiveModel(nn.Module):
             check(saved, self.lm, directory)
             copy_into(self.lm, saved)
         copy_into(objective, weights)
+        objective.check_vocabulary()
 
 
 def attach(lm: PreTrainedModel, config: Settings | None = None) -> ObjectiveModel:
@@ -375,4 +383,5 @@ def load(directory: str | Path, **model_arguments: Any) -> ObjectiveModel:
         model.objective.to(dtype=dtypes.pop())  # not always the LM's
     check(weights, model.objective, path.with_name(sidecar.WEIGHTS), converts=converts)
     copy_into(model.objective, weights)
+    model.objective.check_vocabulary()
     return model

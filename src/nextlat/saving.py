@@ -1,11 +1,15 @@
 """A model as it is saved, and not as it is while it is trained: tied weights once, the cache on."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from nextlat.weights import MODEL_FILES, read_sums
 
 
 def keep_tied_weights_once(module: nn.Module) -> None:
@@ -44,3 +48,26 @@ def cache_enabled(lm: PreTrainedModel) -> Iterator[None]:
     finally:
         if before is not None:
             lm.config.use_cache = before
+
+
+def link_lm(source: Path, directory: Path) -> dict[str, str]:
+    """Give the files of a saved LM a second name in another directory.
+
+    Returns:
+        Their checksums by name; none where they cannot be linked, and nothing was done.
+    """
+    sums = {name: value for name, value in read_sums(source).items() if "/" not in name}
+    of_lm = {name: sums[name] for name in sums if any(Path(name).match(x) for x in MODEL_FILES)}
+    if "config.json" not in of_lm:
+        return {}
+    extra = [name for name in ("generation_config.json",) if (source / name).exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in [*of_lm, *extra]:
+            (directory / name).unlink(missing_ok=True)
+            os.link(source / name, directory / name)
+    except OSError:  # another disk, or a file system without links
+        for name in of_lm:
+            (directory / name).unlink(missing_ok=True)
+        return {}
+    return of_lm

@@ -109,6 +109,7 @@ CASES: dict[str, tuple[NextLatConfig, str, dict[str, Any]]] = {
     "separate norms": (NextLatConfig(separate_norms=True, zero_init=True), "mixtral", {}),
     "gru": (NextLatConfig(dynamics="gru"), "llama", {}),
     "bf16": (NextLatConfig(), "llama", {"dtype": torch.bfloat16}),
+    "draft vocabulary": (NextLatConfig(draft_vocabulary=(3, 1, 20)), "llama", {}),
     "tied": (NextLatConfig(), "llama", {"tie_word_embeddings": True}),
     "scaled embeddings, capped logits": (NextLatConfig(), "gemma2", {}),
     "the same in bf16": (NextLatConfig(), "gemma2", {"dtype": torch.bfloat16}),
@@ -141,12 +142,32 @@ def test_the_drafter_drafts_as_the_objective_does_bit_for_bit(
     assert vllm == {"EagleNextLatForCausalLM": "nextlat.serving.vllm:EagleNextLat"}
 
 
-def test_a_scaled_head_is_read_up_to_the_rounding_of_its_factor(
+def test_a_head_in_another_form_is_read_whole_and_its_other_tokens_left_out(
     vllm: dict[str, str], tmp_path: Path
 ) -> None:
-    model = saved(tmp_path, NextLatConfig(), "granite")  # divides by 3; vLLM multiplies by 1 / 3
+    model = saved(tmp_path, NextLatConfig(draft_vocabulary=(2, 7, 30)))
     drafter = build(tmp_path)
-    drafter.model.embed_tokens = model.lm.get_input_embeddings()
+    drafter.lm_head = model.lm.get_output_embeddings()
+    drafter.lm_head.quant_method = nn.Identity()  # whose weight is not what is multiplied
+    state, token = torch.randn(6, 32), torch.arange(6)
+    with torch.no_grad():
+        state, logits = model.objective.draft(state, token)
+        torch.testing.assert_close(drafter.compute_logits(state), logits)
+        assert drafter._rows is None and logits.isfinite().sum(-1).tolist() == [3] * 6
+        drafter.logits_processor.forward = lambda *_: None  # a rank without logits
+        assert drafter.compute_logits(state) is None
+
+
+@pytest.mark.parametrize("vocabulary", [None, 9])
+@pytest.mark.parametrize("family", ["granite", "gemma2"])
+def test_a_scaled_or_capped_head_is_read_up_to_rounding(
+    family: str, vocabulary: int | None, vllm: dict[str, str], tmp_path: Path
+) -> None:
+    # Granite divides by 3, vLLM multiplies by 1 / 3.
+    model = saved(tmp_path, NextLatConfig(draft_vocabulary=vocabulary), family)
+    drafter = build(tmp_path)
+    table = model.lm.get_input_embeddings()  # Gemma's scales, vLLM's does not
+    drafter.model.embed_tokens = nn.Embedding.from_pretrained(table.weight)
     drafter.lm_head = model.lm.get_output_embeddings()
     state, token = torch.randn(6, 32), torch.arange(6)
     with torch.no_grad():
@@ -178,8 +199,8 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     (
         NextLatConfig(),
         "llama",
-        {"config": {"draft_vocabulary": [1, 2]}},
-        "has no 'draft_vocabulary'",
+        {"config": {"draft_vocabularies": [1, 2]}},
+        "has no 'draft_vocabularies'",
     ),
     (NextLatConfig(), "llama", {"format": 2}, "of a newer version of nextlat"),
     (

@@ -201,6 +201,12 @@ class RaggedCache:
         self._lengths = [n + count for n, count in zip(self._lengths, counts, strict=True)]
         self.lengths_B = torch.tensor(self._lengths, device=self.lengths_B.device)
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        index = torch.tensor(rows, device=self.lengths_B.device)
+        self._cache.batch_select_indices(index)
+        self._lengths, self.lengths_B = [self._lengths[b] for b in rows], self.lengths_B[index]
+
 
 class _Write:
     """Where the layers put what is read now: slots (B, K), the first one where it is the same for
@@ -245,6 +251,10 @@ class _RaggedLayer(CacheLayerMixin):
                 tensor.scatter_(2, index_B1K1.expand_as(states), states)
             written.append(tensor[:, :, :span])
         return written[0], written[1]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._write.span, 0

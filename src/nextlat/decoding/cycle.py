@@ -52,6 +52,11 @@ class Start:
     token_B: Tensor
     state_BS: Tensor
 
+    def of(self, rows: Sequence[int]) -> "Start":
+        """That of some rows."""
+        index = torch.tensor(rows, device=self.token_B.device)
+        return Start(self.token_B[index], self.state_BS[index])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -156,7 +161,8 @@ def draw_draft(
         if plan.more is not None and j + 1 < plan.length:
             q_BV = draws[-1].q
             q_BV = scores_BV.softmax(dim=-1) if q_BV is None else q_BV
-            if not plan.more(j, q_BV.amax(dim=-1).tolist()):
+            # NaN where a processor leaves no token of a draft vocabulary: nothing there is kept.
+            if not plan.more(j, q_BV.amax(dim=-1).nan_to_num().tolist()):
                 break
     return Draft(read, draws, finite_B)
 
@@ -204,6 +210,8 @@ class Eager:
     def __init__(self, objective: Objective, sampler: Sampler, cache: Any, *, drafts: bool) -> None:
         self.objective, self.sampler, self.cache, self.drafts = objective, sampler, cache, drafts
         self.clock = Clock(objective.backbone.lm.device)
+        if drafts:
+            objective.prepare_drafts()
 
     def longest(self, room: int) -> int:
         """The longest draft that may be asked for where rows have room for so many tokens."""

@@ -115,7 +115,7 @@ class AdaptiveLength:
             `longest`.
     """
 
-    FORGET, PRIOR, PROBE, REFIT, WINDOW = 0.98, 2.0, 32, 16, 512
+    FORGET, PRIOR, PROBE, RAREST, REFIT, WINDOW = 0.98, 2.0, 32, 256, 16, 512
 
     def __init__(
         self,
@@ -134,6 +134,7 @@ class AdaptiveLength:
         # w, b, and by how much each position differs from b
         self._theta = self._centre = np.array([0.7, 0.0, *[0.0] * longest])
         self._cycles = self._idle = 0
+        self._rest, self._probes = self.PROBE, False  # idle cycles before the next probe
 
     @property
     def speed(self) -> float:
@@ -160,7 +161,8 @@ class AdaptiveLength:
             costs, tokens = self.costs, 1 + np.cumsum([0.0, *self._rates.cumprod()])
             length = max(self.lengths, key=lambda k: tokens[k] / (costs.v(k) + k * costs.c))
         self._idle = 0 if length else self._idle + 1
-        if self._idle == self.PROBE:  # the text may have become easier to foretell
+        self._probes = self._idle >= self._rest
+        if self._probes:  # the text may have become easier to foretell
             self._idle, length = 0, min(k for k in self.lengths if k)
         return length
 
@@ -199,6 +201,9 @@ class AdaptiveLength:
             for position, logits in enumerate(self._confidences[:verified]):
                 self._seen.append((float(logits[row]), position, position < kept))
         drafted = max(lengths, default=0)
+        if self._probes and drafted:  # one in vain makes the next one rarer
+            vain = not any(accepted)
+            self._rest = min(2 * self._rest, self.RAREST) if vain else self.PROBE
         self._tokens = self.FORGET * self._tokens + float(np.mean(accepted)) + 1
         self._time = self.FORGET * self._time + self.costs.v(drafted) + drafted * self.costs.c
         self._cycles += 1

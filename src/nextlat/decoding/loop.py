@@ -212,19 +212,24 @@ class Rows:
         self._new: tuple[Tensor, ...] = ()  # (K, V) scores of the row in question, if to be told
 
     def settle(
-        self, out: Outcome, verdicts: Sequence[Verdict], limits: Sequence[int]
+        self,
+        out: Outcome,
+        verdicts: Sequence[Verdict],
+        limits: Sequence[int],
+        present: Sequence[int],
     ) -> tuple[Cycle | None, ...]:
-        """Take what a pass gave: the cycle of each row that takes part."""
-        _check_finite(verdicts, self.rows)
-        request, cycles = self._request, list[Cycle | None]()
-        for b, (row, verdict, limit) in enumerate(zip(self.rows, verdicts, limits, strict=True)):
+        """Take what a pass gave the rows that are present in it: the cycle of each that has not
+        ended."""
+        request, cycles = self._request, list[Cycle | None]([None] * len(self.rows))
+        for i, (b, verdict, limit) in enumerate(zip(present, verdicts, limits, strict=True)):
+            row = self.rows[b]
             if row.ended:
-                cycles.append(None)
                 row.extend([request.pad] if self._even else [])
                 continue
-            kept = (out.scores_BKV[b], out.logits_BKV[b]) if request.keep_scores else ()
+            _check_finite(verdict, b)
+            kept = (out.scores_BKV[i], out.logits_BKV[i]) if request.keep_scores else ()
             self._new = kept[:1]
-            cycles.append(row.settle(verdict, limit, kept))
+            cycles[b] = row.settle(verdict, limit, kept)
         if self._even and self._stopping.criteria:
             self._end_together(out.scores_BKV[:, 0])
         return tuple(cycles)
@@ -260,6 +265,7 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
     sampler = request.sampler
     batch = Rows(request, sampler.scores.need_prefixes or bool(request.stopping.criteria))
     rows, kind = batch.rows, Compiled if request.compile else Eager
+    present = [*range(len(rows))]  # in the batch; those that have ended leave it
     with _cache(objective, request) as cache:
         cycle = kind(objective, sampler, cache, drafts=request.drafts)
         clock = cycle.clock
@@ -268,28 +274,36 @@ def decode(objective: Objective, request: Request) -> Iterator[Pass]:
         out = cycle.prefill(request.prompts if request.together else texts, texts)
         verdicts = Verdict.of_rows(out.packed)
         prefill = clock.seconds(begun, clock.mark())
-        yield Pass(batch.settle(out, verdicts, [0] * len(rows)), prefill=prefill)
+        yield Pass(batch.settle(out, verdicts, [0] * len(rows), present), prefill=prefill)
         if all(row.ended for row in rows):
             return
 
         started = time.perf_counter()
         with _draft_length(cycle, request, out.start) as length:
             measuring = time.perf_counter() - started
-            while active := [b for b, row in enumerate(rows) if not row.ended]:
-                longest = cycle.longest(max(row.room for row in rows))
-                planned = min(length.plan(active), longest)
-                limits = [min(planned, row.room) for row in rows]
+            start = out.start
+            while active := [i for i, b in enumerate(present) if not rows[b].ended]:
+                # Graphs have one shape, and processors may go by the number of a row.
+                fixed = request.compile or sampler.scores.need_prefixes
+                if len(active) < len(present) and isinstance(cache, RaggedCache) and not fixed:
+                    cache.select(active)
+                    start, present = start.of(active), [present[i] for i in active]
+                    active = [*range(len(present))]
+                rooms = [rows[b].room for b in present]
+                planned = min(length.plan(active), cycle.longest(max(rooms)))
+                limits = [min(planned, room) for room in rooms]
                 begun = clock.mark()
-                plan = Plan(planned, limits, [row.text for row in rows], length.more)
-                out = cycle.run(out.start, plan)
+                plan = Plan(planned, limits, [rows[b].text for b in present], length.more)
+                out = cycle.run(start, plan)
+                start = out.start
                 verdicts = Verdict.of_rows(out.packed)  # the one read-back of the cycle
                 end = clock.mark()
-                cycles = batch.settle(out, verdicts, limits)
-                accepted = {b: verdicts[b].accepted for b in active}
-                drafted = [min(limits[b], len(verdicts[b].drafted)) for b in active]
+                cycles = batch.settle(out, verdicts, limits, present)
+                accepted = {i: verdicts[i].accepted for i in active}
+                drafted = [min(limits[i], len(verdicts[i].drafted)) for i in active]
                 length.observe(drafted, [*accepted.values()])
                 # The token before the draft stays in the cache, and what was accepted.
-                cache.keep([accepted[b] + 1 if b in accepted else 0 for b in range(len(rows))])
+                cache.keep([accepted[i] + 1 if i in accepted else 0 for i in range(len(present))])
                 yield Pass(
                     cycles,
                     draft=clock.seconds(begun, out.drafted_at),
@@ -350,17 +364,14 @@ def _draft_length(
         lengths[setting] = length
 
 
-def _check_finite(verdicts: Sequence[Verdict], rows: Sequence[Row]) -> None:
-    for b, (verdict, row) in enumerate(zip(verdicts, rows, strict=True)):
-        if row.ended:
-            continue
-        if not verdict.finite:
-            raise NextLatError(
-                f"the model gives logits that are not finite in row {b}: check its weights, or use "
-                "a wider dtype"
-            )
-        if not verdict.drafter_finite:
-            raise NextLatError(
-                f"the drafter gives logits that are not finite in row {b}: check its weights, or "
-                "use draft_length=0"
-            )
+def _check_finite(verdict: Verdict, row: int) -> None:
+    if not verdict.finite:
+        raise NextLatError(
+            f"the model gives logits that are not finite in row {row}: check its weights, or use a "
+            "wider dtype"
+        )
+    if not verdict.drafter_finite:
+        raise NextLatError(
+            f"the drafter gives logits that are not finite in row {row}: check its weights, or use "
+            "draft_length=0"
+        )

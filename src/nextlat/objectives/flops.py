@@ -17,6 +17,7 @@ from torch import nn
 
 from nextlat.backbone import Backbone
 from nextlat.batch import Batch
+from nextlat.head import is_frozen
 from nextlat.objectives.objective import Objective
 
 FORWARD = 2.0  # operations of a product per weight and vector
@@ -25,7 +26,7 @@ TRAINING = 6.0  # with the backward pass
 
 def per_weight(backbone: Backbone) -> float:
     """Operations of a product per weight of the transformer and vector."""
-    return TRAINING if any(p.requires_grad for p in backbone.lm.parameters()) else FORWARD
+    return FORWARD if is_frozen(backbone.lm) else TRAINING
 
 
 def weights(module: nn.Module) -> int:

@@ -63,6 +63,13 @@ class Objective(nn.Module):
         prediction."""
         return getattr(self.config, "horizon", 0)
 
+    def check_vocabulary(self) -> None:
+        """Whether the tokens that it names are the LM's.
+
+        Raises:
+            NextLatError: one is not.
+        """
+
     # ---- training ----
 
     def counts(self, batch: Batch) -> Counts:
@@ -90,6 +97,12 @@ class Objective(nn.Module):
         h_ND, targets = h_ND.index_select(0, scored), batch.targets[scored]
         return Term(cross_entropy(self.backbone.head, h_ND, targets).view(1), counts["next_token"])
 
+    def acceptance(self, batch: Batch) -> Tensor | None:
+        """(2, d): at how many positions of the batch the i-th drafted token is the model's own
+        choice, after a draft of the batch's tokens, and at how many that was asked; None where it
+        is not."""
+        return None
+
     def flops(self, batch: Batch) -> dict[str, float] | None:
         """Floating-point operations of a training step besides those of the transformer's layers,
         by part (see the module `flops`); None = there is no formula, and the cost is only measured.
@@ -116,6 +129,10 @@ class Objective(nn.Module):
         its cache.
         """
         return h
+
+    def prepare_drafts(self) -> None:
+        """Get ready for calls of `draft` with the weights as they are now; before every
+        decoding."""
 
     def draft(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """One draft step: the state after reading `token` (B,) in `state` (B, S), and the logits

@@ -26,6 +26,7 @@ DRAFT_CONFIG, BLOCK, FORMAT = "config.json", "nextlat", 1
 SERVED = {
     *("dynamics", "hidden_size", "num_layers", "separate_norms", "zero_init"),
     *("horizon", "lambda_next_h", "lambda_kl", "next_h_loss", "kl_loss", "warmup_steps"),
+    "draft_vocabulary",
     *("stop_gradient_target", "stop_gradient_teacher", "stop_gradient_head"),
 }
 EMBEDDINGS = "model.embed_tokens"  # where vLLM looks for what it gives to a drafter

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -65,6 +67,11 @@ class EagleNextLat(nn.Module):
                 separate_norms=settings.separate_norms,
             )
         )
+        if settings.draft_vocabulary is not None:
+            number = settings.draft_vocabulary
+            count = number if isinstance(number, int) else len(number)
+            self.model.register_buffer("draft_ids", torch.zeros(count, dtype=torch.long))
+        self._rows: tuple[Tensor, Tensor | None] | None = None
         self.cache_of_target = _no_cache_of_its_own(vllm_config, prefix)
         self.logits_processor = LogitsProcessor(
             self.config.vocab_size, scale=head.scale, soft_cap=head.soft_cap
@@ -92,10 +99,34 @@ class EagleNextLat(nn.Module):
         """(N, D) -> (N, V), by the target's head; None on ranks that vLLM gathers no logits on."""
         # A model of tied embeddings may have no module of its own for the head.
         head = getattr(self, "lm_head", self.model.embed_tokens)
-        logits: Tensor | None = self.logits_processor(
-            head, hidden_states, getattr(head, "bias", None)
-        )
-        return logits
+        if not hasattr(self.model, "draft_ids"):
+            logits: Tensor | None = self.logits_processor(
+                head, hidden_states, getattr(head, "bias", None)
+            )
+            return logits
+        return self._draft_logits(head, hidden_states)
+
+    def _draft_logits(self, head: Any, h_ND: Tensor) -> Tensor | None:
+        """Minus infinity outside of the draft vocabulary. A whole, plain head is read at those rows
+        alone; of a quantised or a divided one all logits are computed."""
+        ids, processor = self.model.draft_ids, self.logits_processor
+        weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+        method = type(getattr(head, "quant_method", None)).__name__
+        plain = method in ("NoneType", "UnquantizedEmbeddingMethod")
+        if plain and weight is not None and len(weight) >= self.config.vocab_size:
+            if self._rows is None:  # at the first call, before any graph is recorded
+                self._rows = weight[ids].contiguous(), None if bias is None else bias[ids]
+            some = F.linear(h_ND, *self._rows)
+            if processor.soft_cap is not None:
+                some = torch.tanh(some / processor.soft_cap) * processor.soft_cap
+            some = some if processor.scale == 1 else some * processor.scale
+        else:
+            logits = processor(head, h_ND, bias)
+            if logits is None:
+                return None
+            some = logits.index_select(-1, ids)
+        logits = some.new_full((len(some), self.config.vocab_size), -torch.inf)
+        return logits.index_copy(-1, ids, some)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the dynamics model from `objective.safetensors`.
@@ -104,6 +135,7 @@ class EagleNextLat(nn.Module):
             NextLatError: a tensor is missing, left over or of another shape.
         """
         parameters = {f"dynamics.{n}": p for n, p in self.model.dynamics.named_parameters()}
+        parameters |= dict(self.model.named_buffers(recurse=False))
         loaded = set()
         for name, value in weights:
             if name not in parameters or parameters[name].shape != value.shape:

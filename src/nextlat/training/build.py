@@ -1,19 +1,24 @@
 """The untrained model of a recipe."""
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
 from nextlat.hub import hub_or_cache
 from nextlat.model import ObjectiveModel, attach
+from nextlat.objectives import NextLat
 from nextlat.paper_lm import llama
 from nextlat.tasks import Task
 from nextlat.tasks.task import vocabulary_size
 from nextlat.training.recipe import Recipe
 from nextlat.training.trainer import no_library_bars
 from nextlat.weights import load_lm
+
+VOCABULARY = "draft_vocabulary"  # a setting of NextLat
+COUNTED_ROWS = 4000  # in which tokens are counted for it
 
 
 def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
@@ -31,7 +36,8 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
         given = f"backbone.pretrained = '{backbone.pretrained}'"
         try:
             with hub_or_cache(backbone.pretrained), no_library_bars():
-                lm = load_lm(backbone.pretrained, dtype=torch.float32)
+                dtype = "auto" if backbone.frozen else torch.float32
+                lm = load_lm(backbone.pretrained, dtype=dtype)
         except NextLatError as error:
             raise NextLatError(f"{given}: {error}") from error
         known, needed = lm.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
@@ -72,7 +78,13 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
-            return attach(lm, recipe.objective_config)
+            model = attach(lm, recipe.objective_config)
+            if backbone.frozen:
+                model.objective.float()  # what is trained, beside an LM that keeps its dtype
+            if isinstance(number := getattr(recipe.objective_config, VOCABULARY, None), int):
+                tokens = frequent_tokens(task, recipe.seed, number)
+                cast(NextLat, model.objective).set_draft_vocabulary(tokens)
+            return model
         except RuntimeError as error:
             if "allocate memory" not in str(error):
                 raise
@@ -80,6 +92,15 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
                 f"the objective {recipe.objective} with these settings does not fit into this "
                 "machine's memory: make it smaller."
             ) from error
+
+
+def frequent_tokens(task: Task, seed: int, number: int) -> list[int]:
+    """The tokens with most labels in the first training rows, all others after them by their id."""
+    dataset: Any = task.train_dataset(seed)
+    rows = min(COUNTED_ROWS, getattr(dataset, "rows", COUNTED_ROWS))
+    labels = torch.cat([dataset[row]["labels"] for row in range(rows)])
+    counts = torch.bincount(labels[labels != IGNORE], minlength=number)
+    return counts.argsort(descending=True, stable=True)[:number].tolist()
 
 
 def _check_memory(parameters: int) -> None:

@@ -8,7 +8,8 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +25,7 @@ from nextlat.validation import Settings
 from nextlat.weights import MODEL_FILES, STATE_FILES, check_sums
 
 NEEDED = ("config.json", "nextlat/objective.json", "nextlat/objective.safetensors")
+_OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -179,3 +181,54 @@ def rotate_checkpoints(directory: Path, newest: int, keep: int, spared: Path | N
                 remove(doomed)
                 path.replace(doomed)
                 remove(doomed)
+
+
+@contextmanager
+def of_this_run(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever torch makes of what it was not made for
+        raise NextLatError(
+            f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
+            "the checkpoint before it, or choose another run directory."
+        ) from error
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Compare what torch does not compare before it computes with it.
+
+    Raises:
+        ValueError: the state belongs to other parameters or another optimiser.
+    """
+    groups = optimizer.state_dict()["param_groups"]  # parameters by their numbers
+    for own, other in zip(groups, state["param_groups"], strict=True):
+        if own["params"] != other["params"]:
+            raise ValueError("it is of a model with other parameters")
+        for key, value in other.items():  # the learning rate follows from the schedule
+            same = type(value) is type(own[key]) and (key == "lr" or value == own[key])
+            if not same:
+                raise ValueError(f"its {key} is {value!r} and not {own[key]!r}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    stateless = all(group.get("momentum") == 0 for group in groups)  # plain SGD
+    if not state["state"] and not stateless:
+        raise ValueError("it is empty")
+    if not state["state"].keys() <= {*range(len(parameters))}:
+        raise ValueError("it is of a model with other parameters")
+    for index, values in state["state"].items():
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        own = parameters[index]
+        for name in _OF_PARAMETER_SHAPE & tensors.keys():
+            x = tensors[name]
+            if (x.shape, x.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"{name} of parameter {index} is {tuple(x.shape)} {x.dtype}, the parameter "
+                    f"{tuple(own.shape)} {own.dtype}"
+                )
+        if "exp_avg" in values and not (
+            {"exp_avg", "exp_avg_sq"} <= tensors.keys()
+            and torch.as_tensor(values["step"]).ndim == 0
+            and torch.as_tensor(values["step"]).is_floating_point()
+        ):
+            raise ValueError(f"the state of parameter {index} is not whole")

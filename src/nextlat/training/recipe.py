@@ -26,6 +26,7 @@ from nextlat.objectives import OBJECTIVES
 from nextlat.tasks import TASKS
 from nextlat.validation import Lookup, Settings, clip, locate, nearest
 
+OF_PRETRAINED, NEXT = {"pretrained", "frozen", "cached_rows"}, ", backbone."
 BUILT_IN = Path(__file__).parent / "recipes"
 
 Steps = Annotated[int, Field(ge=1, le=10**10)]
@@ -51,8 +52,9 @@ class BackboneSettings(Settings):
         positions: from scratch; rotary, or none, with which no position is new beyond the training
             length (random offsets would change nothing: rotary positions are relative).
         pretrained: a directory or hub id.
-        frozen: a pretrained model stays as it is, and only NextLat's dynamics are trained, to draft
-            for it.
+        frozen: a pretrained model stays as it is: only NextLat's dynamics learn, to draft for it.
+        cached_rows: of a frozen one; so many training rows, of which the hidden states are kept on
+            the disk, are trained on again and again (see `cached_states`); 0 = all, and none kept.
     """
 
     layers: Size | None = None
@@ -64,6 +66,7 @@ class BackboneSettings(Settings):
     positions: Literal["rotary", "none"] = "rotary"
     pretrained: str | None = None
     frozen: bool = False
+    cached_rows: Annotated[int, Field(ge=0, le=10**9)] = 0
 
 
 class OptimizerSettings(Settings):
@@ -117,6 +120,7 @@ class RunSettings(Settings):
         threads: of torch on the CPU; 0 = as many as torch chooses.
         workers: processes that prepare rows while the device computes. Rows come in order, so that
             one is as good as many.
+        states: directory for `backbone.cached_rows`, which runs can share; None = the run's own.
     """
 
     save_every: StepsOrZero = 0
@@ -128,6 +132,7 @@ class RunSettings(Settings):
     compile: bool = False
     threads: Small = 0
     workers: Small = 0
+    states: str | None = None
 
 
 def _known_objective(name: str) -> str:
@@ -235,16 +240,16 @@ class Recipe(Settings):
     def _contradiction(self) -> str | None:
         """What no single field can know, or None."""
         backbone, schedule = self.backbone, self.schedule
-        own = {"pretrained", "frozen"}
-        sizes = [key for key, value in backbone if key not in own and value not in (None, "rotary")]
+        sizes = [k for k, v in backbone if k not in OF_PRETRAINED and v not in (None, "rotary")]
         if backbone.frozen and (backbone.pretrained is None or self.objective != "nextlat"):
             return (
                 "backbone.frozen trains the dynamics of NextLat alone: it needs "
                 "backbone.pretrained, a directory or hub id, and the objective nextlat"
             )
+        if backbone.cached_rows and not backbone.frozen:
+            return "backbone.cached_rows is for a frozen transformer: remove it"
         if backbone.pretrained is not None and sizes:
-            keys = ", backbone.".join(sizes)
-            return f"backbone.pretrained has its own sizes: remove backbone.{keys}"
+            return f"backbone.pretrained has its own sizes: remove backbone.{NEXT.join(sizes)}"
         if backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
             return 'backbone needs layers, width and heads, or pretrained = "directory or hub id"'
         if self.batch_size % self.gradient_accumulation:
@@ -253,10 +258,8 @@ class Recipe(Settings):
                 f"{self.gradient_accumulation}"
             )
         if schedule.decay_steps and schedule.name != "wsd":
-            return (
-                f'schedule.decay_steps has no meaning with schedule.name = "{schedule.name}": '
-                "remove it or choose wsd"
-            )
+            named = f'schedule.name = "{schedule.name}"'
+            return f"schedule.decay_steps has no meaning with {named}: remove it or choose wsd"
         if schedule.name == "wsd" and not schedule.decay_steps:
             return 'schedule.name = "wsd" needs schedule.decay_steps'
         if schedule.warmup_steps + schedule.decay_steps > self.steps:

@@ -33,6 +33,7 @@ from nextlat.files import (
 from nextlat.model import ObjectiveModel, load
 from nextlat.signals import StopSignal
 from nextlat.training.build import build_model
+from nextlat.training.cached_states import CachedStates, NumberedRows
 from nextlat.training.checkpoints import (
     checkpoint_step,
     last_complete_checkpoint,
@@ -54,6 +55,7 @@ from nextlat.training.trainer import Item, NextLatTrainer, collate
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"wsd": "warmup_stable_decay", "cosine": "cosine", "linear": "linear"}
+STATES = "states"
 FIXED = ("run.precision", "run.compile")  # the settings of a run that its result depends on
 
 
@@ -266,15 +268,33 @@ def _train(
         # The layers: fixed shapes and one graph, which the losses' masked positions have not.
         model.backbone.transformer.compile()
     log = RunLog(out, step, stop, progress, first=first)
+    train_rows, eval_rows = task.train_dataset(recipe.seed), task.eval_dataset()
+    count, kept = recipe.steps * recipe.batch_size, recipe.backbone.cached_rows
+    if kept:
+        kept = min(kept, getattr(train_rows, "rows", kept))
+        eval_rows = NumberedRows(eval_rows, len(eval_rows))
     trainer = NextLatTrainer(
         model,
         args,
         collate,
-        FirstRows(task.train_dataset(recipe.seed), recipe.steps * recipe.batch_size),
-        task.eval_dataset(),
+        NumberedRows(train_rows, kept, count, recipe.seed)
+        if kept
+        else FirstRows(train_rows, count),
+        eval_rows,
         task.tokenizer,
         callbacks=[log],
     )
+    if kept:
+        directory, sole = Path(recipe.run.states or out / STATES), not recipe.run.states
+        trainer.train_states, trainer.eval_states = (
+            CachedStates(
+                directory / name,
+                rows,
+                [name, fingerprint, recipe.seed, recipe.run.precision],
+                sole=sole,
+            )
+            for name, rows in (("train", kept), ("eval", eval_rows.rows))
+        )
     trainer.remove_callback(PrinterCallback)
     if step < recipe.steps:
         with stop.deferred():
@@ -297,6 +317,7 @@ def _train(
         }
         write_json(out / RECORD, {**record, **finished})
         rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
+        remove(out / STATES)
 
 
 def _export(trainer: NextLatTrainer, out: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,20 +20,30 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as library_logging
 
 from nextlat.backbone import evaluation_mode
-from nextlat.errors import NextLatError, first_line
+from nextlat.errors import NextLatError
 from nextlat.files import atomic_directory, staging_directory
+from nextlat.head import is_frozen
 from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
+from nextlat.saving import link_lm
 from nextlat.sidecar import DESCRIPTION
-from nextlat.training.checkpoints import load_state, load_trainer_state, rotate_checkpoints
+from nextlat.training.acceptance import acceptance, by_position
+from nextlat.training.cached_states import ROW, CachedStates
+from nextlat.training.cached_states import Item as Item
+from nextlat.training.checkpoints import (
+    check_optimizer_state,
+    load_state,
+    load_trainer_state,
+    of_this_run,
+    rotate_checkpoints,
+)
 from nextlat.weights import SIDECAR, not_finite, read_sums, write_sums
 
 logger = logging.getLogger(__name__)
 
-Item = dict[str, Tensor]
 # In batches of TRL that are packed: document boundaries once more, for kernels that we do not use.
 _BOUNDARIES = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-_OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+ACCEPTANCE_BATCHES = 8  # held-out ones at which it is measured
 
 
 @contextmanager
@@ -52,10 +63,12 @@ def collate(items: list[Item]) -> Item:
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
-def _model_inputs(batch: Item) -> Item:
-    """A batch as an objective model takes it: boundaries are in `position_ids` alone."""
+def _model_inputs(batch: Item, *, numbered: bool = False) -> Item:
+    """A batch as an objective model takes it: boundaries are in `position_ids` alone, and rows
+    have no numbers (unless asked for)."""
     repeated = _BOUNDARIES if "position_ids" in batch else set()
-    return {name: x for name, x in batch.items() if name not in repeated}
+    dropped = repeated | (set() if numbered else {ROW})
+    return {name: x for name, x in batch.items() if name not in dropped}
 
 
 def evaluation_loss(
@@ -63,23 +76,29 @@ def evaluation_loss(
     dataset: Dataset[Item],
     batch_size: int,
     collate_fn: Callable[[list[Any]], Item] = collate,
+    states: Callable[[Item], Item] = lambda batch: batch,
 ) -> dict[str, float]:
     """Means of the objective and its named parts over a whole dataset, each over its own count
     (next_token: nats per token).
 
     The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
-    their tokens.
+    their tokens. `states` adds the hidden states to a batch, where they are known.
     """
-    batches = DataLoader(dataset, batch_size, collate_fn=lambda x: _model_inputs(collate_fn(x)))
-    counts = add_counts([model.counts(**batch) for batch in batches])
+    batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
+    counts = add_counts([model.counts(**_model_inputs(batch)) for batch in batches])
     counts = {name: count.to(model.device) for name, count in counts.items()}
     sums: dict[str, Tensor] = {}
+    accepted: Tensor | int = 0
     with evaluation_mode(model):
-        for batch in batches:
-            out = model(**{k: x.to(model.device) for k, x in batch.items()}, counts=counts)
+        for number, batch in enumerate(batches):
+            batch = _model_inputs(batch, numbered=True)
+            batch = states({k: x.to(model.device) for k, x in batch.items()})
+            out = model(**_model_inputs(batch), counts=counts)
             for name, value in {"loss": out.loss, **out.losses}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
-    return {name: value.item() for name, value in sums.items()}
+            asked = acceptance(model, batch) if number < ACCEPTANCE_BATCHES else None
+            accepted = accepted if asked is None else accepted + asked
+    return {name: value.item() for name, value in sums.items()} | by_position(accepted)
 
 
 class NextLatTrainer(Trainer):
@@ -104,6 +123,9 @@ class NextLatTrainer(Trainer):
     """
 
     args: TrainingArguments
+    train_states: CachedStates | None = None  # of rows with numbers
+    eval_states: CachedStates | None = None
+    _written: Path | None = None  # a checkpoint that holds the LM as it is, where that is frozen
 
     def create_accelerator_and_postprocess(self) -> None:
         if not isinstance(self.model, ObjectiveModel):
@@ -120,6 +142,7 @@ class NextLatTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._steps: set[int] = set()
         self._tokens: Tensor | int = 0
+        self._accepted: Tensor | int = 0
         self._sound_step = 0
         super().create_accelerator_and_postprocess()
 
@@ -134,8 +157,7 @@ class NextLatTrainer(Trainer):
         several = len(batch_samples) > 1 or self.args.world_size > 1
         if not batch_samples or not several:
             return None  # the batch is the whole step, whose own counts the loss takes anyway
-        batches = map(_model_inputs, batch_samples)
-        counts = [self.objective_model.counts(**batch) for batch in batches]
+        counts = [self.objective_model.counts(**_model_inputs(x)) for x in batch_samples]
         total = {name: count.to(device) for name, count in add_counts(counts).items()}
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
@@ -151,14 +173,25 @@ class NextLatTrainer(Trainer):
         step = self.state.global_step + 1
         # Restored on resume, so that a loss that changes over the steps is the same there.
         self.objective_model.objective.step = step
-        outputs = model(**_model_inputs(inputs), counts=num_items_in_batch)
+        inputs = self._with_states(_model_inputs(inputs, numbered=True), self.train_states)
+        outputs = model(**inputs, counts=num_items_in_batch)
         if model.training:
             self._steps.add(step)
+            if step % self.state.logging_steps == 0 and self.args.logging_strategy == "steps":
+                accepted = acceptance(self.objective_model, inputs)
+                self._accepted = self._accepted if accepted is None else self._accepted + accepted
             for name, value in outputs.losses.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
         # Processes average their gradients, and each loss is already its share of the global mean.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _with_states(self, batch: Item, cached: CachedStates | None) -> Item:
+        row_B = batch.get(ROW)
+        if cached is None or row_B is None:
+            return _model_inputs(batch)
+        batch, context = _model_inputs(batch), self.accelerator.autocast()
+        return {**batch, "states": cached.states(self.objective_model, batch, row_B, context)}
 
     # ---- log ----
 
@@ -186,8 +219,10 @@ class NextLatTrainer(Trainer):
             tokens = torch.as_tensor(self._tokens, dtype=torch.int64, device=self.args.device)
             self.state.num_input_tokens_seen += int(reduce(tokens, "sum").item())
             means = {name: total / len(self._steps) for name, total in parts.items()}
-            logs = {"loss": logs["loss"], **means, **logs}
-            self._sums, self._steps, self._tokens = {}, set(), 0
+            accepted = self._accepted
+            accepted = accepted if isinstance(accepted, int) else reduce(accepted, "sum")
+            logs = {"loss": logs["loss"], **means, **by_position(accepted), **logs}
+            self._sums, self._steps, self._tokens, self._accepted = {}, set(), 0, 0
         for name, value in logs.items():
             if name.endswith("loss") and not math.isfinite(value):
                 held_out = "" if name == "loss" else "held-out "
@@ -226,7 +261,13 @@ class NextLatTrainer(Trainer):
             ours = self.get_eval_dataloader(rows)
             # Not divided among the processes, where rows would be counted twice to make it even.
             size = self.args.per_device_eval_batch_size
-            means = evaluation_loss(self.objective_model, ours.dataset, size, ours.collate_fn)
+            means = evaluation_loss(
+                self.objective_model,
+                ours.dataset,
+                size,
+                ours.collate_fn,
+                partial(self._with_states, cached=self.eval_states),
+            )
             logs |= {f"{prefix}_{part}": value for part, value in means.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -239,7 +280,9 @@ class NextLatTrainer(Trainer):
         if self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             with no_library_bars():
-                self.objective_model.save_pretrained(directory)
+                # A frozen LM is written once, and has more names from then on.
+                known = link_lm(self._written, directory) if self._written else {}
+                self.objective_model.save_pretrained(directory, known=known)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
@@ -256,7 +299,8 @@ class NextLatTrainer(Trainer):
         with no_library_bars():
             self.objective_model.load_weights(resume_from_checkpoint)
         checkpoint = Path(resume_from_checkpoint)
-        with _of_this_run(checkpoint / "trainer_state.json"):
+        self._written = checkpoint if is_frozen(self.objective_model.lm) else None
+        with of_this_run(checkpoint / "trainer_state.json"):
             self._sound_step = load_trainer_state(checkpoint).global_step
 
     def _load_best_model(self) -> None:
@@ -266,12 +310,12 @@ class NextLatTrainer(Trainer):
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
         directory = Path(checkpoint)
-        with _of_this_run(directory / "optimizer.pt"):
+        with of_this_run(directory / "optimizer.pt"):
             optimizer = cast(torch.optim.Optimizer, self.optimizer)
             state = load_state(directory / "optimizer.pt")
-            _check_optimizer_state(optimizer, state)
+            check_optimizer_state(optimizer, state)
             optimizer.load_state_dict(state)
-        with _of_this_run(directory / "scheduler.pt"):
+        with of_this_run(directory / "scheduler.pt"):
             scheduler: Any = self.lr_scheduler
             state, own = load_state(directory / "scheduler.pt"), scheduler.state_dict()
             own |= {"last_epoch": load_trainer_state(directory).global_step}
@@ -282,7 +326,7 @@ class NextLatTrainer(Trainer):
             scheduler.load_state_dict(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _of_this_run(Path(checkpoint or "") / "rng_state.pth"):
+        with of_this_run(Path(checkpoint or "") / "rng_state.pth"):
             super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -303,6 +347,7 @@ class NextLatTrainer(Trainer):
                     if isinstance(callback, ExportableState):
                         state.stateful_callbacks[type(callback).__name__] = callback.state()
                 state.save_to_json(str(staging / "trainer_state.json"))
+        self._written = target if is_frozen(self.objective_model.lm) else None
         if args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if args.should_save and args.save_total_limit:
@@ -323,54 +368,3 @@ class NextLatTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             yield staging_directory(target)
             self.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _of_this_run(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever torch makes of what it was not made for
-        raise NextLatError(
-            f"{path} is not of this run ({first_line(error)}): remove {path.parent} to go on from "
-            "the checkpoint before it, or choose another run directory."
-        ) from error
-
-
-def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Compare what torch does not compare before it computes with it.
-
-    Raises:
-        ValueError: the state belongs to other parameters or another optimiser.
-    """
-    groups = optimizer.state_dict()["param_groups"]  # parameters by their numbers
-    for own, other in zip(groups, state["param_groups"], strict=True):
-        if own["params"] != other["params"]:
-            raise ValueError("it is of a model with other parameters")
-        for key, value in other.items():  # the learning rate follows from the schedule
-            same = type(value) is type(own[key]) and (key == "lr" or value == own[key])
-            if not same:
-                raise ValueError(f"its {key} is {value!r} and not {own[key]!r}")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    stateless = all(group.get("momentum") == 0 for group in groups)  # plain SGD
-    if not state["state"] and not stateless:
-        raise ValueError("it is empty")
-    if not state["state"].keys() <= {*range(len(parameters))}:
-        raise ValueError("it is of a model with other parameters")
-    for index, values in state["state"].items():
-        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
-        own = parameters[index]
-        for name in _OF_PARAMETER_SHAPE & tensors.keys():
-            x = tensors[name]
-            if (x.shape, x.dtype) != (own.shape, own.dtype):
-                raise ValueError(
-                    f"{name} of parameter {index} is {tuple(x.shape)} {x.dtype}, the parameter "
-                    f"{tuple(own.shape)} {own.dtype}"
-                )
-        if "exp_avg" in values and not (
-            {"exp_avg", "exp_avg_sq"} <= tensors.keys()
-            and torch.as_tensor(values["step"]).ndim == 0
-            and torch.as_tensor(values["step"]).is_floating_point()
-        ):
-            raise ValueError(f"the state of parameter {index} is not whole")
