@@ -191,7 +191,12 @@ def test_a_chat_model_trains_and_answers_from_the_command_line(
     overrides = [
         *(f"{key}={tmp_path / 'lm'}" for key in ("backbone.pretrained", "task.tokenizer")),
         *(f"task.{key}={value}" for key, value in SETTINGS.items()),
-        *(f"task.train={data}", "task.assistant_only=true", "backbone.frozen=false"),
+        *(
+            f"task.train={data}",
+            "task.assistant_only=true",
+            "backbone.frozen=false",
+            "backbone.cached_rows=0",
+        ),
         *("steps=60", "batch_size=4", "schedule.name=constant", "schedule.warmup_steps=0"),
         *("schedule.decay_steps=", "optimizer.learning_rate=1e-2", "run.save_every=60"),
     ]

@@ -36,8 +36,8 @@ def build_model(recipe: Recipe, task: Task) -> ObjectiveModel:
         given = f"backbone.pretrained = '{backbone.pretrained}'"
         try:
             with hub_or_cache(backbone.pretrained), no_library_bars():
-                dtype = "auto" if backbone.frozen else torch.float32
-                lm = load_lm(backbone.pretrained, dtype=dtype)
+                how = {} if backbone.frozen else {"dtype": torch.float32}
+                lm = load_lm(backbone.pretrained, **how)
         except NextLatError as error:
             raise NextLatError(f"{given}: {error}") from error
         known, needed = lm.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)

@@ -247,7 +247,7 @@ class Recipe(Settings):
                 "backbone.pretrained, a directory or hub id, and the objective nextlat"
             )
         if backbone.cached_rows and not backbone.frozen:
-            return "backbone.cached_rows is for a frozen transformer: remove it"
+            return "backbone.cached_rows is for a frozen transformer: set it to 0"
         if backbone.pretrained is not None and sizes:
             return f"backbone.pretrained has its own sizes: remove backbone.{NEXT.join(sizes)}"
         if backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
