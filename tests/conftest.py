@@ -3,9 +3,10 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ from nextlat.scores import Score
 from nextlat.weights import SUMS
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "granite", "mixtral")
+
+
+def in_quick(values: Iterable[str], quick: Container[str]) -> list[Any]:
+    """Values of a parameter, of which only some belong to `make quick`."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+every_family = pytest.mark.parametrize("family", in_quick(FAMILIES, {"llama", "gpt2", "gemma2"}))
 
 _COMMON = {
     "hidden_size": 32,

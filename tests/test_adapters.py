@@ -148,7 +148,7 @@ def arguments(out: Path, **changes: Any) -> TrainingArguments:
 
 
 @pytest.mark.parametrize("trainer", [Trainer, nextlat.NextLatTrainer])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_trains_checkpoints_and_resumes_exactly(
     trainer: Any, checkpointing: bool, tmp_path: Path
 ) -> None:

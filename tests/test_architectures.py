@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import load_benchmark
+from conftest import in_quick, load_benchmark
 
 sweep: Any = load_benchmark("architectures")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,7 +33,10 @@ KINDS = {  # name -> what becomes of it
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+QUICK = {"mamba", "rembert", "qwen2, sliding window", "xlm, not causal", "prophetnet"}
+
+
+@pytest.mark.parametrize("name", in_quick(KINDS, QUICK))
 def test_it_is_right_or_refused(name: str) -> None:
     found = sweep.Report(lambda entry: None)
     model_type = name.split(",")[0]

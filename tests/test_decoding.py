@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import FAMILIES, sampling, tiny_lm
+from conftest import FAMILIES, every_family, in_quick, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.batch import Batch
 from nextlat.decoding import Cycle, GenerationStats, Pass, Request, Stopping, decode
@@ -75,7 +75,7 @@ def expected_cycles(
 
 
 @pytest.mark.parametrize("prompt_length", [1, 5, 13])  # shorter and longer than Gemma's window of 8
-@pytest.mark.parametrize("family", [*FAMILIES, "lfm2"])
+@pytest.mark.parametrize("family", in_quick([*FAMILIES, "lfm2"], {"llama", "gpt2", "lfm2"}))
 def test_greedy_equals_transformers_with_mixed_acceptance(family: str, prompt_length: int):
     wrong = wrong_positions(prompt_length)
     model, prompt, sequence = oracle_model(family, prompt_length, wrong)
@@ -108,7 +108,7 @@ def run(
         return [done.cycles[0] for done in decode(model.objective, request)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_greedy_equals_transformers_with_its_own_drafts(family: str):
     lm, prompt = tiny_lm(family, vocab_size=VOCABULARY, seed=1), torch.arange(3, 8)[None]
     expected = plain_greedy(lm, prompt, NEW).tolist()

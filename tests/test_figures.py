@@ -202,6 +202,7 @@ def test_figures_of_one_name_do_not_replace_one_another(tmp_path: Path) -> None:
     assert len([*page.parent.glob("map-*.png")]) == 3
 
 
+@pytest.mark.slow
 def test_several_maps_of_a_model_are_rows_and_columns_of_one_picture(tmp_path: Path) -> None:
     """Those of the transformer above, of the dynamics alone below."""
     paths = [write_city_run(tmp_path / name, name, 0) for name in ("next-token", "nextlat")]

@@ -80,6 +80,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], ob
     monkeypatch.setattr(NextLatTrainer, "training_step", step)
 
 
+@pytest.mark.slow
 def test_cached_states_change_no_bit_and_are_computed_once(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_cached_states_change_no_bit_and_are_computed_once(
     assert not (cached / "states").exists()
 
 
+@pytest.mark.slow
 def test_epochs_of_cached_rows_go_on_exactly_after_an_interruption(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

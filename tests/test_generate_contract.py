@@ -204,7 +204,7 @@ def test_every_argument_and_field_is_decided_on() -> None:
     assert {x for x in arguments | fields if x[0] != "_"} - covered == {"transformers_version"}
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", here(SAME))
 def test_it_does_what_it_does_in_transformers(
     lm: PreTrainedModel, name: str, rows: int, recwarn: pytest.WarningsRecorder

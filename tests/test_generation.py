@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import nextlat
-from conftest import FAMILIES, sampling, tiny_lm
+from conftest import every_family, in_quick, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
 from nextlat.decoding import AdaptiveLength, Costs, Request, Stopping, decode
 from nextlat.decoding.prepared import prepared, shares_passes
@@ -70,7 +70,7 @@ def batch_case(family: str, rows: int) -> tuple[ObjectiveModel, Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_ragged_batches_equal_transformers_with_mixed_acceptance(family: str, rows: int):
     model, ids, mask, expected = batch_case(family, rows)
     assert shares_passes(model.objective) == (family != "gemma2")
@@ -279,7 +279,7 @@ WORDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", WORDS)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", in_quick(["llama", "gemma2"], {"llama"}))
 def test_options_mean_what_they_mean_in_transformers(family: str, name: str):
     model, ids, mask, _ = batch_case(family, 3)
     options = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nextlat
-from conftest import FAMILIES, tiny_lm
+from conftest import every_family, tiny_lm
 from nextlat.batch import Batch
 from nextlat.evaluation import evaluate as evaluate_run
 from nextlat.evaluation import open_run
@@ -40,7 +40,6 @@ NEEDED_AT_INFERENCE = {"jtp", "bst"}  # of all others the LM alone is the model
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
-every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def model_of(name: str, family: str, **settings: object) -> nextlat.ObjectiveModel:

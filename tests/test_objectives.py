@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nextlat
-from conftest import FAMILIES, tiny_lm
+from conftest import every_family, tiny_lm
 from nextlat.batch import Batch
 from nextlat.losses import (
     add_counts,
@@ -48,7 +48,7 @@ def nextlat_model(
 
 
 @every_reference
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_packed_prompts_and_padding_equal_the_reference(name: str, family: str) -> None:
     config, reference = REFERENCES[name]
     model = objective_model(config, family)

@@ -814,6 +814,7 @@ def test_positions_of_the_next_token_test(city):
 # --- the task -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random-walks", "stop-on-arrival"])
 def test_drivers_and_lengths_are_variants_of_every_metric(kind):
     config = StreetsConfig(
