@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import transformers.generation.utils  # slow to import, and shared by the processes
 
-sys.path.insert(0, str(Path(__file__).parent))
 import nextlat
 from architecture_checks import Report, check, in_a_line
 from tiny_models import NAMES, TYPES, tiny_model

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from conftest import tiny_lm
+from nextlat import NextTokenConfig, attach
 from nextlat.errors import NextLatError
 from nextlat.tasks.rows import Stream
 from nextlat.tasks.streets import packing, walks
@@ -459,6 +461,28 @@ def test_rows_of_rides_that_stop(kind):
     assert task.published is None
 
 
+def test_cut_rides_to_far_destinations_teach_ways_and_are_tested_over_all_of_them() -> None:
+    task = StreetsConfig(
+        rows=6, columns=6, rides="noisy-shortest-paths", noise=0.2, cut=True, min_moves=1,
+        max_moves=4, row_length=32, held_out=200, tests=200, multiples=(1, 3),
+    ).build()  # fmt: skip
+    hops = task.network.hops[task.pairs.destination, task.pairs.source]
+    assert 4 < hops.max() <= 12
+    data = task.train_dataset(0)
+    rides = [follow(task.network, document) for i in range(20) for document in documents(data[i])]
+    held_out = set(zip(task.pairs.source.tolist(), task.pairs.destination.tolist(), strict=True))
+    assert not held_out & {ride[:2] for ride in rides}
+    assert max(moves for *_, moves in rides) == 4
+    model = attach(tiny_lm("llama", vocab_size=len(task.tokenizer)), NextTokenConfig())
+    scores = [
+        next(iter(scores(model)))
+        for multiple in (1, 3)
+        for _, metrics, scores in task._stages("transformer", multiple)
+        if metrics[0].name == "valid_trajectories"
+    ]
+    assert [len(score.per_item) for score in scores] == [(hops <= 4).sum(), (hops <= 12).sum()]
+
+
 # --- settings and tokenizer -----------------------------------------------------------------------
 
 
@@ -479,6 +503,7 @@ def test_rows_of_rides_that_stop(kind):
         ({"min_moves": 0}, "'min_moves' = 0"),
         ({"rides": "shortest-paths"}, "shortest-paths are as long as their way: set min_moves = 1"),
         ({"noise": 0.5}, "random-walks have no noise: leave it out"),
+        ({"rides": "stop-on-arrival", "min_moves": 1, "cut": True}, "stop-on-arrival have no cut"),
         ({"held_out_share": 0.9}, "'held_out_share' = 0.9"),
         ({"row_length": 22, "max_moves": 20}, "too short for a walk of 20 moves: give at least 23"),
         ({"held_out": 10**12}, "'held_out'"),

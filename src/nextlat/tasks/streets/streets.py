@@ -19,16 +19,8 @@ from nextlat.scores import Score, mean_score
 from nextlat.tasks.dynamics_alone import DRIVERS, DYNAMICS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
+from nextlat.tasks.streets import measuring
 from nextlat.tasks.streets.map import map_record, reconstruct
-from nextlat.tasks.streets.measuring import (
-    detour_robustness,
-    identical_continuations,
-    legal_positions,
-    next_token_test,
-    sampled_rides,
-    sequence_compression,
-    valid_trajectories,
-)
 from nextlat.tasks.streets.metrics import (
     IDENTICAL_CONTINUATIONS,
     IDENTICAL_VALID_CONTINUATIONS,
@@ -87,6 +79,9 @@ class StreetsConfig(TaskConfig):
             end; or, to a destination drawn uniformly, shortest-paths, noisy-shortest-paths (see
             `noise`), or stop-on-arrival, random moves until it is reached, cut at max_moves.
         noise: of noisy-shortest-paths, the share of the moves that are random.
+        cut: shortest and noisy shortest paths that have not arrived within max_moves are cut there,
+            without `end`, instead of drawn again; so training holds no ride as long as some that
+            `multiples` ask for.
         min_moves: length of the shortest random walk; 1 for other rides.
         max_moves: length of the longest ride (paper: at most 100 tokens, so 97 moves).
         row_length: tokens in a packed training row.
@@ -114,6 +109,7 @@ class StreetsConfig(TaskConfig):
     park: bool = True
     rides: RideKind = "random-walks"
     noise: Share = NOISE
+    cut: bool = False
     min_moves: Moves = 4
     max_moves: Moves = 40
     row_length: Annotated[int, Field(ge=4, le=2**20)] = 128
@@ -133,11 +129,14 @@ class StreetsConfig(TaskConfig):
             raise ValueError(
                 f"rides of the kind {self.rides} are as long as their way: set min_moves = 1"
             )
-        if self.rides != "noisy-shortest-paths" and self.noise != NOISE:
-            raise ValueError(
-                f"rides of the kind {self.rides} have no noise: leave it out, or set rides = "
-                "noisy-shortest-paths"
-            )
+        owners = {"noise": "noisy-shortest-paths", "cut": "shortest-paths"}
+        for key, owner in owners.items():
+            default = type(self).model_fields[key].default
+            if not self.rides.endswith(owner) and getattr(self, key) != default:
+                raise ValueError(
+                    f"rides of the kind {self.rides} have no {key}: leave it out, or set rides = "
+                    f"{owner}"
+                )
         if self.min_moves > self.max_moves:
             raise ValueError(
                 f"walks of {self.min_moves} to {self.max_moves} moves: give min_moves <= max_moves"
@@ -194,11 +193,13 @@ class Streets(Task):
         self.tokenizer = tokenizer(self.network)
         self._multiples = sorted({1, *config.multiples})
         self._variants = [*product(DRIVERS[: 1 + config.dynamics_alone], self._multiples)]
+        self._cut = config.cut or config.rides == "stop-on-arrival"
+        farthest = config.max_moves * (self._multiples[-1] if self._cut else 1)
         self.max_length = self._multiples[-1] * config.max_moves + 3
         self.pairs = held_out_pairs(
             self.network,
             config.held_out,
-            max_hops=min(config.max_hops, config.max_moves),
+            max_hops=min(config.max_hops, farthest),
             seed=1,
             max_share=config.held_out_share,
         )
@@ -206,7 +207,7 @@ class Streets(Task):
         self._stop = config.rides != "random-walks"
         if self._stop:
             self.published = None  # is about random walks
-            _ = self.network.hops  # of a network that is too large for it nothing else is made
+            _ = self.network.hops  # refuses a network that is too large for it
         self._drawn: dict[int, Walks] = {}
 
     def _laws(self, multiple: int = 1) -> tuple[Callable[..., Walks], Callable[..., Walks]]:
@@ -230,7 +231,7 @@ class Streets(Task):
             self.network,
             max_moves=max_moves,
             noise={"shortest-paths": 0.0, "stop-on-arrival": 1.0}.get(config.rides, config.noise),
-            arrive=config.rides != "stop-on-arrival",
+            arrive=not self._cut,
         )
         return draw, lambda pairs, rng: draw(len(pairs), rng=rng, pairs=pairs)
 
@@ -276,8 +277,11 @@ class Streets(Task):
 
     def _stages(self, who: Driver, multiple: int) -> Iterator[tuple[str, Sequence[Metric], Scores]]:
         """What is shown while measuring, the metrics, and what gives their scores."""
-        config, city, pairs, stop = self.config, self.network, self._tested, self._stop
+        config, city, stop = self.config, self.network, self._stop
         max_moves = multiple * config.max_moves
+        pairs = self._tested
+        if self._cut:  # some of them are too far for the fewest moves
+            pairs = pairs[city.hops[pairs.destination, pairs.source] <= max_moves]
         given, draws = config.detour_probability, config.detour_draws
         probabilities = given if isinstance(given, tuple) else (given,)
         off = [(kind, p) for p in dict.fromkeys(probabilities) for kind in config.detour_kinds]
@@ -287,24 +291,26 @@ class Streets(Task):
         stages: dict[str, tuple[list[Metric], Scores]] = {
             "next-token test": (
                 [NEXT_TOKEN_TEST],
-                lambda model: [next_token_test(model, city, self._walks(multiple), stop=stop)],
+                lambda model: [
+                    measuring.next_token_test(model, city, self._walks(multiple), stop=stop)
+                ],
             ),
             "valid trajectories": (
                 [VALID_TRAJECTORIES],
-                lambda model: [valid_trajectories(model, city, pairs, max_moves)],
+                lambda model: [measuring.valid_trajectories(model, city, pairs, max_moves)],
             ),
             "sequence compression": (
                 [SEQUENCE_COMPRESSION],
-                lambda model: [sequence_compression(model, city, prefixes(), max_moves)],
+                lambda model: [measuring.sequence_compression(model, city, prefixes(), max_moves)],
             ),
             "identical continuations": (
                 [IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS],
-                lambda model: identical_continuations(model, city, prefixes(), max_moves),
+                lambda model: measuring.identical_continuations(model, city, prefixes(), max_moves),
             ),
             "detours": (
                 [detours(kind, p, draws) for kind, p in off],
                 lambda model: [
-                    detour_robustness(
+                    measuring.detour_robustness(
                         model, city, pairs, max_moves, probability=p, kind=kind, draws=draws
                     )
                     for kind, p in off
@@ -329,7 +335,7 @@ class Streets(Task):
         """1,000 rides or more that the model holds possible, all pairs in turn."""
         times = -(-MAP_RIDES // len(self.pairs))
         pairs = self.pairs[np.tile(np.arange(len(self.pairs)), times)]
-        return pairs, sampled_rides(model, self.network, pairs, max_moves)
+        return pairs, measuring.sampled_rides(model, self.network, pairs, max_moves)
 
     def _shares_of_rides(self, model: SequenceModel, max_moves: int) -> list[Score]:
         """Of legal and of real ones; the errors are clustered by pair."""
@@ -343,7 +349,9 @@ class Streets(Task):
         walks, lines = self._walks(multiple), []
         for who in dict.fromkeys(who for who, _ in self._variants):
             if at_the_wheel := driver(model, who, PROMPT):
-                legal = legal_positions(at_the_wheel, self.network, walks, stop=self._stop)
+                legal = measuring.legal_positions(
+                    at_the_wheel, self.network, walks, stop=self._stop
+                )
                 means = np.nanmean(legal[:, : walks.lengths.max() + 1], axis=0)
                 series = DYNAMICS if who == "dynamics" else who
                 lines.append(Line(values=means.tolist(), series=series, first=0))
@@ -363,15 +371,14 @@ class Streets(Task):
                 max_moves = multiple * self.config.max_moves
                 pairs, rides = self._sampled_rides(at_the_wheel, max_moves)
                 # Where training rides are cut, those without an end belong to the language.
-                sequences = rides.sequences(pairs, cut=self.config.rides == "stop-on-arrival")
+                sequences = rides.sequences(pairs, cut=self._cut)
                 base = (who, multiple) == ("transformer", 1)
-                picture = MAP.model_copy(
-                    update={
-                        "row": DYNAMICS if who == "dynamics" else "",
-                        "column": f"{max_moves} moves" if self._multiples[-1] > 1 else "",
-                        "file": MAP.file if base else f"map-{who}-{max_moves}.json",
-                    }
-                )
+                cell = {
+                    "row": DYNAMICS if who == "dynamics" else "",
+                    "column": f"{max_moves} moves" if self._multiples[-1] > 1 else "",
+                    "file": MAP.file if base else f"map-{who}-{max_moves}.json",
+                }
+                picture = MAP.model_copy(update=cell)
                 yield picture, map_record(self.network, reconstruct(self.network, sequences))
 
     def latent_rank(self, model: ObjectiveModel) -> list[Measurement]:
@@ -379,9 +386,8 @@ class Streets(Task):
         length = max(LATENT_TOKENS, self.max_length)
         # Enough to fill the rows: 2 E(moves), and of rides that may be short, 4 tokens.
         size = 4 if self._stop else (self.config.min_moves + self.config.max_moves) / 2
-        draw = self._laws()[0]
-        rides = draw(int(LATENT_ROWS * length // size), rng=np.random.default_rng(5))
-        rows = pack(rides, length, LATENT_ROWS)
+        count = int(LATENT_ROWS * length // size)
+        rows = pack(self._laws()[0](count, rng=np.random.default_rng(5)), length, LATENT_ROWS)
         score = latent_rank(model, rows["input_ids"], rows["position_ids"], rows["attention_mask"])
         return [Measurement(EFFECTIVE_LATENT_RANK, score)]
 
