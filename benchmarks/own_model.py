@@ -2,7 +2,8 @@
 
 The dynamics of NextLat are trained beside the frozen model (recipe own-model) on chat (its own
 answers to the questions in --questions), stories and encyclopedia articles, with a draft
-vocabulary and cached states. Then, on held-out texts of the three kinds: tokens a cycle for 1 to 6
+vocabulary and cached states. The same with a LoRA adapter that is trained with them, whose output
+is then another model's. Then, on held-out texts of the three kinds: tokens a cycle for 1 to 6
 drafted tokens, greedy and sampled; perplexity before and after; decoding speed against `generate`
 of transformers and its prompt lookup, interleaved; the speed-up that a GPU's costs would allow; and
 the acceptance by horizon and by width of the dynamics.
@@ -33,6 +34,8 @@ from nextlat.training.checkpoints import checkpoint_step, last_complete_checkpoi
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import is_finished, read_metrics
 from nextlat.training.train import Interrupted, train
+from own_model_lora import curve as lora_curve
+from own_model_lora import train_lora
 from own_model_text import KINDS, NEW, TEMPERATURE, OutOfTime, Texts, padded
 
 LONGEST = 6  # tokens of a draft
@@ -60,7 +63,7 @@ class Bench(Texts):
         super().__init__(args.model, args.out, args.text, args.questions, until)
         self.results_file, self.measure_now = args.results, args.measure
         self.steps, self.study_steps, self.rows = args.steps, args.study_steps, args.cached_rows
-        self.vocabulary = args.draft_vocabulary
+        self.vocabulary, self.lora_steps = args.draft_vocabulary, args.lora_steps
         stored = self.out / "results.json"
         self.results: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
 
@@ -83,9 +86,26 @@ class Bench(Texts):
         if not self.measure_now:
             self.train("main", self.steps, MAIN)
         self.measure(self.out / "main")
+        if self.lora_steps and not self.measure_now:
+            self.train_lora()
         for settings in () if self.measure_now else STUDIES:
             name = "-".join(f"{key}{value}" for key, value in settings.items())
             self.train(f"study-{name}", self.study_steps, settings)
+
+    def train_lora(self) -> None:
+        """An adapter trained together with the dynamics, measured like the frozen model."""
+
+        def progress(line: dict[str, Any]) -> None:
+            print(f"lora {line}", flush=True)
+            self.check_time()
+
+        run, settings = self.out / "lora", MAIN
+        train_lora(
+            self.model, self.out, run, settings, steps=self.lora_steps,
+            vocabulary=self.vocabulary, progress=progress,
+        )  # fmt: skip
+        self.note("lora", lora_curve(run, self.lora_steps, settings))
+        self.measure_model(load(run), "lora, ")
 
     def measure(self, run: Path) -> None:
         """The trained model, or its newest checkpoint."""
@@ -97,11 +117,13 @@ class Bench(Texts):
             measured = {"perplexity", "acceptance", "speed, batch 1", "speed, batch 4"}
             self.results = {k: v for k, v in self.results.items() if k not in measured}
             self.note("measured at step", step)
-        model = load(checkpoint)
-        self.once("perplexity", lambda: self.perplexity(model))
-        self.once("acceptance", lambda: self.acceptance(model))
+        self.measure_model(load(checkpoint))
+
+    def measure_model(self, model: ObjectiveModel, prefix: str = "") -> None:
+        self.once(f"{prefix}perplexity", lambda: self.perplexity(model))
+        self.once(f"{prefix}acceptance", lambda: self.acceptance(model))
         for batch in (1, 4):
-            self.once(f"speed, batch {batch}", lambda b=batch: self.speed(model, b))
+            self.once(f"{prefix}speed, batch {batch}", lambda b=batch: self.speed(model, b))
 
     def once(self, key: str, measure: Callable[[], Any]) -> None:
         """Measure what has not been measured for the model as trained."""
@@ -282,6 +304,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, default=Path("../shared/data/eval"))
     parser.add_argument("--steps", type=int, default=600, help="of the main run")
     parser.add_argument("--study-steps", type=int, default=60, help="of each other run")
+    parser.add_argument("--lora-steps", type=int, default=360, help="of 4 rows; 0: without")
     parser.add_argument("--cached-rows", type=int, default=3000)
     parser.add_argument("--draft-vocabulary", type=int, default=8000)
     parser.add_argument("--measure", action="store_true", help="the newest checkpoint, and stop")

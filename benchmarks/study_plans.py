@@ -128,4 +128,122 @@ def path_star() -> Study:
     )
 
 
-STUDIES = {"path-star-basins": path_star()}
+def streets(kind: str) -> Study:
+    """Whether the city is known better than rides of this kind need: their detours."""
+    recipe = f"city-{kind}"
+    longer = ("steps=6000", "schedule.decay_steps=2400")
+    variants = {
+        "next-token": Variant(recipe, (), "next-token"),
+        "d=8": Variant(recipe),
+        "d=8, KL weighs 1": Variant(recipe, ("objectives.nextlat.lambda_kl=1.0",)),
+        "d=2": Variant(recipe, ("objectives.nextlat.horizon=2",)),
+        "next-token, 6,000 steps": Variant(recipe, longer, "next-token"),
+        "d=8, 6,000 steps": Variant(recipe, longer),
+    }
+    off = [f"kind={kind}, probability={p}" for kind in ("random", "least_likely") for p in (0.5,)]
+    return Study(
+        f"Streets, {kind} paths",
+        "Do horizon, weight of the KL or length of training make a transformer, or the dynamics "
+        "alone, know the city better than its rides need?",
+        "Detours within 3 points of next-token prediction at equal steps, whatever the horizon and "
+        "the weight; more for both when trained longer; the dynamics alone below the transformer.",
+        (
+            "next_token_loss",
+            "valid_trajectories",
+            *(f"detour_robustness[{x}]" for x in off),
+            "valid_trajectories[driver=dynamics]",
+            *(f"detour_robustness[driver=dynamics, {x}]" for x in off),
+            "effective_latent_rank",
+        ),
+        variants,
+    )
+
+
+def far_home() -> Study:
+    """Rides that end often, in a world in which nothing counts the moves."""
+    recipe = "city-far"
+    home = "valid_trajectories"
+    lengths = ("", "length=16", "length=32")
+    return Study(
+        "Driving home from farther than in training",
+        "Training holds no way of more than eight moves. Who drives home from four times as far?",
+        "All within eight moves. Beyond, the transformers lose their way, with positions or "
+        "without; the dynamics alone keep place and destination and arrive more often than not.",
+        (
+            "next_token_loss",
+            *(f"{home}[{x}]" if x else home for x in lengths),
+            *(f"{home}[{', '.join(filter(None, ('driver=dynamics', x)))}]" for x in lengths),
+        ),
+        {
+            "next-token": Variant(recipe, (), "next-token"),
+            "next-token, no positions": Variant(recipe, ("backbone.positions=none",), "next-token"),
+            "NextLat": Variant(recipe),
+            "NextLat, KL weighs 1": Variant(recipe, ("objectives.nextlat.lambda_kl=1.0",)),
+        },
+    )
+
+
+def countdown() -> Study:
+    """Whether NextLat, which is behind early, crosses next-token prediction."""
+    recipe = "countdown-small"
+    longer = ("steps=15000", "schedule.decay_steps=4500", "run.eval_every=500")
+    warm = "objectives.nextlat.warmup_steps="
+    return Study(
+        "Countdown, ten times as long",
+        "NextLat is behind after 1,500 steps: does it cross next-token prediction, and where?",
+        "With the weights warmed up it comes level with next-token prediction by 15,000 steps and "
+        "does not pass it; without a warm-up it stays behind.",
+        ("next_token_loss", "solved[targets=seen]", "solved[targets=held-out]"),
+        {
+            "next-token": Variant(recipe, longer, "next-token"),
+            "NextLat": Variant(recipe, longer),
+            "NextLat, weights warmed up": Variant(recipe, (*longer, warm + "6000")),
+        },
+    )
+
+
+def cost(recipe: str, metrics: tuple[str, ...], horizons: tuple[int, ...], expected: str) -> Study:
+    """What each objective gives in one of the demo's worlds, by its horizon."""
+    variants = {"next-token": Variant(recipe, (), "next-token")}
+    for objective, name in (("nextlat", "NextLat"), ("mtp", "MTP"), ("jtp", "JTP")):
+        for d in horizons if objective == "nextlat" else horizons[::2]:
+            settings = (f"objectives.{objective}.horizon={d}",)
+            variants[f"{name} d={d}"] = Variant(recipe, settings, objective)
+    variants["BST"] = Variant(recipe, (), "bst")
+    return Study(
+        f"Horizon and objective in {recipe}",
+        "Which objective and horizon should a user take for which purpose?",
+        expected,
+        (*metrics, "mean_acceptance_length", "next_token_loss"),
+        variants,
+        (10, 11, 12),
+    )
+
+
+BEYOND = "real_rides[length=96]", "real_rides[driver=dynamics, length=96]"
+STUDIES = {
+    "path-star-basins": path_star(),
+    "streets-noisy": streets("noisy"),
+    "streets-shortest": streets("shortest"),
+    "far-home": far_home(),
+    "countdown-long": countdown(),
+    "cost-rrxor": cost(
+        "rrxor",
+        ("belief_r2", "next_token_kl", "next_token_kl[driver=dynamics, length=96]"),
+        (1, 2, 4, 8),
+        "The probe's share grows with the horizon and is level from d = 4 on; BST is near NextLat, "
+        "MTP between it and next-token prediction; the filter needs d of 2 or more.",
+    ),
+    "cost-city": cost(
+        "city-arrival",
+        BEYOND,
+        (1, 2, 4, 8),
+        "The dynamics alone need d of 2 or more; no objective lets the transformer drive on.",
+    ),
+    "cost-path-star": cost(
+        "path-star-small",
+        (FOUND_AT, "exact_path_accuracy"),
+        (1, 2),
+        "NextLat, MTP, JTP and BST all find the branch at most seeds, BST soonest.",
+    ),
+}

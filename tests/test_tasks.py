@@ -29,6 +29,14 @@ def fields(kind: type) -> list[tuple[type[TaskConfig], str, dict[str, Any]]]:
     ]
 
 
+def test_lists_may_stand_for_tuples_in_python() -> None:
+    matrices = [[0.5, 0.5], [1.0, 0.0]]
+    hmm = HMMConfig(process="given", transition=matrices, emission=matrices, multiples=[1, 2])
+    assert hmm.transition == ((0.5, 0.5), (1.0, 0.0)) and hmm.multiples == (1, 2)
+    with pytest.raises(NextLatError, match="should be a valid integer"):
+        HMMConfig(multiples=[1, 2.5])
+
+
 @pytest.mark.parametrize(("config", "field", "needed"), fields(int))
 def test_absurd_sizes_are_refused_before_anything_is_made(
     config: type[TaskConfig], field: str, needed: dict[str, Any]

@@ -26,6 +26,12 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, which settings have, for they cannot be changed; whoever writes a list in
+    Python means the same."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 class Settings(BaseModel):
     """Base class of everything that is read strictly. Instances cannot be changed.
 
@@ -42,6 +48,10 @@ class Settings(BaseModel):
     )
 
     def __init__(self, /, **values: Any) -> None:
+        fields = type(self).model_fields
+        for name in fields.keys() & values.keys():
+            if "list[" not in str(fields[name].annotation):
+                values[name] = _tuples(values[name])
         try:
             super().__init__(**values)
         except ValidationError as error:
