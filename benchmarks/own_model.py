@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, default=Path("../shared/data/eval"))
     parser.add_argument("--steps", type=int, default=600, help="of the main run")
     parser.add_argument("--study-steps", type=int, default=60, help="of each other run")
-    parser.add_argument("--lora-steps", type=int, default=360, help="of 4 rows; 0: without")
+    parser.add_argument("--lora-steps", type=int, default=200, help="of 4 rows; 0: without")
     parser.add_argument("--cached-rows", type=int, default=3000)
     parser.add_argument("--draft-vocabulary", type=int, default=8000)
     parser.add_argument("--measure", action="store_true", help="the newest checkpoint, and stop")

@@ -461,6 +461,20 @@ def test_rows_of_rides_that_stop(kind):
     assert task.published is None
 
 
+@pytest.mark.parametrize("kind", ["random-walks", "stop-on-arrival"])
+def test_few_rides_are_read_again_and_again(kind: str) -> None:
+    settings = {"rows": 6, "columns": 6, "rides": kind, "min_moves": 1, "max_moves": 15}
+    task = StreetsConfig(**settings, row_length=64, distinct=7).build()
+    seen = Counter(tuple(x) for i in range(300) for x in documents(task.train_dataset(3)[i]))
+    assert len(seen) == 7 and min(seen.values()) > max(seen.values()) / 2
+    other = {tuple(x) for i in range(50) for x in documents(task.train_dataset(4)[i])}
+    assert not other & seen.keys()
+    again = task.train_dataset(3)
+    assert torch.equal(again[200]["input_ids"], task.train_dataset(3)[200]["input_ids"])
+    endless = StreetsConfig(**settings, row_length=64).build().train_dataset(3)
+    assert len({tuple(x) for i in range(50) for x in documents(endless[i])}) > 50
+
+
 def test_cut_rides_to_far_destinations_teach_ways_and_are_tested_over_all_of_them() -> None:
     task = StreetsConfig(
         rows=6, columns=6, rides="noisy-shortest-paths", noise=0.2, cut=True, min_moves=1,

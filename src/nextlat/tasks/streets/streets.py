@@ -20,27 +20,20 @@ from nextlat.tasks.dynamics_alone import DRIVERS, DYNAMICS, Driver, driver
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.rows import Rows
 from nextlat.tasks.streets import measuring
+from nextlat.tasks.streets import metrics as declared
 from nextlat.tasks.streets.map import map_record, reconstruct
-from nextlat.tasks.streets.metrics import (
-    IDENTICAL_CONTINUATIONS,
-    IDENTICAL_VALID_CONTINUATIONS,
-    LEGAL_RIDES,
-    MAP,
-    NEXT_TOKEN_TEST,
-    PUBLISHED,
-    REAL_RIDES,
-    SEQUENCE_COMPRESSION,
-    VALID_TRAJECTORIES,
-    DetourKind,
-    detours,
-    variant,
-    words,
-)
+from nextlat.tasks.streets.metrics import MAP, PUBLISHED, DetourKind, detours, variant, words
 from nextlat.tasks.streets.network import Pairs, StreetNetwork, held_out_pairs
 from nextlat.tasks.streets.packing import pack, ride_stream, tokenizer
 from nextlat.tasks.streets.rides import Prompts, Rides, prefix_pairs
 from nextlat.tasks.streets.sources import download_place, generate_city, read_csv
-from nextlat.tasks.streets.walks import Walks, conditioned_walks, random_walks, stopping_rides
+from nextlat.tasks.streets.walks import (
+    Walks,
+    again,
+    conditioned_walks,
+    random_walks,
+    stopping_rides,
+)
 from nextlat.tasks.task import Measure, Seed, SequenceModel, Task, TaskConfig, find_data
 from nextlat.validation import Share
 
@@ -80,8 +73,8 @@ class StreetsConfig(TaskConfig):
             `noise`), or stop-on-arrival, random moves until it is reached, cut at max_moves.
         noise: of noisy-shortest-paths, the share of the moves that are random.
         cut: shortest and noisy shortest paths that have not arrived within max_moves are cut there,
-            without `end`, instead of drawn again; so training holds no ride as long as some that
-            `multiples` ask for.
+            without `end`, instead of drawn again: `multiples` ask for longer ones.
+        distinct: rides to train on, again and again; default: ever new ones.
         min_moves: length of the shortest random walk; 1 for other rides.
         max_moves: length of the longest ride (paper: at most 100 tokens, so 97 moves).
         row_length: tokens in a packed training row.
@@ -110,6 +103,7 @@ class StreetsConfig(TaskConfig):
     rides: RideKind = "random-walks"
     noise: Share = NOISE
     cut: bool = False
+    distinct: Annotated[int, Field(ge=1, le=10**7)] | None = None
     min_moves: Moves = 4
     max_moves: Moves = 40
     row_length: Annotated[int, Field(ge=4, le=2**20)] = 128
@@ -238,10 +232,12 @@ class Streets(Task):
     def train_dataset(self, seed: int) -> Dataset[dict[str, Tensor]]:
         config = self.config
         return ride_stream(
-            partial(self._laws()[0], exclude=self.pairs),
+            again(partial(self._laws()[0], exclude=self.pairs), config.distinct, seed),
             row_length=config.row_length,
             seed=seed,
-            mean_moves=None if self._stop else (config.min_moves + config.max_moves) / 2,
+            mean_moves=(
+                None if self._stop or config.distinct else (config.min_moves + config.max_moves) / 2
+            ),
         )
 
     def eval_dataset(self) -> Dataset[dict[str, Tensor]]:
@@ -290,21 +286,21 @@ class Streets(Task):
         )
         stages: dict[str, tuple[list[Metric], Scores]] = {
             "next-token test": (
-                [NEXT_TOKEN_TEST],
+                [declared.NEXT_TOKEN_TEST],
                 lambda model: [
                     measuring.next_token_test(model, city, self._walks(multiple), stop=stop)
                 ],
             ),
             "valid trajectories": (
-                [VALID_TRAJECTORIES],
+                [declared.VALID_TRAJECTORIES],
                 lambda model: [measuring.valid_trajectories(model, city, pairs, max_moves)],
             ),
             "sequence compression": (
-                [SEQUENCE_COMPRESSION],
+                [declared.SEQUENCE_COMPRESSION],
                 lambda model: [measuring.sequence_compression(model, city, prefixes(), max_moves)],
             ),
             "identical continuations": (
-                [IDENTICAL_CONTINUATIONS, IDENTICAL_VALID_CONTINUATIONS],
+                [declared.IDENTICAL_CONTINUATIONS, declared.IDENTICAL_VALID_CONTINUATIONS],
                 lambda model: measuring.identical_continuations(model, city, prefixes(), max_moves),
             ),
             "detours": (
@@ -317,7 +313,7 @@ class Streets(Task):
                 ],
             ),
             "sampled rides": (
-                [LEGAL_RIDES, REAL_RIDES],
+                [declared.LEGAL_RIDES, declared.REAL_RIDES],
                 lambda model: self._shares_of_rides(model, max_moves),
             ),
         }

@@ -7,7 +7,8 @@ have a destination drawn in advance, and end when they reach it.
 Shapes: N intersections, W walks, M largest number of moves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -259,6 +260,18 @@ def stopping_rides(
         tries=_tries,
     )
     return Walks(*rides)
+
+
+def again(draw: Callable[..., Walks], distinct: int | None, seed: int) -> Callable[..., Walks]:
+    """What draws among so many rides, which it draws with the seed; or `draw` itself."""
+    if distinct is None:
+        return draw
+    return partial(_some, draw(distinct, rng=np.random.default_rng([seed, 0xA6A])))
+
+
+def _some(pool: Walks, count: int, *, rng: np.random.Generator) -> Walks:
+    chosen = rng.integers(len(pool.lengths), size=count)
+    return Walks(*(x[chosen] for x in pool))
 
 
 def _tries(pending: int, attempt: int) -> int:
