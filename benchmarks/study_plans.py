@@ -84,8 +84,9 @@ def one_change(name: str) -> Study:
         "dynamics start at zero": ("objectives.nextlat.zero_init=true",),
         "separate norms": ("objectives.nextlat.separate_norms=true",),
         "no KL": ("objectives.nextlat.lambda_kl=0",),
-        "half the initial scale": ("backbone.initializer_range=0.01",),
-        "twice the initial scale": ("backbone.initializer_range=0.04",),
+        "initial scale 0.01": ("backbone.initializer_range=0.01",),
+        "initial scale 0.02": ("backbone.initializer_range=0.02",),
+        "initial scale 0.04": ("backbone.initializer_range=0.04",),
         "hardly clipped": ("optimizer.gradient_clip=100",),
         "clipped at 1": ("optimizer.gradient_clip=1",),
         "clipped at 0.3": ("optimizer.gradient_clip=0.3",),
@@ -111,11 +112,12 @@ def path_star() -> Study:
     scale = "backbone.initializer_range="
     variants = {f"scale {x}": Variant(small, (scale + x,)) for x in ("0.01", "0.02", "0.04")}
     variants |= {"scale 0.005": Variant(small, (scale + "0.005",))}
-    variants |= {
-        "warmed up over 250 steps": Variant(small, ("schedule.warmup_steps=250",)),
-        "clipped at 0.3": Variant(small, ("optimizer.gradient_clip=0.3",)),
-        "hardly clipped": Variant(small, ("optimizer.gradient_clip=100",)),
+    one = {
+        "warmed up over 250 steps": "schedule.warmup_steps=250",
+        "clipped at 0.3": "optimizer.gradient_clip=0.3",
+        "hardly clipped": "optimizer.gradient_clip=100",
     }
+    variants |= {name: Variant(small, (scale + "0.02", x)) for name, x in one.items()}
     return Study(
         "Path-Star G(2,3): which runs find the branch",
         "Which initial scale, warm-up and clipping lets every seed find the branch, and how early "
