@@ -22,7 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 import nextlat
 from conftest import every_family, in_quick, sampling, tiny_lm
 from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel, attach
+from nextlat.backbone import probe_ids
 from nextlat.decoding import AdaptiveLength, Costs, Request, Stopping, decode
+from nextlat.decoding.cache import NOT_TAKEN_BACK, drafting_obstacle
 from nextlat.decoding.prepared import prepared, shares_passes
 from nextlat.decoding.sampling import Greedy
 from reference import (
@@ -535,3 +537,25 @@ def test_what_cannot_be_one_graph_is_said_and_done_all_the_same(
     assert (
         "compile=True has no effect: a logits processor looks at the tokens before" in caplog.text
     )
+
+
+@pytest.mark.parametrize("rounds_by", ["rows and positions", "positions"])
+def test_drafts_are_refused_for_errors_but_not_for_rounding_that_the_model_magnifies(
+    rounds_by: str,
+):
+    model = attach(decoding_lm("llama"), NextLatConfig())
+
+    def rounds(module: Any, arguments: Any, out: Any) -> Any:
+        """Otherwise for other shapes, as matrix products do, but so that it can be seen."""
+        rows, positions = out.shape[:2]
+        return out * (1 + 1e-2 * (positions + (rows if "rows" in rounds_by else 0)))
+
+    model.lm.model.layers[0].mlp.register_forward_hook(rounds)
+    refused = drafting_obstacle(model.backbone, extra_layers=1)
+    assert refused == ("" if "rows" in rounds_by else NOT_TAKEN_BACK)
+
+
+def test_probes_are_of_the_whole_vocabulary():
+    lm = decoding_lm("llama")
+    ids = probe_ids(lm)
+    assert ids.unique().numel() == 10 and ids.max() > 0.7 * lm.config.vocab_size
