@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -48,11 +49,13 @@ class Stage:
         measure: what is done.
         seconds: that it may take on an H100, importing torch included.
         decodes: whether it is about the model that PREPARE trains, hence about MODEL.
+        fills: whether it takes all the time that is left.
     """
 
     measure: Callable[[Bench], Result]
     seconds: int
     decodes: bool = False
+    fills: bool = False
 
 
 def speed(batch: int, compile: bool) -> Callable[[Bench], Result]:
@@ -74,12 +77,11 @@ STAGES = {
     "drafter of a frozen model": Stage(stages.frozen, 40),
     "torchrun": Stage(stages.processes, 70),
     "vLLM": Stage(stages.vllm, 20, decodes=True),
-    "study": Stage(stages.study, 300),
+    "study": Stage(stages.study, 300, fills=True),
 }
 
 
-class Stopped(BaseException):
-    """SIGTERM."""
+stopping = threading.Event()  # by Ctrl-C or SIGTERM
 
 
 def main() -> int:
@@ -110,19 +112,14 @@ def main() -> int:
     chosen = {name: stage for name, stage in STAGES.items() if stage.decodes or model is None}
     if given.stages:
         chosen = {name: stage for name, stage in chosen.items() if name in given.stages}
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        run(chosen, bench, results, 0 if given.smoke else 1)
-    except (KeyboardInterrupt, Stopped):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    run(chosen, bench, results, 0 if given.smoke else 1)
+    print(results.table(chosen))
+    if stopping.is_set():
         print("stopped: the same command goes on from here.", file=sys.stderr)
         return 130
-    finally:
-        print(results.table(chosen))
     return 1 if any("error" in results.of(name) for name in chosen) else 0
-
-
-def stop(number: int, frame: Any) -> None:
-    raise Stopped
 
 
 class Results:
@@ -187,10 +184,11 @@ def run(chosen: dict[str, Stage], bench: Bench, results: Results, scale: float) 
         if stage.decodes and name != PREPARE and not bench.is_trained:
             continue
         left, expected = bench.until - time.time(), scale * stage.seconds
-        if left <= 0 or expected > left:
+        if left <= 0 or expected > left or stopping.is_set():
             continue
         print(f"{name}: {expected:.0f} s expected, {left:.0f} s left", file=sys.stderr, flush=True)
-        outcome = outcome_of(name, bench, min(left, 3 * stage.seconds) if expected else left)
+        limit = left if stage.fills else min(left, 3 * stage.seconds)
+        outcome = outcome_of(name, bench, limit)
         if outcome:
             results.add(name, outcome)
 
@@ -200,19 +198,19 @@ def outcome_of(name: str, bench: Bench, limit: float) -> dict[str, Any]:
     the end of the call, so that it says nothing of the stage."""
     # A GPU survives no fork; without one it saves the imports.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    path = bench.work / "outcome.json"
+    path = bench.work / f"outcome-{os.getpid()}.json"
     path.unlink(missing_ok=True)
     process = context.Process(target=in_process, args=(name, bench, path))
     started = time.time()
     process.start()
-    try:
-        process.join(limit)
-    finally:
-        if process.is_alive():
-            end(process)
+    while process.is_alive() and time.time() < started + limit and not stopping.is_set():
+        process.join(0.2)
+    if process.is_alive():
+        end(process)
     if path.exists():
         outcome = json.loads(path.read_text())
-    elif time.time() >= bench.until:
+        path.unlink()
+    elif time.time() >= bench.until or stopping.is_set():
         return {}
     else:
         over = time.time() - started >= limit
@@ -222,19 +220,32 @@ def outcome_of(name: str, bench: Bench, limit: float) -> dict[str, Any]:
 
 
 def end(process: Any) -> None:
-    """With all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+    """With all that it started: by Ctrl-C first, which saves a training run."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             os.killpg(process.pid, number)
-        except ProcessLookupError:  # not yet its own group
-            process.kill()
-        process.join(20)
+            for _ in range(100):
+                process.join(0.2)
+                os.killpg(process.pid, 0)
+    except ProcessLookupError:  # none is left of its group, or it has not made one yet
+        process.kill()
+        process.join()
+
+
+def die_with_parent() -> None:
+    """A parent that was killed has ended nothing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def in_process(name: str, bench: Bench, path: Path) -> None:
     """The child's part: leaves the outcome in a file."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=die_with_parent, daemon=True).start()
     if bench.sizes == SMOKE:
         torch.set_num_threads(1)
         torch.compiler.set_stance("force_eager")  # graphs take longer than all else together

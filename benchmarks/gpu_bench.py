@@ -24,9 +24,9 @@ from nextlat.training.train import train
 
 STORIES = "text/tinystories_train.txt"  # of recipe text-small
 SUBJECTS = (
-    "the sea, bread, a lost key, winter, bees, a train, the moon, music, an old house, rain, money, "
-    "a garden, sleep, a bridge, salt, a map"
-).split(", ")
+    *("the sea", "bread", "a lost key", "winter", "bees", "a train", "the moon", "music"),
+    *("an old house", "rain", "money", "a garden", "sleep", "a bridge", "salt", "a map"),
+)
 REQUESTS = (
     "Write a short story about {}.",
     "Explain {} to a child.",

@@ -2,6 +2,7 @@
 `summary`, what the table says of them."""
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def study(bench: Bench) -> Result:
         try:
             code = process.wait(max(1.0, bench.until - time.time() - LAST))
         except subprocess.TimeoutExpired:
-            process.terminate()  # with a checkpoint after the step in hand
+            process.send_signal(signal.SIGINT)  # a checkpoint after the step in hand
             process.wait(LAST)
             code = None
     if code:
