@@ -494,6 +494,15 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.slow
+def test_lengths_may_have_more_graphs_than_torch_lets_a_function_have(traced: list[Any]):
+    model = attach(decoding_lm("llama"), NextLatConfig())
+    ids, _ = ragged_prompts(1)
+    for k in range(9):
+        model.generate(ids, max_new_tokens=2, draft_length=k, compile=True)
+    assert len(traced) == 9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
 def test_a_compiled_cycle_is_one_graph_with_the_same_output(family: str, traced: list[Any]):
     lm = decoding_lm(family)

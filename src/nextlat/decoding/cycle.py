@@ -18,6 +18,7 @@ from nextlat.decoding.sampling import Draw, Noise, Prefixes, Sampler, Sampling, 
 from nextlat.objectives import Objective
 
 COMPILED_LENGTHS = (0, 1, 2, 4, 8)  # each is a graph of its own, compiled when it is first used
+GRAPHS = 256  # of all models, batch sizes and lengths together; torch by itself stops at 8
 
 
 class Clock:
@@ -311,6 +312,7 @@ class Compiled(Eager):
         self._pure = _with(sampler, None)
         mode = "reduce-overhead" if objective.backbone.lm.device.type == "cuda" else None
         self._call = torch.compile(_whole_cycle, fullgraph=True, dynamic=False, mode=mode)
+        self._many_graphs = torch._dynamo.config.patch(recompile_limit=GRAPHS)
 
     def longest(self, room: int) -> int:
         """No shorter drafts near the end, which would be graphs of their own: what is too much is
@@ -330,7 +332,8 @@ class Compiled(Eager):
             torch.compiler.cudagraph_mark_step_begin()
         start = Start(start.token_B.clone(), start.state_BS.clone())
         settings = (self.objective, self._pure, self.cache, start, k, self.drafts)
-        out = self._call(*settings, self.cache.lengths_B, limits_B, uniform_BK, times_BKV)
+        with self._many_graphs:
+            out = self._call(*settings, self.cache.lengths_B, limits_B, uniform_BK, times_BKV)
         return replace(out, drafted_at=drafted_at)
 
     def adaptive_length(self, start: Start, longest: int) -> AdaptiveLength:
