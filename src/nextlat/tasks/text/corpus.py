@@ -184,8 +184,9 @@ class Corpus:
         temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
         with write_errors(path, f"{needed} GB more are needed: {WAY_OUT}"):
             try:
-                metadata = {"corpus": self.digest, "progress": json.dumps(progress)}
-                save_file(pending.arrays(), temporary, metadata)
+                # In one entry: safetensors writes several in any order.
+                about = json.dumps({"corpus": self.digest, "progress": progress})
+                save_file(pending.arrays(), temporary, {"nextlat": about})
                 sync(temporary)
                 temporary.replace(path)
                 sync(path.parent)

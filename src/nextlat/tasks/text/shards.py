@@ -60,7 +60,10 @@ def read_shard(path: Path) -> tuple[str, Shard]:
         OSError, SafetensorError, ValueError, LookupError, TypeError: it is not a whole shard.
     """
     with safe_open(path, "np") as file:  # refuses one whose size is not what it should be
-        about, sizes = file.metadata() or {}, file.get_slice("sizes").get_shape()
+        about, [documents] = (
+            json.loads(file.metadata()["nextlat"]),
+            file.get_slice("sizes").get_shape(),
+        )
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
@@ -68,8 +71,8 @@ def read_shard(path: Path) -> tuple[str, Shard]:
     [tokens] = header["ids"]["shape"]
     dtype = np.dtype({"U16": np.uint16, "U32": np.uint32}[header["ids"]["dtype"]])
     offsets = {name: 8 + length + array["data_offsets"][0] for name, array in header.items()}
-    progress = Progress(*json.loads(about["progress"]))
-    return about["corpus"], Shard(path, sizes[0], tokens, dtype, offsets, progress)
+    progress = Progress(*about["progress"])
+    return about["corpus"], Shard(path, documents, tokens, dtype, offsets, progress)
 
 
 class Sums:
