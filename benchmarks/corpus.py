@@ -27,7 +27,7 @@ from typing import Any
 
 import tokenizers
 
-ROUNDS = 5
+ROUNDS = 7
 SAMPLE = 30_000_000  # characters of a round
 MAKE = (
     "import sys, json; from nextlat.tasks.text.text import TextConfig; "
@@ -96,7 +96,7 @@ def rates(tokenizer: str, folder: Path, texts: list[str]) -> dict[str, Any]:
     core = tokenizers.Tokenizer.from_file(str(Path(tokenizer, "tokenizer.json")))
     core.no_truncation()
     core.no_padding()
-    from nextlat.tasks.text.corpus import tokenize
+    from nextlat.tasks.text.corpus import Corpus
     from nextlat.tasks.text.documents import from_file
     from nextlat.tasks.text.tokens import Encoder, existing_tokenizer
 
@@ -109,15 +109,17 @@ def rates(tokenizer: str, folder: Path, texts: list[str]) -> dict[str, Any]:
     def corpus() -> None:
         shutil.rmtree(os.environ["NEXTLAT_CACHE"], ignore_errors=True)
         source = from_file(str(folder / "sample.jsonl"), "train", column="text", separator="\n")
-        tokenize(source, encoder, 10**12)
+        Corpus(source, encoder).tokens(10**12)
 
     seconds: dict[str, list[float]] = {"encode_batch": [], "corpus": []}
+    cpu: dict[str, list[float]] = {"encode_batch": [], "corpus": []}  # busy machines change it less
     for turn in range(ROUNDS + 1):
         for name, action in (("encode_batch", bare), ("corpus", corpus)):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             action()
             if turn:  # the first one fills the library's own cache of words
                 seconds[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - cpu_start)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     return {
         "characters": SAMPLE,
@@ -126,6 +128,7 @@ def rates(tokenizer: str, folder: Path, texts: list[str]) -> dict[str, Any]:
         },
         "corpus_to_encode_batch": round(statistics.median(ratios), 3),
         "ratios": [round(x, 3) for x in ratios],
+        "cpu_seconds": {name: [round(x, 2) for x in values] for name, values in cpu.items()},
     }
 
 

@@ -18,7 +18,6 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -53,139 +52,128 @@ RECORD = "corpus.json"
 WAY_OUT = "free some space, or set NEXTLAT_CACHE to a directory with more of it"
 
 
-def tokenize(documents: Documents, encoder: Encoder, limit: int) -> Tokens:
-    """The tokens of documents, those that are not on the disk yet made now.
-
-    One process makes them; others that ask for them meanwhile wait, and go on themselves if it
-    ends early.
+class Corpus:
+    """The tokens of one source.
 
     Args:
-        documents: to tokenise.
+        documents: the source.
         encoder: makes them tokens.
-        limit: no document is taken after the one that reaches it.
-
-    Raises:
-        NextLatError: the source cannot be read, is empty, or changes meanwhile; `chat.encode_chats`
-            refuses a document; the cache cannot be written or the disk is full (the shards that are
-            whole stay); or it holds what it should not.
-    """
-    corpus = Corpus(documents, encoder, limit)
-    if not corpus.enough():
-        corpus.make()
-    return Tokens(corpus.shards, limit)
-
-
-@dataclass
-class Corpus:
-    """The shards of one source.
 
     Attributes:
-        documents, encoder, limit: see `tokenize`.
+        directory: where they are.
         shards: those that are whole.
+
+    Raises:
+        NextLatError: the source cannot be reached.
     """
 
-    documents: Documents
-    encoder: Encoder
-    limit: int
-    shards: list[Shard] = field(default_factory=list)
+    def __init__(self, documents: Documents, encoder: Encoder) -> None:
+        self.documents, self.encoder = documents, encoder
+        self.shards: list[Shard] = []
+        self._source = documents.identity()
+        self._key = {"format": FORMAT, **self._source, **encoder.identity()}
+        self._digest = hashlib.sha256(json.dumps(self._key).encode()).hexdigest()[:24]
+        name = re.sub(r"[^\w.-]+", "-", Path(str(self._key["source"][0])).name)[:60]
+        self.directory = cache_directory() / "corpora" / f"{name}-{self._digest}"
 
-    def __post_init__(self) -> None:
-        self.source = self.documents.identity()
-        key = {"format": FORMAT, **self.source, **self.encoder.identity()}
-        self.key: dict[str, Any] = json.loads(json.dumps(key))
-        self.digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-        name = re.sub(r"[^\w.-]+", "-", Path(str(key["source"][0])).name)[:60]
-        self.directory = cache_directory() / "corpora" / f"{name}-{self.digest}"
+    def tokens(self, limit: int) -> Tokens:
+        """The tokens on the disk, those that are not there yet made now.
+
+        One process makes them; others that ask for them meanwhile wait, and go on themselves if it
+        ends early.
+
+        Args:
+            limit: no document is taken after the one that reaches it.
+
+        Raises:
+            NextLatError: the source cannot be read, is empty, or changes meanwhile;
+                `chat.encode_chats` refuses a document; the cache cannot be written or the disk is
+                full (the shards that are whole stay); or there is what should not be there.
+        """
+        if not self._enough(limit):
+            waiting = f"the tokens of {self.documents.where} are being made: waiting for them."
+            with write_errors(self.directory, WAY_OUT):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with sole_maker(self.directory / "lock", lambda: logger.info(waiting)):
+                    if not self._enough(limit):
+                        self._make(limit)
+        return Tokens(self.shards, limit)
+
+    def expected(self, limit: int) -> int:
+        """How many tokens there can be, at most: the limit, or what is known of the source."""
+        if self.ended:
+            return min(limit, self.total)
+        return min(limit, self.documents.size or limit)  # a token is at least a byte
 
     @property
     def total(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
-    def enough(self) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether the shards are all that the source gives."""
+        try:
+            end = read_json(self.directory / RECORD, "")["shards"]
+        except (NextLatError, OSError, LookupError, TypeError):
+            return False
+        return bool(end) and end == len(self.shards)
+
+    def _enough(self, limit: int) -> bool:
         """Look at what is there: whether it reaches the limit, or is all that there is."""
-        self.shards, self.damaged = [], None
+        self.shards, self._damaged = [], ""
         for number in count():
             path = self.directory / f"{number:06}.safetensors"
             if not path.exists():
                 break
             try:
-                shard = read_shard(path)
+                digest, shard = read_shard(path)
             except (OSError, SafetensorError, ValueError, LookupError, TypeError):
-                self.damaged = path
+                self._damaged = str(path)
                 break
-            if shard[0] != self.digest:
+            if digest != self._digest:
                 raise NextLatError(
                     f"{path} holds tokens of another text or tokenizer: delete {self.directory}, "
                     "and they are made again."
                 )
-            self.shards.append(shard[1])
-        return self.total >= self.limit or self._end() == len(self.shards)
+            self.shards.append(shard)
+        return self.total >= limit or self.ended
 
-    def _end(self) -> int | None:
-        """How many shards there are when all is read; None = it is not known yet."""
-        try:
-            end = read_json(self.directory / RECORD, "").get("shards")
-        except (NextLatError, OSError, AttributeError):
-            return None
-        return end if isinstance(end, int) and end else None
-
-    def make(self) -> None:
-        """Those that are missing.
-
-        Raises:
-            NextLatError: see `tokenize`.
-        """
-        where = f"the tokens of {self.documents.where}"
-        with write_errors(self.directory, WAY_OUT):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            waiting = f"another process makes {where}: waiting for it."
-            with sole_maker(self.directory / "lock", lambda: logger.info(waiting)):
-                if self.enough():
-                    return
-                if self.damaged:
-                    logger.warning("%s is damaged: made anew, with all after it.", self.damaged)
-                for path in self.directory.glob("*.safetensors"):
-                    if path not in {shard.path for shard in self.shards}:
-                        remove(path)
-                remove_unfinished(self.directory)
-                write_json(self.directory / RECORD, {"of": self.key, "shards": None})
-                self._make()
-
-    def _make(self) -> None:
+    def _make(self, limit: int) -> None:
+        if self._damaged:
+            logger.warning("%s is damaged: made again, with all after it.", self._damaged)
+        for path in {*self.directory.glob("*.safetensors")} - {x.path for x in self.shards}:
+            remove(path)
+        remove_unfinished(self.directory)
+        write_json(self.directory / RECORD, {"of": self._key, "shards": None})
         pending = Pending(self.encoder)
-        total, before = self.total, self.shards[-1].progress if self.shards else None
-        for batch, progress in _encoded(self.documents.batches(before), self.encoder):
+        at = self.shards[-1].progress if self.shards else None
+        for batch, progress in _encoded(self.documents.batches(at), self.encoder):
             pending.add(batch)
             if progress is None:
                 continue
-            enough = total + pending.tokens >= self.limit
-            if enough or pending.tokens >= SHARD:
-                total += pending.tokens
-                self._store(pending, progress)
+            at = progress
+            if (enough := self.total + pending.tokens >= limit) or pending.tokens >= SHARD:
+                self._store(pending, at, limit)
                 pending = Pending(self.encoder)
-            before = progress
             if enough:
                 return
-        if pending.documents:
-            assert before is not None
-            self._store(pending, before)
-        write_json(self.directory / RECORD, {"of": self.key, "shards": len(self.shards)})
+        if at and pending.documents:
+            self._store(pending, at, limit)
+        write_json(self.directory / RECORD, {"of": self._key, "shards": len(self.shards)})
 
-    def _store(self, pending: "Pending", progress: Progress) -> None:
-        if self.documents.identity() != self.source:
+    def _store(self, pending: "Pending", progress: Progress, limit: int) -> None:
+        if self.documents.identity() != self._source:
             raise NextLatError(f"{self.documents.where} changed while it was read: start again.")
         path = self.directory / f"{len(self.shards):06}.safetensors"
         if path.exists():  # where the file system has no locks
             raise NextLatError(f"another process has just made {path}: start again.")
-        left = self.expected() - self.total
-        needed = (
-            f"{self.total:,} tokens are kept, and up to {left * pending.dtype.itemsize / 1e9:.2g}"
-        )
+        left = (self.expected(limit) - self.total) * pending.dtype.itemsize
+        kept = f"{self.total:,} tokens are kept, and up to {left / 1e9:.2g} GB more are needed"
         temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-        with write_errors(path, f"{needed} GB more are needed: {WAY_OUT}"):
+        with write_errors(path, f"{kept}: {WAY_OUT}"):
             try:
                 # In one entry: safetensors writes several in any order.
-                about = json.dumps({"corpus": self.digest, "progress": progress})
+                about = json.dumps({"corpus": self._digest, "progress": progress})
                 save_file(pending.arrays(), temporary, {"nextlat": about})
                 sync(temporary)
                 temporary.replace(path)
@@ -195,13 +183,6 @@ class Corpus:
                 raise
         self.shards.append(read_shard(path)[1])
         logger.info("%s: %d tokens are on the disk.", self.documents.where, self.total)
-
-    def expected(self) -> int:
-        """Tokens at the end, at most."""
-        if self._end() == len(self.shards):
-            return min(self.limit, self.total)
-        # A token is at least a byte.
-        return min(self.limit, self.documents.size or self.limit)
 
 
 class Pending:

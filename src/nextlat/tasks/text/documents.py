@@ -3,19 +3,23 @@ files, or a Hugging Face dataset. A document is a text, or a conversation."""
 
 import hashlib
 import json
+import logging
 import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nextlat.errors import NextLatError, first_line
+from nextlat.files import cache_directory, write_text
 from nextlat.hub import hub_or_cache
 from nextlat.tasks.task import find_data
 from nextlat.tasks.text.chat import Message, conversation
+
+logger = logging.getLogger(__name__)
 
 FILES = ".txt, .jsonl or .parquet"
 INSTALL = "pip install 'nextlat[text]'"
@@ -103,7 +107,7 @@ class Documents:
         start, seen, dropped, mended = after or (None, 0, 0, 0)
         limit = None if self._take is None else self._skip + self._take
         with self._readable():
-            for raw, at in self._read(start):
+            for raw, at in self._read(start) if limit is None or seen < limit else ():
                 texts = [x for x in raw if (x.strip() if isinstance(x, str) else x)]
                 dropped += len(raw) - len(texts)
                 first = max(0, self._skip - seen)
@@ -211,12 +215,25 @@ def from_dataset(
     builder = cache(partial(_dataset_builder, where, subset, name))  # asked of the hub once
 
     def identity() -> list[Any]:
-        """For the hub, the commit of the repository is in the names of the files."""
-        made = builder()
+        """For the hub, the commit of the repository is in the names of the files. Where the hub is
+        out of reach, the dataset is the one that it was last: its tokens may all be there."""
+        asked = [str(where), subset, split, column]
+        kept = cache_directory() / "datasets" / f"{_digest([str(where), subset])}.txt"
+        try:
+            made = builder()
+        except Exception as error:  # as `Documents` tells it
+            if isinstance(error, NextLatError) or not kept.is_file():
+                raise
+            logger.warning("%s: dataset %s is taken to be as it was.", first_line(error), name)
+            return [*asked, kept.read_text(encoding="utf-8")]
         files = [file for listed in (made.config.data_files or {}).values() for file in listed]
         states = [_state_of(Path(file)) if Path(file).exists() else file for file in files]
-        listed = json.dumps([made.hash, sorted(map(str, states))])
-        return [str(where), subset, split, column, hashlib.sha256(listed.encode()).hexdigest()]
+        found = _digest([made.hash, sorted(map(str, states))])
+        if not Path(where).exists():
+            with suppress(OSError, NextLatError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_text(kept, found)
+        return [*asked, found]
 
     def read(at: Any) -> Iterator[tuple[list[Document], Any]]:
         made = builder()
@@ -229,7 +246,9 @@ def from_dataset(
         if streaming and at is not None:
             rows.load_state_dict(at)
         count = 0 if streaming else at or 0
-        for batch in (rows if streaming else rows.skip(count)).iter(batch_size=DOCUMENTS):
+        if count:
+            rows = rows.skip(count) if count < len(rows) else rows.select([])
+        for batch in rows.iter(batch_size=DOCUMENTS):
             _check_column(list(batch), column, f"dataset {name}")
             count += len(batch[column])
             documents = [_document(x, column, f"dataset {name}") for x in batch[column]]
@@ -242,6 +261,10 @@ def from_dataset(
         f"to local {FILES} files of it, or task.dataset to a directory of them",
         identity,
     )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _dataset_builder(where: str | Path, subset: str | None, name: str) -> Any:

@@ -161,6 +161,11 @@ class Tokens:
         return self._shards[0].path.parent
 
     @property
+    def bytes_per_token(self) -> int:
+        """On the disk, its share of the sizes left out."""
+        return self._shards[0].dtype.itemsize + self.scored
+
+    @property
     def progress(self) -> Progress:
         """Of the source, at the end of the last shard."""
         return self._shards[-1].progress

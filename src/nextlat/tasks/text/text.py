@@ -33,6 +33,7 @@ from nextlat.results import (
 from nextlat.scores import exp_score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.task import (
+    DataSize,
     Length,
     Measure,
     RowCount,
@@ -42,7 +43,7 @@ from nextlat.tasks.task import (
     held_out_cross_entropy,
     vocabulary_size,
 )
-from nextlat.tasks.text.corpus import tokenize
+from nextlat.tasks.text.corpus import Corpus
 from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import (
     METRICS,
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 LATENT_ROWS = 256  # of the effective latent rank, as in arXiv 2511.05963
 ROWS_PER_BATCH = 16  # of what is measured
+PREVIEW = 2**20  # tokens that a dry run makes do with
 READ_ANEW = 2**27  # tokens; of a larger text the fingerprint is kept, not computed at every start
 PROBE_BYTES = 2**28  # of hidden states in memory, to train the probes on
 
@@ -144,6 +146,7 @@ class TextConfig(TaskConfig):
     lm_eval: str = ""
     lm_eval_limit: Annotated[int, Field(ge=0, le=10**9)] = 0
     lm_eval_files: str | None = None
+    _first: int | None = None
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -197,6 +200,11 @@ class TextConfig(TaskConfig):
                 "their directory as --code."
             )
         return self.model_copy(update={"lm_eval_files": code})
+
+    def preview(self) -> Self:
+        made = self.model_copy()
+        made._first = min(self.max_tokens, PREVIEW)
+        return made
 
     def build(self) -> "Text":
         if problem := self._pair(given=0):
@@ -253,8 +261,9 @@ class Text(Task):
             else trained_tokenizer(train, config.vocab_size or 0)
         )
         encoder = Encoder(self.tokenizer, assistant_only=config.assistant_only)
-        self.train = tokenize(train, encoder, config.max_tokens)
-        self.held_out = tokenize(held_out, encoder, config.tests * config.row_length)
+        self._corpus = Corpus(train, encoder)
+        self.train = self._corpus.tokens(config._first or config.max_tokens)
+        self.held_out = Corpus(held_out, encoder).tokens(config.tests * config.row_length)
         for documents, tokens in ((train, self.train), (held_out, self.held_out)):
             logger.info(
                 "%s: %d documents of %d tokens, %d empty ones dropped.",
@@ -274,6 +283,12 @@ class Text(Task):
         return PackedDocuments(
             self.held_out, self.config.row_length, seed=None, rows=self.config.tests
         )
+
+    def data_size(self) -> DataSize:
+        corpus, made = self._corpus, self.train
+        tokens = corpus.expected(self.config.max_tokens)
+        each = made.bytes_per_token + 4 * len(made) / made.total
+        return DataSize(tokens, corpus.ended, int(tokens * each), corpus.directory)
 
     def fingerprint(self) -> str:
         """Of the tokens and what they stand for, however the text was stored."""
