@@ -34,7 +34,7 @@ def trained_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTrai
     the model begins with it, as documents do in training. There is no padding token: transformers
     would keep its embedding at zero.
 
-    It is a function of the documents alone, and kept in the user's cache directory under their hash
+    It is a function of the documents alone, and kept in $NEXTLAT_CACHE under their hash
     only to save time.
 
     Raises:
