@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,6 +107,14 @@ def data_dir() -> Path:
             "manhattan/ and text/"
         )
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_ones_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept from one run to the next is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXTLAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,16 +24,10 @@ from nextlat.errors import NextLatError
 from nextlat.model import attach
 from nextlat.objectives import NextTokenConfig
 from nextlat.tasks.task import vocabulary_size
+from nextlat.tasks.text.packed import PackedDocuments
 from nextlat.tasks.text.probes import future_tokens, probe_cross_entropy
 from nextlat.tasks.text.text import Text, TextConfig
-from nextlat.tasks.text.tokens import (
-    END_OF_TEXT,
-    PackedDocuments,
-    Tokens,
-    existing_tokenizer,
-    tokenize,
-    trained_tokenizer,
-)
+from nextlat.tasks.text.tokens import END_OF_TEXT, Encoder, existing_tokenizer, trained_tokenizer
 from nextlat.training.build import build_model
 from nextlat.training.recipe import load_recipe
 
@@ -56,7 +50,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what an earlier one kept."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NEXTLAT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -64,93 +58,6 @@ def stories(tmp_path: Path) -> Path:
     path = tmp_path / "stories.txt"
     path.write_text(f"\n{END_OF_TEXT}\n".join(STORIES), encoding="utf-8")
     return path
-
-
-def numbered(sizes: list[int]) -> Tokens:
-    """Documents whose tokens are 0, 1, 2, ...: every token tells where it stood."""
-    return Tokens(np.arange(sum(sizes), dtype=np.uint16), np.cumsum([0, *sizes]))
-
-
-# ---- packing ----
-
-
-def packed_slowly(
-    tokens: Tokens, row_length: int, orders: list[np.ndarray]
-) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, position_ids) of all full rows of epochs in the given orders of documents, token
-    by token."""
-    rows: list[tuple[list[int], list[int]]] = [([], [])]
-    for order in orders:
-        for c in order:
-            position = 0
-            for token in tokens.document(c):
-                if len(rows[-1][0]) == row_length:
-                    rows.append(([], []))
-                    position = 0  # what is continued in the next row is a segment of its own
-                rows[-1][0].append(int(token))
-                rows[-1][1].append(position)
-                position += 1
-    return rows
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(2, 20), st.integers(0, 5))
-def test_packed_rows_are_those_of_a_loop_over_documents_and_tokens(
-    sizes: list[int], row_length: int, seed: int
-) -> None:
-    tokens = numbered(sizes)
-    orders = [np.random.default_rng((seed, epoch)).permutation(len(sizes)) for epoch in range(3)]
-    dataset = PackedDocuments(tokens, row_length, seed=seed)
-    expected = packed_slowly(tokens, row_length, orders)[: 3 * sum(sizes) // row_length]
-    assert [
-        (row["input_ids"].tolist(), row["position_ids"].tolist())
-        for row in (dataset[i] for i in range(len(expected)))
-    ] == expected
-    assert all(
-        torch.equal(dataset[i]["labels"], dataset[i]["input_ids"]) for i in range(len(expected))
-    )
-
-
-def test_an_epoch_has_every_token_once_and_the_next_one_another_order() -> None:
-    sizes = [3, 1, 7, 12, 40, 5, 9, 2, 11, 6]
-    tokens = numbered(sizes)  # 96 tokens: 12 rows of 8
-    dataset = PackedDocuments(tokens, 8, seed=1)
-    epochs = [
-        torch.cat([dataset[12 * e + i]["input_ids"] for i in range(12)]).tolist() for e in range(3)
-    ]
-    assert all(sorted(epoch) == list(range(96)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    starts = set(tokens.starts[:-1].tolist())
-    for i in range(12):
-        row = dataset[i]
-        for place, (token, position) in enumerate(
-            zip(row["input_ids"].tolist(), row["position_ids"].tolist(), strict=True)
-        ):
-            assert (position == 0) == (place == 0 or token in starts)
-
-
-def test_a_row_depends_on_seed_and_index_alone() -> None:
-    """A resumed run asks for rows from the middle on, in a process that has seen no earlier one."""
-    tokens = numbered([5, 8, 13, 4, 9])
-    ahead, afresh, other = (PackedDocuments(tokens, 16, seed=seed) for seed in (3, 3, 4))
-    rows = [ahead[i]["input_ids"] for i in range(40)]
-    for i in (37, 2, 38, 5):
-        assert torch.equal(afresh[i]["input_ids"], rows[i])
-    assert any(not torch.equal(other[i]["input_ids"], rows[i]) for i in range(3))
-    with pytest.raises(IndexError):
-        ahead[-1]
-
-
-def test_held_out_rows_come_once_in_order_and_only_the_last_is_padded() -> None:
-    tokens = numbered([5, 8, 4])
-    rows = [row for row in PackedDocuments(tokens, 8, seed=None)]
-    assert torch.stack([row["input_ids"] for row in rows]).flatten()[:17].tolist() == list(
-        range(17)
-    )
-    assert rows[1]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert [int(row["attention_mask"].sum()) for row in rows] == [8, 8, 1]
-    assert rows[2]["labels"].tolist() == [16] + [-100] * 7
-    assert len(PackedDocuments(tokens, 8, seed=None, rows=2)) == 2
 
 
 # ---- tokenizer ----
@@ -189,12 +96,10 @@ def test_the_tokenizer_is_the_same_with_an_empty_a_full_and_a_damaged_cache(
         assert learned() == first
     kept.write_text(kept.read_text()[:1000])
     assert learned() == first
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("NEXTLAT_CACHE", str(tmp_path / "elsewhere"))
     assert learned() == first
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", str(tmp_path / "file")
-    )  # a cache that cannot be written is no error
+    monkeypatch.setenv("NEXTLAT_CACHE", str(tmp_path / "file"))  # which is no error here
     assert learned() == first
     assert trained_tokenizer(STORIES[:30], 300).backend_tokenizer.to_str() != first
     assert len(trained_tokenizer(STORIES, 300)) == 300
@@ -203,21 +108,11 @@ def test_the_tokenizer_is_the_same_with_an_empty_a_full_and_a_damaged_cache(
 def test_documents_begin_and_end_with_the_end_of_text_and_spell_it_as_text_inside() -> None:
     tokenizer = trained_tokenizer(STORIES, 300)
     texts = ["The cat", f"a {END_OF_TEXT} b", "x"]
-    tokens = tokenize(texts, tokenizer)
-    assert tokens.ids.dtype == np.uint16 and len(tokens) == 3
-    for c, text in enumerate(texts):
-        document = tokens.document(c)
-        assert document[0] == document[-1] == 0 and (document[1:-1] > 0).all()
+    encoder = Encoder(tokenizer)
+    assert encoder.dtype == np.uint16
+    for text, (document, labelled) in zip(texts, encoder(texts), strict=True):
+        assert document[0] == document[-1] == 0 and min(document[1:-1]) > 0 and labelled is None
         assert tokenizer.decode(document[1:-1]) == text
-
-
-def test_no_document_is_taken_after_the_token_limit() -> None:
-    tokenizer = trained_tokenizer(STORIES, 300)
-    everything = tokenize(STORIES, tokenizer)
-    limit = int(everything.starts[7])
-    assert len(tokenize(STORIES, tokenizer, limit)) == 7  # reached exactly by the seventh
-    assert len(tokenize(STORIES, tokenizer, limit + 1)) == 8
-    assert np.array_equal(tokenize(STORIES, tokenizer, limit).ids, everything.ids[:limit])
 
 
 def test_gpt2s_tokenizer_gets_the_end_of_text_that_its_bare_files_do_not_name(
@@ -225,7 +120,7 @@ def test_gpt2s_tokenizer_gets_the_end_of_text_that_its_bare_files_do_not_name(
 ) -> None:
     tokenizer = existing_tokenizer(str(data_dir / "tokenizer"))
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id) == (50257, 50256, 50256)
-    assert tokenize(["Hello world"], tokenizer).ids.tolist() == [50256, 15496, 995, 50256]
+    assert [*Encoder(tokenizer)(["Hello world"])] == [([50256, 15496, 995, 50256], None)]
 
 
 WORDS = {"<unk>": 0, END_OF_TEXT: 1, "cat": 2, "dog": 3, "sat": 4, "ran": 90}  # ids with gaps
@@ -310,8 +205,9 @@ def test_marks_line_ends_and_half_pairs_of_any_system(
         train=str(tmp_path / name), validation=str(tmp_path / name), separator="###\n", **SMALL
     )
     source, _ = config.sources()
-    assert list(source) == documents and source.mended == mended
-    tokenize(source, trained_tokenizer(source, 300))
+    *_, (_, progress) = source.batches()
+    assert [*source] == documents and progress.mended == mended
+    [*Encoder(trained_tokenizer(source, 300))(documents)]
 
 
 def documents_of(config: TextConfig) -> tuple[list[str], list[str]]:
@@ -384,10 +280,11 @@ def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
     path = as_jsonl(tmp_path / "a.jsonl", documents=["", "one", "  \n", "two", "\t"])
     source, _ = TextConfig(train=str(path), validation=str(path), **SMALL).sources()
     for _ in range(2):  # counted anew each time
-        assert list(source) == ["one", "two"]
-        assert source.dropped == 3
+        [(batch, progress)] = source.batches()
+        assert batch == ["one", "two"] and progress.dropped == 3
     path.write_text(json.dumps({"text": None}) + "\n\n" + json.dumps({"text": "three"}) + "\n")
-    assert list(source) == ["three"] and source.dropped == 1
+    [(batch, progress)] = source.batches()
+    assert batch == ["three"] and progress.dropped == 1
 
 
 def test_files_are_found_below_the_data_directory(
@@ -417,7 +314,10 @@ def bad(tmp_path: Path, name: str, content: str | bytes) -> str:
         ),
         (lambda p: {"train": bad(p, "a.txt", "")}, "a.txt holds no document"),
         (lambda p: {"train": bad(p, "a.txt", f" \n{END_OF_TEXT}\n")}, "a.txt holds no document"),
-        (lambda p: {"train": bad(p, "a.txt", b"\xff\xfe\xfa")}, "a.txt cannot be read"),
+        (
+            lambda p: {"train": bad(p, "a.txt", b"one\ntwo\nth\xffee")},
+            r"a.txt cannot be read: line 3 is not UTF-8 \(invalid start byte at byte 3\)",
+        ),
         (
             lambda p: {"train": bad(p, "a.txt", "one" + END_OF_TEXT + "two")},
             "no more documents than the 10 .*task.held_out",
@@ -438,7 +338,10 @@ def bad(tmp_path: Path, name: str, content: str | bytes) -> str:
             lambda p: {"train": bad(p, "a.jsonl", '{"text": "x"}\n{"text": "x"')},
             "line 2 of .*a.jsonl is not JSON",
         ),
-        (lambda p: {"train": bad(p, "a.jsonl", b'{"text": "\xe9"}')}, "a.jsonl cannot be read"),
+        (
+            lambda p: {"train": bad(p, "a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}')},
+            "a.jsonl cannot be read: line 2 is not UTF-8",
+        ),
         (lambda p: {"train": bad(p, "a.parquet", "not one")}, "a.parquet cannot be read"),
         (
             lambda p: {"train": str(as_parquet(p / "a.parquet")), "column": "story"},
@@ -486,7 +389,7 @@ def test_a_dataset_out_of_reach_names_the_local_way(monkeypatch: pytest.MonkeyPa
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("Couldn't reach 'some/stories' on the Hub\nand much more")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(
         NextLatError, match=r"some/stories.*Couldn't reach.*set task.train .* local .*parquet"
     ) as raised:
@@ -575,7 +478,7 @@ def test_tinystories_packs_into_rows(data_dir: Path) -> None:
         .build()
         .held_out
     )
-    assert len(held_out) == 450 and len(held_out.ids) > 50_000
+    assert len(held_out) == 450 and held_out.total > 50_000
     rows = PackedDocuments(held_out, 256, seed=0)
     for i in range(20):
         linked = Batch.from_inputs(**{k: x[None] for k, x in rows[i].items()}).linked

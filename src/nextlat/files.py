@@ -8,7 +8,7 @@ at worst a temporary that the next run removes.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,41 @@ def write_errors(
         raise NextLatError(
             f"cannot write {path}: the file could not be written in full; {way_out}."
         ) from error
+
+
+def cache_directory() -> Path:
+    """Where things are kept that would take long to make again, and may be deleted whenever nothing
+    runs: $NEXTLAT_CACHE, or `nextlat` in the user's cache directory."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NEXTLAT_CACHE") or Path(user, "nextlat"))
+
+
+@contextmanager
+def sole_maker(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock, or wait for it. The operating system releases it when a process ends, however it
+    ends.
+
+    Args:
+        path: a file for it, made if need be.
+        waiting: called before waiting for another process.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; what two processes make at once is equal
+        yield
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def named_directory(name: str | Path) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -262,6 +263,13 @@ def print_cost(recipe: "Recipe") -> None:
         "FLOPs": flops,
         "time": f"{bound} {duration(cost.seconds)} ({how}); saving and measuring come on top",
     }
+    if data := cost.data:
+        most, least = ("", "") if data.exact else ("at most ", "at least ")
+        rows["data"] = (
+            f"{most}{data.tokens:,} tokens, {least}{cost.tokens / data.tokens:.2f} epochs; {most}"
+            f"{data.bytes / 1e9:.2g} GB on the disk in {data.directory}, where "
+            f"{disk_usage(data.directory).free / 1e9:,.0f} GB are free"
+        )
     for name, text in rows.items():
         print(f"{name:12}{text}")
 

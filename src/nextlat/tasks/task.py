@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -43,6 +43,22 @@ MAX_TOKENS = 2**33  # of all rows of a task
 Measure = Callable[[ObjectiveModel], Iterable[Measurement | Chart]]
 
 
+class DataSize(NamedTuple):
+    """Of training data that are kept on the disk.
+
+    Attributes:
+        tokens: how many there are in an epoch.
+        exact: whether there are so many, or that is all that they can be.
+        bytes: on the disk.
+        directory: where.
+    """
+
+    tokens: int
+    exact: bool
+    bytes: int
+    directory: Path
+
+
 class TaskConfig(Settings, ABC):
     """Base class of the settings of a task."""
 
@@ -53,6 +69,10 @@ class TaskConfig(Settings, ABC):
         Raises:
             NextLatError: settings that no world has, or data that are not there.
         """
+
+    def preview(self) -> Self:
+        """These settings for a dry run, which does not wait until all data are there."""
+        return self
 
     @property
     def code(self) -> str | None:
@@ -107,6 +127,10 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """Hash of the world (not of the model): a run is only ever evaluated in the world it was
         trained in."""
+
+    def data_size(self) -> DataSize | None:
+        """What the training data take; None where they are made as they are needed."""
+        return None
 
     @property
     @abstractmethod

@@ -1,7 +1,8 @@
 """What a training run would cost, found out before it starts: parameters, tokens, operations, and
 time on this machine.
 
-Nothing is written and nothing is trained that stays.
+Nothing is trained that stays, and nothing is written but the beginning of a text's tokens, in the
+cache where the run finds it.
 """
 
 import statistics
@@ -15,6 +16,7 @@ from nextlat.batch import Batch
 from nextlat.model import ObjectiveModel
 from nextlat.objectives.flops import step_flops
 from nextlat.tasks import Task
+from nextlat.tasks.task import DataSize
 from nextlat.training.build import build_model
 from nextlat.training.recipe import Recipe
 from nextlat.training.train import FirstRows, threads
@@ -39,6 +41,7 @@ class Cost:
     flops_per_second: float  # of matrix products of the model's size here
     device: str
     threads: int
+    data: DataSize | None  # of the training data, where they are kept
 
     @property
     def seconds(self) -> float:
@@ -58,7 +61,7 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with threads(recipe.run.threads), torch.random.fork_rng():
-        task = recipe.task.build()
+        task = recipe.task.preview().build()
         model = build_model(recipe, task).to(place).train()
         batch, steps = _first_batch(recipe, task), recipe.steps
         mask = batch.get("attention_mask")
@@ -84,6 +87,7 @@ def dry_run(recipe: Recipe, device: str | None = None) -> Cost:
             flops_per_second=throughput,
             device=torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
             threads=torch.get_num_threads(),
+            data=task.data_size(),
         )
 
 

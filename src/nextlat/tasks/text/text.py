@@ -8,9 +8,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Annotated, Self
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from nextlat.batch import IGNORE
 from nextlat.errors import NextLatError
+from nextlat.files import write_text
 from nextlat.model import ObjectiveModel
 from nextlat.results import (
     Chart,
@@ -31,6 +33,7 @@ from nextlat.results import (
 from nextlat.scores import exp_score
 from nextlat.tasks.latent_rank import EFFECTIVE_LATENT_RANK, latent_rank
 from nextlat.tasks.task import (
+    DataSize,
     Length,
     Measure,
     RowCount,
@@ -40,21 +43,21 @@ from nextlat.tasks.task import (
     held_out_cross_entropy,
     vocabulary_size,
 )
-from nextlat.tasks.text.documents import Document, Documents, from_dataset, from_file
+from nextlat.tasks.text.corpus import Corpus
+from nextlat.tasks.text.documents import Documents, from_dataset, from_file
 from nextlat.tasks.text.lm_eval import (
     METRICS,
     benchmark_metric,
     check_benchmarks,
     language_benchmark,
 )
+from nextlat.tasks.text.packed import PackedDocuments
 from nextlat.tasks.text.paper import PUBLISHED
 from nextlat.tasks.text.probes import PROBE_BATCH, probe_cross_entropy, states_and_futures
 from nextlat.tasks.text.tokens import (
     END_OF_TEXT,
-    PackedDocuments,
-    Tokens,
+    Encoder,
     existing_tokenizer,
-    tokenize,
     trained_tokenizer,
 )
 
@@ -62,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 LATENT_ROWS = 256  # of the effective latent rank, as in arXiv 2511.05963
 ROWS_PER_BATCH = 16  # of what is measured
+PREVIEW = 2**20  # tokens that a dry run makes do with
+READ_ANEW = 2**27  # tokens; of a larger text the fingerprint is kept, not computed at every start
 PROBE_BYTES = 2**28  # of hidden states in memory, to train the probes on
 
 PERPLEXITY = Metric(
@@ -101,9 +106,9 @@ class TextConfig(TaskConfig):
             `validation_split`.
         tokenizer: of a directory or the hub, as published.
         vocab_size: of a byte-level BPE learned from the training documents.
-        max_tokens: training tokens that are taken, from the first document on, and held in memory
-            (2 bytes each, 4 where the vocabulary is beyond 65,536); the rest of the text is not
-            read. They are read again at every start.
+        max_tokens: training tokens that are taken, from the first document on; the rest of the text
+            is not read. They are made once and kept on the disk, in $NEXTLAT_CACHE (2 bytes each, 4
+            where the vocabulary is beyond 65,536).
         row_length: tokens in a packed row.
         max_length: positions of the model and of decoding; None = row_length.
         tests: held-out rows that the metrics use, at most.
@@ -141,6 +146,7 @@ class TextConfig(TaskConfig):
     lm_eval: str = ""
     lm_eval_limit: Annotated[int, Field(ge=0, le=10**9)] = 0
     lm_eval_files: str | None = None
+    _first: int | None = None
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -195,6 +201,11 @@ class TextConfig(TaskConfig):
             )
         return self.model_copy(update={"lm_eval_files": code})
 
+    def preview(self) -> Self:
+        made = self.model_copy()
+        made._first = min(self.max_tokens, PREVIEW)
+        return made
+
     def build(self) -> "Text":
         if problem := self._pair(given=0):
             raise NextLatError(f"{problem}.")
@@ -210,10 +221,7 @@ class TextConfig(TaskConfig):
         if self.validation is not None or self.validation_split is not None:
             split = self.validation_split or ""
             return train, self._documents("validation", self.validation, split)
-        return (
-            Documents(lambda: _after(train, self.held_out), train.where),
-            Documents(lambda: islice(train, self.held_out), train.where),
-        )
+        return train.split(self.held_out)
 
     def _documents(self, key: str, path: str | None, split: str) -> Documents:
         if path is not None:
@@ -227,17 +235,6 @@ class TextConfig(TaskConfig):
     def benchmarks(self) -> list[str]:
         """The names in `lm_eval`."""
         return [name.strip() for name in self.lm_eval.split(",") if name.strip()]
-
-
-def _after(documents: Documents, count: int) -> Iterator[Document]:
-    rest = islice(documents, count, None)
-    if (first := next(rest, None)) is None:
-        raise NextLatError(
-            f"{documents.where} has no more documents than the {count} to be held out: set "
-            "task.validation, or a smaller task.held_out."
-        )
-    yield first
-    yield from rest
 
 
 class Text(Task):
@@ -263,19 +260,20 @@ class Text(Task):
             if config.tokenizer is not None
             else trained_tokenizer(train, config.vocab_size or 0)
         )
-        encode = partial(tokenize, tokenizer=self.tokenizer, assistant_only=config.assistant_only)
-        self.train: Tokens = encode(train, max_tokens=config.max_tokens)
-        self.held_out: Tokens = encode(held_out, max_tokens=config.tests * config.row_length)
+        encoder = Encoder(self.tokenizer, assistant_only=config.assistant_only)
+        self._corpus = Corpus(train, encoder)
+        self.train = self._corpus.tokens(config._first or config.max_tokens)
+        self.held_out = Corpus(held_out, encoder).tokens(config.tests * config.row_length)
         for documents, tokens in ((train, self.train), (held_out, self.held_out)):
             logger.info(
                 "%s: %d documents of %d tokens, %d empty ones dropped.",
-                documents.where, len(tokens), len(tokens.ids), documents.dropped,
+                documents.where, len(tokens), tokens.total, tokens.progress.dropped,
             )  # fmt: skip
-            if documents.mended:
+            if tokens.progress.mended:
                 logger.warning(
                     "%s: %d documents hold half a surrogate pair, which is read as U+FFFD.",
                     documents.where,
-                    documents.mended,
+                    tokens.progress.mended,
                 )
 
     def train_dataset(self, seed: int) -> PackedDocuments:
@@ -286,23 +284,38 @@ class Text(Task):
             self.held_out, self.config.row_length, seed=None, rows=self.config.tests
         )
 
+    def data_size(self) -> DataSize:
+        corpus, made = self._corpus, self.train
+        tokens = corpus.expected(self.config.max_tokens)
+        each = made.bytes_per_token + 4 * len(made) / made.total
+        return DataSize(tokens, corpus.ended, int(tokens * each), corpus.directory)
+
     def fingerprint(self) -> str:
         """Of the tokens and what they stand for, however the text was stored."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         digest = hashlib.sha256(json.dumps(vocabulary).encode())
-        for tokens in (self.train, self.held_out):
-            digest.update(tokens.starts.data)
-            digest.update(tokens.ids.data)
-            if tokens.scored is not None:
-                digest.update(tokens.scored.data)
-        return digest.hexdigest()[:16]
+        parts = (self.train, self.held_out)
+        which = f"{digest.hexdigest()} {[(tokens.directory.name, len(tokens)) for tokens in parts]}"
+        name = hashlib.sha256(which.encode()).hexdigest()[:24]
+        kept = self.train.directory / f"fingerprint-{name}.txt"
+        large = self.train.total > READ_ANEW
+        if large and kept.is_file():
+            return kept.read_text(encoding="utf-8").strip()
+        for tokens in parts:
+            for part in tokens.parts():
+                digest.update(part.data)
+        found = digest.hexdigest()[:16]
+        if large:
+            with suppress(NextLatError):  # a cache that others filled and we may only read
+                write_text(kept, f"{found}\n")
+        return found
 
     def prompts(self, count: int) -> list[Tensor]:
         """The first tokens of the first held-out documents that are longer than a prompt; where
         the assistant alone is learned from, what comes before it speaks, if there is room to
         answer."""
         tokens, length = self.held_out, self.config.prompt_length
-        if tokens.scored is not None:
+        if tokens.scored:
             says = [np.flatnonzero(tokens.labels(c) != IGNORE)[0] for c in range(len(tokens))]
             ends = {c: n for c, n in enumerate(says) if 0 < n <= self.max_length // 2}
         else:
@@ -352,7 +365,7 @@ class Text(Task):
         positions = min(
             PROBE_BYTES // (4 * model.backbone.width),
             self.config.probe_steps * PROBE_BATCH,
-            len(self.train.ids),
+            self.train.total,
         )
         rows = range(-(-positions // self.config.row_length))
         training = Subset(PackedDocuments(self.train, self.config.row_length, seed=6), rows)
