@@ -156,3 +156,23 @@ def test_costs_are_the_fastest_of_a_few_rounds_and_never_fall_with_the_width():
     assert costs.v(6) == pytest.approx(6)  # between 4 at five tokens and 8 at nine
     # tau / (v + k c) for k = 2.5 drafted tokens
     assert costs.ceiling(2.0, 2.5) == pytest.approx(2.0 / (3.25 + 0.25))
+
+
+@pytest.mark.parametrize("stepwise", [True, False])
+def test_where_drafts_have_long_not_paid_whole_calls_need_no_plan(stepwise: bool):
+    length = AdaptiveLength(DEAR, stepwise=stepwise)
+    assert not length.rests(64), "nothing is known yet"
+    drafted, _ = simulate(length, 0.6, 1000)
+    probes = [n for n, k in enumerate(drafted) if k]
+    assert probes[-1] - probes[-3] >= AdaptiveLength.RAREST
+    while length._idle < AdaptiveLength.RAREST:
+        assert length.rests(64)
+    assert not length.rests(64), "a probe is due"
+    assert simulate(length, 0.0, 1)[0] == [1] and length.rests(64)
+    easy, _ = simulate(length, 1.0, 1000)
+    assert np.mean(easy[-100:]) > 0 and not length.rests(64)
+
+
+def test_where_not_even_perfect_drafts_would_pay_none_is_tried():
+    length = AdaptiveLength(Costs(1.0, tuple(1.0 + k for k in range(LONGEST + 1))))
+    assert length.rests(10**6) and simulate(length, 1.0, 1000)[0] == [0] * 1000

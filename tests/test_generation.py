@@ -25,6 +25,7 @@ from nextlat import NextLatConfig, NextLatError, NextTokenConfig, ObjectiveModel
 from nextlat.backbone import probe_ids
 from nextlat.decoding import AdaptiveLength, Costs, Request, Stopping, decode
 from nextlat.decoding.cache import NOT_TAKEN_BACK, drafting_obstacle
+from nextlat.decoding.cycle import Eager
 from nextlat.decoding.prepared import prepared, shares_passes
 from nextlat.decoding.sampling import Greedy
 from reference import (
@@ -247,6 +248,24 @@ def test_calls_that_run_at_the_same_time_do_not_share_what_they_learn(
                     tokens[running] += done.cycles[0].tokens
     assert tokens == [expected[0, WIDEST : WIDEST + NEW].tolist()] * 2
     assert all(len(used) == 1 for used in learning.values()) and learning[0] != learning[1]
+
+
+def test_auto_decodes_plainly_where_drafts_are_known_not_to_pay(monkeypatch: pytest.MonkeyPatch):
+    model, (ids, mask) = attach(decoding_lm("llama"), NextLatConfig()), ragged_prompts(3)
+    expected = model.generate(ids, mask, max_new_tokens=NEW, draft_length=0)
+    dear = Costs(1.0, tuple(1.0 + k for k in range(17)))
+    caches = list[str]()
+    monkeypatch.setattr(Eager, "adaptive_length", lambda *_: AdaptiveLength(dear))
+    make = Eager.__init__
+
+    def seen(self: Eager, objective: Any, sampler: Any, cache: Any, drafts: bool) -> None:
+        caches.append(type(cache).__name__)
+        make(self, objective, sampler, cache, drafts=drafts)
+
+    monkeypatch.setattr(Eager, "__init__", seen)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, mask, max_new_tokens=NEW), expected)
+    assert caches == ["RaggedCache", "GrowingCache"]
 
 
 # Words of transformers.

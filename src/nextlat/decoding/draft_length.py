@@ -134,7 +134,9 @@ class AdaptiveLength:
         # w, b, and by how much each position differs from b
         self._theta = self._centre = np.array([0.7, 0.0, *[0.0] * longest])
         self._cycles = self._idle = 0
-        self._rest, self._probes = self.PROBE, False  # idle cycles before the next probe
+        # Idle cycles before the next probe; none where not even perfect drafts would pay.
+        best = max((k + 1) / (costs.v(k) + k * costs.c) for k in self.lengths)
+        self._rest, self._probes = float(self.PROBE) if best > 1 else np.inf, False
 
     @property
     def speed(self) -> float:
@@ -153,18 +155,28 @@ class AdaptiveLength:
         """How much this cycle should draft at most, for the rows of these numbers; `more` may end
         it earlier."""
         self._rows, self._confidences = list(rows), list[np.ndarray]()
-        self._survival = np.ones(len(rows))
-        self._rates = self.acceptance()
-        if self.stepwise:
-            length = self.longest if self._is_worth(0) else 0
-        else:
-            costs, tokens = self.costs, 1 + np.cumsum([0.0, *self._rates.cumprod()])
-            length = max(self.lengths, key=lambda k: tokens[k] / (costs.v(k) + k * costs.c))
+        length = self._best()
         self._idle = 0 if length else self._idle + 1
         self._probes = self._idle >= self._rest
         if self._probes:  # the text may have become easier to foretell
             self._idle, length = 0, min(k for k in self.lengths if k)
         return length
+
+    def rests(self, tokens: int) -> bool:
+        """Whether a row can have so many tokens without anybody asking for a plan: drafts have long
+        not paid, and no probe is due. The tokens count as idle cycles."""
+        if self._rest < self.RAREST or self._idle >= self._rest:
+            return False
+        self._idle += tokens
+        return True
+
+    def _best(self) -> int:
+        """What to draft at most, by what is known before the first step."""
+        self._survival, self._rates = np.ones(len(self._rows)), self.acceptance()
+        if self.stepwise:
+            return self.longest if self._is_worth(0) else 0
+        costs, tokens = self.costs, 1 + np.cumsum([0.0, *self._rates.cumprod()])
+        return max(self.lengths, key=lambda k: tokens[k] / (costs.v(k) + k * costs.c))
 
     @property
     def more(self) -> Callable[[int, Sequence[float]], bool] | None:
@@ -201,11 +213,15 @@ class AdaptiveLength:
             for position, logits in enumerate(self._confidences[:verified]):
                 self._seen.append((float(logits[row]), position, position < kept))
         drafted = max(lengths, default=0)
-        if self._probes and drafted:  # one in vain makes the next one rarer
-            vain = not any(accepted)
-            self._rest = min(2 * self._rest, self.RAREST) if vain else self.PROBE
         self._tokens = self.FORGET * self._tokens + float(np.mean(accepted)) + 1
         self._time = self.FORGET * self._time + self.costs.v(drafted) + drafted * self.costs.c
+        if self._probes and drafted:
+            if self._best():
+                self._rest = self.PROBE
+            elif 2 * np.count_nonzero(accepted) > len(accepted):
+                self._idle = self.RAREST  # it goes on, to learn soon
+            else:  # one in vain makes the next one rarer
+                self._rest = min(2 * self._rest, self.RAREST)
         self._cycles += 1
         if self.stepwise and self._cycles % self.REFIT == 0 and self._seen:
             self._fit()

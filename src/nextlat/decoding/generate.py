@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextlat.backbone import evaluation_mode
 from nextlat.decoding.draft_length import LONGEST
-from nextlat.decoding.loop import STATE, Request, Stopping, decode
+from nextlat.decoding.loop import STATE, Request, Stopping, decode, rests
 from nextlat.decoding.options import (
     AUTO,
     REFUSED,
@@ -34,7 +34,7 @@ from nextlat.decoding.options import (
     unpadded,
 )
 from nextlat.decoding.prepared import obstacle, prepared, shares_passes, warn_once
-from nextlat.decoding.sampling import Greedy, Sampling, Scores
+from nextlat.decoding.sampling import Greedy, Sampler, Sampling, Scores
 from nextlat.decoding.stats import Cycle, GenerationStats, Pass
 from nextlat.errors import NextLatError, out_of_memory
 from nextlat.objectives import Objective
@@ -127,6 +127,10 @@ def speculative(
                 "kind): rows are decoded one after another, with the same output",
             )
         compile = compile and _can_compile(objective, scores, together)
+        sampler: Sampler = Sampling(scores, generator) if config.do_sample else Greedy(scores)
+        sharing, limit = (B if together else 1), stopping.limit
+        if draft_length == AUTO and rests(objective, sharing, sampler, compile, limit):
+            draft_length, together = 0, compile
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         listed = config.return_dict_in_generate and (config.output_scores or config.output_logits)
 

@@ -343,25 +343,37 @@ def _draft_length(
     """Of a number, itself; of "auto", the adaptive one for this setting, whose costs are measured
     here when it is new."""
     objective, sampler, number = cycle.objective, cycle.sampler, request.draft_length
-    limit = objective.max_draft_length
-    longest = LONGEST if limit is None else min(LONGEST, limit)
+    longest = _longest(objective)
     if longest == 0 or isinstance(number, int):
         yield FixedLength(number if isinstance(number, int) else 0)
         return
-    setting = (
-        len(request.prompts),
-        isinstance(sampler, Sampling),
-        request.compile,
-        sampler.scores.need_prefixes,
-        longest,
-        torch.get_num_threads(),
-    )
+    setting = _setting(objective, len(request.prompts), sampler, request.compile)
     lengths = prepared(objective).lengths
     length = lengths.pop(setting, None) or cycle.adaptive_length(start, longest)
     try:
         yield length
     finally:
         lengths[setting] = length
+
+
+def _longest(objective: Objective) -> int:
+    limit = objective.max_draft_length
+    return LONGEST if limit is None else min(LONGEST, limit)
+
+
+def _setting(objective: Objective, rows: int, sampler: Sampler, compile: bool) -> Any:
+    """What an adaptive length depends on."""
+    threads, prefixes = torch.get_num_threads(), sampler.scores.need_prefixes
+    return rows, isinstance(sampler, Sampling), compile, prefixes, _longest(objective), threads
+
+
+def rests(
+    objective: Objective, rows: int, sampler: Sampler, compile: bool, new_tokens: int
+) -> bool:
+    """Whether drafts are known not to pay in this setting, for so many tokens: they can then be
+    decoded as plainly as `transformers` does, in its own cache."""
+    length = prepared(objective).lengths.get(_setting(objective, rows, sampler, compile))
+    return length is not None and length.rests(new_tokens)
 
 
 def _check_finite(verdict: Verdict, row: int) -> None:
