@@ -92,8 +92,8 @@ class Objective(nn.Module):
     def next_token_term(self, h_ND: Tensor, batch: Batch, counts: Counts) -> Term:
         """L_next_token = mean_t CE(W h_t, x_{t+1}), which every objective shares."""
         scored = batch.scored_positions
-        if len(scored) == 0:
-            return Term(h_ND.sum().view(1) * 0, counts["next_token"])
+        if len(scored) == 0:  # every weight gets a gradient, which other processes wait for
+            return Term(self.backbone.head(h_ND[:1]).sum().view(1) * 0, counts["next_token"])
         h_ND, targets = h_ND.index_select(0, scored), batch.targets[scored]
         return Term(cross_entropy(self.backbone.head, h_ND, targets).view(1), counts["next_token"])
 
