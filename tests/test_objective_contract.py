@@ -21,10 +21,11 @@ from nextlat.evaluation import open_run
 from nextlat.losses import add_counts
 from nextlat.objectives import OBJECTIVES
 from nextlat.results import read_results
+from nextlat.training.held_out import evaluation_loss
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import read_metrics
 from nextlat.training.train import Interrupted, train
-from nextlat.training.trainer import NextLatTrainer, evaluation_loss
+from nextlat.training.trainer import NextLatTrainer
 from reference import VOCAB, assert_same_gradients, documents, gradients, listed, pack
 
 CONFIGS = {

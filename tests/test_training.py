@@ -29,10 +29,11 @@ from nextlat.training.checkpoints import (
     last_complete_checkpoint,
     rotate_checkpoints,
 )
+from nextlat.training.held_out import evaluation_loss
 from nextlat.training.recipe import Recipe, load_recipe
 from nextlat.training.run_directory import is_finished, read_metrics, read_record, sole_writer
 from nextlat.training.train import FirstRows, Interrupted, train
-from nextlat.training.trainer import NextLatTrainer, evaluation_loss
+from nextlat.training.trainer import NextLatTrainer
 from test_files import largest_file
 
 pytestmark = pytest.mark.slow

@@ -167,6 +167,10 @@ class ObjectiveModel(nn.Module):
         batch = Batch.from_inputs(input_ids, labels, position_ids, attention_mask)
         return self.objective.counts(batch)
 
+    def acceptance(self, states: Tensor | None = None, **inputs: Any) -> Tensor | None:
+        """`Objective.acceptance` of a batch given as in `forward`."""
+        return self.objective.acceptance(replace(Batch.from_inputs(**inputs), states=states))
+
     def next_token_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the next token, row by row, to measure: no gradients, no dropout.
 

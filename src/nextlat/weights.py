@@ -48,7 +48,8 @@ MODEL_FILES = (
     "adapter_model.safetensors",
     "nextlat/objective.*",
 )
-STATE_FILES = ("*.pt", "*.pth", "trainer_state.json")
+STATE_FILES = ("*.pt", "*.pth", "trainer_state.json", "optimizer/*.safetensors")
+FSDP = "torch.distributed.fsdp"
 SHOWN = 3  # names in an error
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 = none, in some old models
 
@@ -232,8 +233,10 @@ def check_restorable(lm: PreTrainedModel) -> None:
     other = [n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)]
     modules = dict(plain.named_modules())
     for name, module in lm.named_modules():  # some of the library's own change as they run
-        same = type(module).forward is type(modules.get(name, module)).forward
-        other += [] if same or type(module).__module__.startswith("transformers.") else [name]
+        # FSDP puts classes of its own before that of a module.
+        kind: Any = next(k for k in type(module).__mro__ if not k.__module__.startswith(FSDP))
+        same = kind.forward is type(modules.get(name, module)).forward
+        other += [] if same or kind.__module__.startswith("transformers.") else [name]
     if other:
         raise NextLatError(
             f"{type(lm).__name__} cannot be saved so that it comes back: {min(other)} is not what "
@@ -346,7 +349,7 @@ def read_sums(directory: str | Path) -> dict[str, str]:
     if path is None:
         return {}
     lines = opened(path, lambda: path.read_text(encoding="utf-8").splitlines())
-    found = [re.fullmatch(r"([0-9a-f]{64})  ((?:nextlat/)?[\w.-]+)", line) for line in lines]
+    found = [re.fullmatch(r"([0-9a-f]{64})  ((?:\w+/)?[\w.-]+)", line) for line in lines]
     if None in found:
         raise NextLatError(f"{path} is damaged: restore it.")
     return {match[2]: match[1] for match in found if match}

@@ -24,8 +24,9 @@ from nextlat.files import TEMPORARY, remove, write_errors
 from nextlat.validation import Settings
 from nextlat.weights import MODEL_FILES, STATE_FILES, check_sums
 
+SHARDS = "optimizer"  # folder of the optimiser's state, where it was in shards
 NEEDED = ("config.json", "nextlat/objective.json", "nextlat/objective.safetensors")
-_OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+OF_PARAMETER_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -219,7 +220,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
     for index, values in state["state"].items():
         tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
         own = parameters[index]
-        for name in _OF_PARAMETER_SHAPE & tensors.keys():
+        for name in OF_PARAMETER_SHAPE & tensors.keys():
             x = tensors[name]
             if (x.shape, x.dtype) != (own.shape, own.dtype):
                 raise ValueError(

@@ -18,9 +18,10 @@ from nextlat.objectives.flops import step_flops
 from nextlat.tasks import Task
 from nextlat.tasks.task import DataSize
 from nextlat.training.build import build_model
+from nextlat.training.cached_states import Item
+from nextlat.training.held_out import collate
 from nextlat.training.recipe import Recipe
 from nextlat.training.train import FirstRows, threads
-from nextlat.training.trainer import Item, collate
 
 BUDGET = 4.0  # seconds of matrix products that timing may take; longer steps are not tried
 TIMED_STEPS = 3  # after one that is not timed

@@ -116,10 +116,10 @@ class RunSettings(Settings):
         eval_every: 0 = only at the end.
         report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
         precision: bf16 = autocast with fp32 weights.
+        parallel: of several processes, each has the whole model (ddp) or a share of it (fsdp).
         compile: torch.compile of the layers.
         threads: of torch on the CPU; 0 = as many as torch chooses.
-        workers: processes that prepare rows while the device computes. Rows come in order, so that
-            one is as good as many.
+        workers: processes that prepare rows, in order, while the device computes; one will do.
         states: directory for `backbone.cached_rows`, which runs can share; None = the run's own.
     """
 
@@ -129,6 +129,7 @@ class RunSettings(Settings):
     eval_every: StepsOrZero = 0
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     threads: Small = 0
     workers: Small = 0
@@ -208,10 +209,8 @@ class Recipe(Settings):
     @property
     def run_name(self) -> str:
         """The usual name of its run directory, e.g. `city-small-nextlat-d8-s0`."""
-        horizon = getattr(self.objective_config, "horizon", None)
-        return "-".join(
-            [self.name, self.objective, *([f"d{horizon}"] if horizon else []), f"s{self.seed}"]
-        )
+        d = getattr(self.objective_config, "horizon", None)
+        return "-".join([self.name, self.objective, *[f"d{d}"] * bool(d), f"s{self.seed}"])
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready tables, every default spelt out; `from_dict` reads it back."""
@@ -248,6 +247,8 @@ class Recipe(Settings):
             )
         if backbone.cached_rows and not backbone.frozen:
             return "backbone.cached_rows is for a frozen transformer: set it to 0"
+        if self.run.parallel == "fsdp" and (backbone.cached_rows or self.run.compile):
+            return 'run.parallel = "fsdp" trains without backbone.cached_rows and run.compile'
         if backbone.pretrained is not None and sizes:
             return f"backbone.pretrained has its own sizes: remove backbone.{NEXT.join(sizes)}"
         if backbone.pretrained is None and {"layers", "width", "heads"} - set(sizes):
@@ -353,8 +354,8 @@ def read_recipe_file(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise NextLatError(f"recipe {path} is not valid TOML: {error}.") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NextLatError(f"cannot read recipe {path}: {reason}.") from error
+        told = getattr(error, "strerror", None) or error
+        raise NextLatError(f"cannot read recipe {path}: {told}.") from error
 
 
 def _split(item: str) -> tuple[str, str]:
@@ -391,8 +392,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], table: str = "")
     """Dotted keys in which two recipes, as `to_dict` gives them, differ."""
     keys = []
     for key in {**old, **new}:
-        full = f"{table}.{key}".lstrip(".")
-        a, b = old.get(key), new.get(key)
+        full, a, b = f"{table}.{key}".lstrip("."), old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             keys += differences(a, b, full)
         elif a != b:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from nextlat.files import sync, write_errors, write_text
 from nextlat.signals import StopSignal
+from nextlat.training import ranks
 from nextlat.training.run_directory import METRICS, read_metrics
 
 NOT_SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
@@ -45,6 +45,7 @@ class RunLog(TrainerCallback):
         self._before = max((line.get("seconds") or 0.0 for line in lines), default=0.0)
         self._started: float | None = None
         self._shown = ""
+        self._agreement = ranks.Agreement() if ranks.several() else None
         if first and (self._path.exists() or self._path.is_symlink()):
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -59,22 +60,13 @@ class RunLog(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a resumed run may log and save at other steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stops(args, control):
+        stops = self._stop.received is not None
+        if self._agreement.reached(stops) if self._agreement else stops:
             control.should_training_stop = control.should_save = True
         if control.should_save:
             control.should_log = True  # so that no half-averaged losses need saving
         if self._progress:
             self._progress(self._shown, state.global_step, state.max_steps)
-
-    def _stops(self, args: TrainingArguments, control: Any) -> bool:
-        stops = self._stop.received is not None
-        if args.world_size == 1:
-            return stops
-        if not (control.should_log or control.should_save):
-            return False  # processes agree where they wait for each other anyway
-        received = torch.tensor(float(stops), device=args.device)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        return bool(received.item())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         state.log_history.clear()  # the Trainer would write it into every checkpoint again

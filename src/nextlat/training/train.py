@@ -10,10 +10,10 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -32,14 +32,16 @@ from nextlat.files import (
 )
 from nextlat.model import ObjectiveModel, load
 from nextlat.signals import StopSignal
+from nextlat.training import ranks
 from nextlat.training.build import build_model
-from nextlat.training.cached_states import CachedStates, NumberedRows
+from nextlat.training.cached_states import CachedStates, Item, NumberedRows
 from nextlat.training.checkpoints import (
     checkpoint_step,
     last_complete_checkpoint,
     load_trainer_state,
     rotate_checkpoints,
 )
+from nextlat.training.held_out import collate
 from nextlat.training.recipe import Recipe, differences
 from nextlat.training.run_directory import (
     FORMAT,
@@ -50,7 +52,7 @@ from nextlat.training.run_directory import (
     sole_writer,
 )
 from nextlat.training.run_log import Progress, RunLog
-from nextlat.training.trainer import Item, NextLatTrainer, collate
+from nextlat.training.trainer import NextLatTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +80,21 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
 
     Raises:
         NextLatError: a batch that cannot be split over processes and micro-batches; a reporting
-            tool that is not installed.
+            tool that is not installed; an environment that asks for something else.
     """
     schedule, run, optimizer = recipe.schedule, recipe.run, recipe.optimizer
+    ranks.check_environment(
+        accumulation=recipe.gradient_accumulation,
+        precision=run.precision.replace("fp32", "no"),
+        compiled=run.compile,
+    )
+    ranks.join()
+    configured = ranks.asked("ACCELERATE_USE_FSDP")
+    if configured and run.parallel == "ddp":
+        raise NextLatError(
+            'accelerate is configured for FSDP, and the recipe for run.parallel = "ddp": set '
+            "run.parallel=fsdp, or leave out accelerate's."
+        )
     scheduler = SCHEDULERS.get(
         schedule.name, "constant_with_warmup" if schedule.warmup_steps else "constant"
     )
@@ -119,6 +133,9 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         run_name=recipe.run_name,
         disable_tqdm=True,  # `train` reports its progress itself
         bf16=run.precision == "bf16",
+        # What accelerate is configured for beyond that holds.
+        fsdp=cast(Any, run.parallel == "fsdp" and not configured),
+        ddp_timeout=int(ranks.NO_TIME_OUT.total_seconds()),
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         dataloader_num_workers=run.workers,
@@ -185,22 +202,24 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
         out.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, out)
     first = args.process_index == 0
-    lock = sole_writer(out) if first else nullcontext()
-    with StopSignal() as stop, lock, threads(recipe.run.threads):
-        with args.main_process_first():  # the first process tidies up before the others look
-            record = read_record(out)
-            check_same_run(record, recipe, out)
+    with StopSignal() as stop, threads(recipe.run.threads), ExitStack() as lock:
+        with ranks.together():  # the first process tidies up before the others look
             if first:
+                lock.enter_context(sole_writer(out))
+                check_same_run(read_record(out), recipe, out)
                 remove_unfinished(out)
+        record = read_record(out)
         if record is None or record["status"] != "finished":
-            _train(recipe, out, args, record, stop, progress)
-        elif first:
-            try:
-                load(out)
-            except NextLatError as error:
-                raise NextLatError(f"the finished run {out} is damaged: {error}") from error
-            logger.info("%s is finished: nothing to train.", out)
-        return out
+            _train(recipe, out, args, record, stop, progress if first else None)
+            return out
+        with ranks.together():
+            if first:
+                try:
+                    load(out)
+                except NextLatError as error:
+                    raise NextLatError(f"the finished run {out} is damaged: {error}") from error
+                logger.info("%s is finished: nothing to train.", out)
+    return out
 
 
 def check_same_run(record: dict[str, Any] | None, recipe: Recipe, out: Path) -> None:
@@ -244,7 +263,8 @@ def _train(
             "another directory."
         )
     start = checkpoint.name if checkpoint else "the start"
-    for fault in faults:
+    first = args.process_index == 0
+    for fault in faults if first else ():
         logger.warning("%s in %s: going on from %s.", fault, out, start)
     step = checkpoint_step(checkpoint) if checkpoint else 0
     task = recipe.task.build()
@@ -255,7 +275,6 @@ def _train(
             "start anew."
         )
     model = build_model(recipe, task)
-    first = args.process_index == 0
     if record is None:
         record = _new_record(recipe, fingerprint, model, args)
     else:
@@ -306,30 +325,33 @@ def _train(
         assert checkpoint is not None
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = load_trainer_state(checkpoint)
-    if first:
-        _export(trainer, out)
-        finished = {
-            "status": "finished",
-            "steps": recipe.steps,
-            "tokens": trainer.state.num_input_tokens_seen,
-            "seconds": log.seconds,
-            "finished": _now(),
-        }
-        write_json(out / RECORD, {**record, **finished})
-        rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
-        remove(out / STATES)
+    with ranks.together():
+        _export(trainer, out, first=first)
+        if first:
+            finished = {
+                "status": "finished",
+                "steps": recipe.steps,
+                "tokens": trainer.state.num_input_tokens_seen,
+                "seconds": log.seconds,
+                "finished": _now(),
+            }
+            write_json(out / RECORD, {**record, **finished})
+            rotate_checkpoints(out, recipe.steps, recipe.run.keep_checkpoints)
+            remove(out / STATES)
 
 
-def _export(trainer: NextLatTrainer, out: Path) -> None:
+def _export(trainer: NextLatTrainer, out: Path, *, first: bool) -> None:
     """The trained model into the run directory, config.json last: a directory without it opens
     nowhere."""
     staging = out / f"{TEMPORARY}export"
     with write_errors(out):
         try:
             trainer.save_model(str(staging), _internal_call=True)
-            move_into(staging, out, last="config.json")
+            if first:
+                move_into(staging, out, last="config.json")
         finally:
-            remove(staging)
+            if first:
+                remove(staging)
 
 
 def _new_record(

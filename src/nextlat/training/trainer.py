@@ -6,20 +6,21 @@ the loop, optimiser, schedules, mixed precision, distribution and reporting are 
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as library_logging
 
-from nextlat.backbone import evaluation_mode
 from nextlat.errors import NextLatError
 from nextlat.files import atomic_directory, staging_directory
 from nextlat.head import is_frozen
@@ -27,7 +28,7 @@ from nextlat.losses import add_counts
 from nextlat.model import ObjectiveModel
 from nextlat.saving import link_lm
 from nextlat.sidecar import DESCRIPTION
-from nextlat.training.acceptance import acceptance, by_position
+from nextlat.training import ranks
 from nextlat.training.cached_states import ROW, CachedStates
 from nextlat.training.cached_states import Item as Item
 from nextlat.training.checkpoints import (
@@ -37,13 +38,18 @@ from nextlat.training.checkpoints import (
     of_this_run,
     rotate_checkpoints,
 )
+from nextlat.training.held_out import by_position, evaluation_loss, model_inputs
+from nextlat.training.sharding import (
+    Shards,
+    load_optimizer,
+    names_of,
+    plugin_of,
+    save_optimizer,
+    take_shards,
+)
 from nextlat.weights import SIDECAR, not_finite, read_sums, write_sums
 
 logger = logging.getLogger(__name__)
-
-# In batches of TRL that are packed: document boundaries once more, for kernels that we do not use.
-_BOUNDARIES = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-ACCEPTANCE_BATCHES = 8  # held-out ones at which it is measured
 
 
 @contextmanager
@@ -56,49 +62,6 @@ def no_library_bars() -> Iterator[None]:
     finally:
         if shown:
             library_logging.enable_progress_bar()
-
-
-def collate(items: list[Item]) -> Item:
-    """Rows of equal length to a batch; nothing is guessed or converted."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
-def _model_inputs(batch: Item, *, numbered: bool = False) -> Item:
-    """A batch as an objective model takes it: boundaries are in `position_ids` alone, and rows
-    have no numbers (unless asked for)."""
-    repeated = _BOUNDARIES if "position_ids" in batch else set()
-    dropped = repeated | (set() if numbered else {ROW})
-    return {name: x for name, x in batch.items() if name not in dropped}
-
-
-def evaluation_loss(
-    model: ObjectiveModel,
-    dataset: Dataset[Item],
-    batch_size: int,
-    collate_fn: Callable[[list[Any]], Item] = collate,
-    states: Callable[[Item], Item] = lambda batch: batch,
-) -> dict[str, float]:
-    """Means of the objective and its named parts over a whole dataset, each over its own count
-    (next_token: nats per token).
-
-    The counts are taken over the dataset in a first pass, so that uneven batches weigh no more than
-    their tokens. `states` adds the hidden states to a batch, where they are known.
-    """
-    batches = DataLoader(dataset, batch_size, collate_fn=collate_fn)
-    counts = add_counts([model.counts(**_model_inputs(batch)) for batch in batches])
-    counts = {name: count.to(model.device) for name, count in counts.items()}
-    sums: dict[str, Tensor] = {}
-    accepted: Tensor | int = 0
-    with evaluation_mode(model):
-        for number, batch in enumerate(batches):
-            batch = _model_inputs(batch, numbered=True)
-            batch = states({k: x.to(model.device) for k, x in batch.items()})
-            out = model(**_model_inputs(batch), counts=counts)
-            for name, value in {"loss": out.loss, **out.losses}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()
-            asked = acceptance(model, batch) if number < ACCEPTANCE_BATCHES else None
-            accepted = accepted if asked is None else accepted + asked
-    return {name: value.item() for name, value in sums.items()} | by_position(accepted)
 
 
 class NextLatTrainer(Trainer):
@@ -125,12 +88,25 @@ class NextLatTrainer(Trainer):
     args: TrainingArguments
     train_states: CachedStates | None = None  # of rows with numbers
     eval_states: CachedStates | None = None
+    _shards: Shards | None = None  # with FSDP, once training has begun
+    _names: list[str] = []  # of the optimiser's parameters
     _written: Path | None = None  # a checkpoint that holds the LM as it is, where that is frozen
 
     def create_accelerator_and_postprocess(self) -> None:
         if not isinstance(self.model, ObjectiveModel):
             kind = type(self.model).__name__
             raise NextLatError(f"NextLatTrainer trains what nextlat.attach gives, not a {kind}.")
+        args = self.args
+        ranks.check_environment(
+            accumulation=args.gradient_accumulation_steps,
+            precision="fp16" if args.fp16 else "bf16" if args.bf16 else None,
+        )
+        if args.deepspeed or getattr(args, "parallelism_config", None):
+            raise NextLatError(
+                "objective models train with plain data parallelism or FSDP2: leave deepspeed and "
+                "parallelism_config out."
+            )
+        plugin, sharded = plugin_of(args), os.environ.get("ACCELERATE_USE_FSDP")
         if self.args.label_smoothing_factor:
             raise NextLatError("label_smoothing_factor is not for objective models: leave it out.")
         if self.args.n_gpu > 1:
@@ -145,11 +121,35 @@ class NextLatTrainer(Trainer):
         self._accepted: Tensor | int = 0
         self._sound_step = 0
         super().create_accelerator_and_postprocess()
+        if plugin is not None:
+            # accelerate has FSDP on no CPU, and tells of it whoever comes later in this process.
+            state = self.accelerator.state
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            self.is_fsdp_enabled = True
+            if sharded is None:
+                os.environ.pop("ACCELERATE_USE_FSDP", None)
 
     @property
     def objective_model(self) -> ObjectiveModel:
         """The model itself, however it is wrapped."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # ---- weights in shards ----
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        if self.is_fsdp_enabled and self._shards is None:
+            optimizer, model = self.create_optimizer(), self.objective_model
+            self._names = names_of(model, optimizer)
+            plugin, bf16 = self.accelerator.state.fsdp_plugin, self.accelerator.native_amp
+            self._shards = Shards(model, plugin, self.args.device, bf16=bf16)
+            take_shards(model, optimizer, self._names)
+        prepared = super()._prepare_for_training(*arguments, **options)
+        if self._shards is not None:
+            take_shards(self.objective_model, self.optimizer, self._names)
+        return prepared
+
+    def _whole(self, *, changed: bool = False) -> Any:
+        return nullcontext() if self._shards is None else self._shards.whole(changed=changed)
 
     # ---- loss: every part divided by its own count over the whole optimiser step ----
 
@@ -157,7 +157,7 @@ class NextLatTrainer(Trainer):
         several = len(batch_samples) > 1 or self.args.world_size > 1
         if not batch_samples or not several:
             return None  # the batch is the whole step, whose own counts the loss takes anyway
-        counts = [self.objective_model.counts(**_model_inputs(x)) for x in batch_samples]
+        counts = [self.objective_model.counts(**model_inputs(x)) for x in batch_samples]
         total = {name: count.to(device) for name, count in add_counts(counts).items()}
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
@@ -173,12 +173,12 @@ class NextLatTrainer(Trainer):
         step = self.state.global_step + 1
         # Restored on resume, so that a loss that changes over the steps is the same there.
         self.objective_model.objective.step = step
-        inputs = self._with_states(_model_inputs(inputs, numbered=True), self.train_states)
+        inputs = self._with_states(model_inputs(inputs, numbered=True), self.train_states)
         outputs = model(**inputs, counts=num_items_in_batch)
         if model.training:
             self._steps.add(step)
             if step % self.state.logging_steps == 0 and self.args.logging_strategy == "steps":
-                accepted = acceptance(self.objective_model, inputs)
+                accepted = self.objective_model.acceptance(**inputs)
                 self._accepted = self._accepted if accepted is None else self._accepted + accepted
             for name, value in outputs.losses.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -189,8 +189,8 @@ class NextLatTrainer(Trainer):
     def _with_states(self, batch: Item, cached: CachedStates | None) -> Item:
         row_B = batch.get(ROW)
         if cached is None or row_B is None:
-            return _model_inputs(batch)
-        batch, context = _model_inputs(batch), self.accelerator.autocast()
+            return model_inputs(batch)
+        batch, context = model_inputs(batch), self.accelerator.autocast()
         return {**batch, "states": cached.states(self.objective_model, batch, row_B, context)}
 
     # ---- log ----
@@ -227,12 +227,16 @@ class NextLatTrainer(Trainer):
             if name.endswith("loss") and not math.isfinite(value):
                 held_out = "" if name == "loss" else "held-out "
                 raise self._not_sound(f"the {held_out}loss is {value}")
-        self._check_weights()
+        with nullcontext() if self._shards is None else ranks.together():
+            self._check_weights()
         self._sound_step = self.state.global_step
         super().log(logs, start_time)
 
     def _check_weights(self) -> None:
-        if names := not_finite(self.objective_model.named_parameters()):
+        parameters = self.objective_model.named_parameters()
+        if names := not_finite(
+            (n, p.to_local() if isinstance(p, DTensor) else p) for n, p in parameters
+        ):
             raise self._not_sound(f"{names[0]} is not finite")
 
     def _not_sound(self, told: str) -> NextLatError:
@@ -259,12 +263,11 @@ class NextLatTrainer(Trainer):
         for name, rows in named.items():
             prefix = "_".join(filter(None, (metric_key_prefix, name)))
             ours = self.get_eval_dataloader(rows)
-            # Not divided among the processes, where rows would be counted twice to make it even.
-            size = self.args.per_device_eval_batch_size
+            # Not by the library, which counts rows twice to make it even.
             means = evaluation_loss(
                 self.objective_model,
                 ours.dataset,
-                size,
+                self.args.per_device_eval_batch_size,
                 ours.collate_fn,
                 partial(self._with_states, cached=self.eval_states),
             )
@@ -275,9 +278,17 @@ class NextLatTrainer(Trainer):
 
     # ---- files ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        with ranks.together(), self._whole():
+            self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self._check_weights()
         if self.args.should_save:
+            self._check_weights()
             directory = Path(output_dir or str(self.args.output_dir))
             with no_library_bars():
                 # A frozen LM is written once, and has more names from then on.
@@ -296,7 +307,7 @@ class NextLatTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        with no_library_bars():
+        with no_library_bars(), self._whole(changed=True):
             self.objective_model.load_weights(resume_from_checkpoint)
         checkpoint = Path(resume_from_checkpoint)
         self._written = checkpoint if is_frozen(self.objective_model.lm) else None
@@ -304,15 +315,19 @@ class NextLatTrainer(Trainer):
             self._sound_step = load_trainer_state(checkpoint).global_step
 
     def _load_best_model(self) -> None:
-        self.objective_model.load_weights(str(self.state.best_model_checkpoint))
+        with self._whole(changed=True):
+            self.objective_model.load_weights(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        directory = Path(checkpoint)
+        if checkpoint is None:
+            return
+        directory, model = Path(checkpoint), self.objective_model
         with of_this_run(directory / "optimizer.pt"):
             optimizer = cast(torch.optim.Optimizer, self.optimizer)
-            state = load_state(directory / "optimizer.pt")
+            if self._shards is not None:
+                take_shards(model, optimizer, self._names)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = load_optimizer(directory, parameters, names_of(model, optimizer))
             check_optimizer_state(optimizer, state)
             optimizer.load_state_dict(state)
         with of_this_run(directory / "scheduler.pt"):
@@ -329,6 +344,14 @@ class NextLatTrainer(Trainer):
         with of_this_run(Path(checkpoint or "") / "rng_state.pth"):
             super()._load_rng_state(checkpoint)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._shards is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(Path(output_dir), self.optimizer, self._names)
+        if self.args.should_save:
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         state: Any = self.state
         args = self.args
@@ -337,11 +360,13 @@ class NextLatTrainer(Trainer):
         if state.best_global_step and (best == target or best.is_dir()):
             state.best_model_checkpoint = str(best)
         with self._staged(target) as staging:
-            self.save_model(str(staging), _internal_call=True)
+            with ranks.together():
+                self.save_model(str(staging), _internal_call=True)
+                if not args.save_only_model:
+                    self._save_scaler(str(staging))
+                    self._save_rng_state(str(staging))
             if not args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
-                self._save_scaler(str(staging))
-                self._save_rng_state(str(staging))
             if args.should_save:
                 for callback in [*self.callback_handler.callbacks, self.control]:
                     if isinstance(callback, ExportableState):
@@ -358,13 +383,12 @@ class NextLatTrainer(Trainer):
     def _staged(self, target: Path) -> Iterator[Path]:
         """Every process writes its files into one staging directory, which the first process makes
         and publishes."""
-        if self.args.should_save:
-            with atomic_directory(target) as staging:
-                self.accelerator.wait_for_everyone()
+        with ranks.together(), ExitStack() as published:
+            with ranks.together():
+                staging = staging_directory(target)
+                if self.args.should_save:
+                    staging = published.enter_context(atomic_directory(target))
+            with ranks.together():
                 yield staging
-                self.accelerator.wait_for_everyone()
+            if self.args.should_save:
                 write_sums(staging, read_sums(staging))
-        else:
-            self.accelerator.wait_for_everyone()
-            yield staging_directory(target)
-            self.accelerator.wait_for_everyone()
