@@ -16,6 +16,7 @@ from typer import Argument, Option
 from nextlat import terminal
 from nextlat.errors import NextLatError, first_line
 from nextlat.files import named_directory
+from nextlat.training import ranks
 
 if TYPE_CHECKING:
     from nextlat.training.sweep import Job
@@ -50,6 +51,7 @@ Shown = Annotated[bool, Option(help="Show a progress bar.")]
 
 @app.callback()
 def _plugins(
+    context: typer.Context,
     plugin: Annotated[
         list[str] | None,
         Option(
@@ -59,6 +61,8 @@ def _plugins(
         ),
     ] = None,
 ) -> None:
+    if context.invoked_subcommand != "train":
+        ranks.refuse_several(f"nextlat {context.invoked_subcommand}")
     if not plugin:
         return
     sys.path.insert(0, str(Path.cwd()))
@@ -99,11 +103,14 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [], objective=objective, horizon=horizon, seed=seed)
     if dry_run:
+        ranks.refuse_several("--dry-run")
         return terminal.print_cost(loaded)
     directory = out or named_directory(f"runs/{loaded.run_name}")
     was_finished = is_finished(directory)
     with terminal.bars(progress) as update:
         run_training(loaded, directory, progress=lambda *state: update("training", *state))
+    if not ranks.is_first():
+        return
     if was_finished:
         terminal.say(f"{directory} is finished: it is not trained any further.")
     if evaluate and not (directory / "results.json").exists():

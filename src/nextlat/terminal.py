@@ -14,6 +14,7 @@ import typer.core
 
 from nextlat.errors import NextLatError
 from nextlat.signals import StopSignal
+from nextlat.training import ranks
 
 if TYPE_CHECKING:
     from nextlat.decoding.stats import GenerationStats, Pass
@@ -36,26 +37,31 @@ def no_library_bars() -> None:
 
 
 class Commands(typer.core.TyperGroup):
-    """What the user can mend is one sentence and exit code 2; an interrupt is 130."""
+    """What the user can mend is one sentence and exit code 2; an interrupt is 130. Of several
+    processes that train together, one says it."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with StopSignal():
                 return super().invoke(ctx)
         except NextLatError as error:
-            say(f"error: {str(error).rstrip('.')}.")
-            raise typer.Exit(2) from None
+            return _end(f"error: {str(error).rstrip('.')}.", 2)
         except KeyboardInterrupt as error:
-            say(str(error) or "stopped.")
-            raise typer.Exit(130) from None
+            return _end(str(error) or "stopped.", 130)
         except Exception as error:
             # Of click's errors of usage, whose classes typer has moved.
             tell = getattr(error, "format_message", None)
             if tell is None:
                 raise
             path = getattr(getattr(error, "ctx", None), "command_path", ctx.command_path)
-            say(f"error: {tell().rstrip('.')} (see '{path} --help').")
-            raise typer.Exit(2) from None
+            return _end(f"error: {tell().rstrip('.')} (see '{path} --help').", 2)
+
+
+def _end(sentence: str, code: int) -> None:
+    with ranks.one_voice() as speaks:
+        if speaks:
+            say(sentence)
+    raise typer.Exit(code) from None
 
 
 @contextmanager

@@ -35,6 +35,16 @@ def is_first() -> bool:
     return _number("RANK", 0) == 0
 
 
+def refuse_several(what: str) -> None:
+    """For what one process does.
+
+    Raises:
+        NextLatError: several were started together.
+    """
+    if count() > 1:
+        raise NextLatError(f"{what} runs in one process: start it without torchrun or accelerate.")
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default

@@ -51,7 +51,7 @@ def plugin_of(args: TrainingArguments) -> Any:
             "FSDP divides a model among several processes, and this one is alone: start them with "
             "torchrun, or leave FSDP out."
         )
-    if args.fp16:
+    if args.mixed_precision == "fp16":
         raise NextLatError("FSDP trains an objective model in fp32 or bf16: leave fp16 out.")
     if args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise NextLatError("FSDP shards an objective model uncompiled: leave torch_compile out.")

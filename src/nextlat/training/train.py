@@ -52,6 +52,7 @@ from nextlat.training.run_directory import (
     sole_writer,
 )
 from nextlat.training.run_log import Progress, RunLog
+from nextlat.training.sharding import plugin_of
 from nextlat.training.trainer import NextLatTrainer
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         bf16=run.precision == "bf16",
         # What accelerate is configured for beyond that holds.
         fsdp=cast(Any, run.parallel == "fsdp" and not configured),
+        log_level_replica="error",
         ddp_timeout=int(ranks.NO_TIME_OUT.total_seconds()),
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
@@ -150,6 +152,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
             f"batch_size {recipe.batch_size} cannot be split over {args.world_size} processes with "
             f"gradient_accumulation {recipe.gradient_accumulation}: choose a multiple of {parts}."
         )
+    plugin_of(args)  # refuses what cannot be
     args.per_device_train_batch_size = args.per_device_eval_batch_size = recipe.batch_size // parts
     return args
 

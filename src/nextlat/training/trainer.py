@@ -140,7 +140,7 @@ class NextLatTrainer(Trainer):
         if self.is_fsdp_enabled and self._shards is None:
             optimizer, model = self.create_optimizer(), self.objective_model
             self._names = names_of(model, optimizer)
-            plugin, bf16 = self.accelerator.state.fsdp_plugin, self.accelerator.native_amp
+            plugin, bf16 = self.accelerator.state.fsdp_plugin, self.args.mixed_precision == "bf16"
             self._shards = Shards(model, plugin, self.args.device, bf16=bf16)
             take_shards(model, optimizer, self._names)
         prepared = super()._prepare_for_training(*arguments, **options)
