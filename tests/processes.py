@@ -1,5 +1,5 @@
-"""Trainings with `NextLatTrainer` in one process or several: a script for test_ranks, which torchrun
-and accelerate start; what it is to train is JSON.
+"""Trainings with `NextLatTrainer` in one process or several: a script for test_ranks.py, which
+torchrun and accelerate start; what it is to train is JSON.
 
 A training: {"out": directory, "family": ..., "objective": ..., "rows": ..., "arguments": of
 TrainingArguments, "resume": checkpoint, ...}. The trained model is saved in out/final.
@@ -7,7 +7,6 @@ TrainingArguments, "resume": checkpoint, ...}. The trained model is saved in out
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any

@@ -891,3 +891,39 @@ def test_progress_is_told_after_every_step_with_the_loss_parts(
     assert [(done, total) for _, done, total in told] == [(step, 6) for step in range(1, 7)]
     assert all(name in told[-1][0] for name in ("next_token", "next_h", "kl"))
     assert capfd.readouterr() == ("", "")  # no bar of a library
+
+
+def test_the_weights_of_the_best_evaluation_are_kept_also_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A learning rate that is much too high: the loss rises again.
+    settings = ("run.keep=best", "run.eval_every=1", "run.save_every=3")
+    recipe = tiny(*settings, "optimizer.learning_rate=0.3", "schedule.warmup_steps=4")
+    train(recipe, tmp_path / "best", progress=False)
+    lines = [line for line in metrics(tmp_path / "best") if "eval_loss" in line]
+    losses = {line["step"]: line["eval_next_token"] for line in lines}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 6 and losses[6] > losses[best] + 0.01
+    assert (read_record(tmp_path / "best") or {})["kept"] == best
+    rows = recipe.task.build().eval_dataset()
+    found = evaluation_loss(nextlat.load(tmp_path / "best"), rows, 4)["next_token"]
+    assert found == pytest.approx(losses[best], rel=1e-5)
+
+    with monkeypatch.context() as patch:
+        before_step(patch, best + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "stopped", progress=False)
+    with monkeypatch.context() as patch:  # in the export, after the last step
+        patch.setattr("nextlat.training.train._export", full_disk)
+        with pytest.raises(NextLatError, match="disk"):
+            train(recipe, tmp_path / "stopped", progress=False)
+    train(recipe, tmp_path / "stopped", progress=False)
+    assert largest_difference(tmp_path / "best", tmp_path / "stopped") == 0
+    assert (read_record(tmp_path / "stopped") or {})["kept"] == best
+    last = recipe.model_copy(update={"run": recipe.run.model_copy(update={"keep": "last"})})
+    with pytest.raises(NextLatError, match=r"differs in run\.keep"):
+        train(last, tmp_path / "stopped", progress=False)
+
+
+def full_disk(*arguments: Any, **options: Any) -> None:
+    raise NextLatError("the disk is full")

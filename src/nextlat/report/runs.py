@@ -15,8 +15,7 @@ from nextlat.errors import NextLatError
 from nextlat.objectives import OBJECTIVES
 from nextlat.results import RESULTS, SCORES, MeasuredMetric, Result, read_results, read_scores
 from nextlat.scores import Score
-from nextlat.training.recipe import differences
-from nextlat.training.run_directory import read_finished, read_metrics
+from nextlat.training.run_directory import differences, read_finished, read_metrics
 
 
 @dataclass(frozen=True, eq=False)

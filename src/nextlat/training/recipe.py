@@ -112,6 +112,8 @@ class RunSettings(Settings):
     Attributes:
         save_every: 0 = only at the end.
         keep_checkpoints: the newest so many; 0 = one while training, none when finished.
+        keep: the weights after the last step, or of the best evaluation: of all, at each of which
+            is then saved, the one with the lowest next-token loss (frozen: loss).
         log_every: also the window over which losses are averaged.
         eval_every: 0 = only at the end.
         report_to: any of tensorboard, wandb, trackio, besides metrics.jsonl.
@@ -125,6 +127,7 @@ class RunSettings(Settings):
 
     save_every: StepsOrZero = 0
     keep_checkpoints: StepsOrZero = 1
+    keep: Literal["last", "best"] = "last"
     log_every: Steps = 10
     eval_every: StepsOrZero = 0
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -386,15 +389,3 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError, RecursionError):
         return text
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], table: str = "") -> list[str]:
-    """Dotted keys in which two recipes, as `to_dict` gives them, differ."""
-    keys = []
-    for key in {**old, **new}:
-        full, a, b = f"{table}.{key}".lstrip("."), old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            keys += differences(a, b, full)
-        elif a != b:
-            keys.append(full)
-    return keys

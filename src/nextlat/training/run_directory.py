@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -80,6 +80,7 @@ class Record(Settings):
         started: UTC.
         resumed_at: optimiser steps from which it went on.
         steps: optimiser steps, of a finished run, as all that follow are.
+        kept: the step whose weights they are.
         tokens: trained on, padding left out.
         seconds: of training.
         finished: UTC.
@@ -101,6 +102,7 @@ class Record(Settings):
     started: str = ""
     resumed_at: list[int] = []
     steps: int = 0
+    kept: int | None = None
     tokens: int = 0
     seconds: float = Field(default=0.0, ge=0)
     finished: str = ""
@@ -293,3 +295,15 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+" if changed else "")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], table: str = "") -> list[str]:
+    """Dotted keys in which two recipes, as `to_dict` gives them, differ."""
+    keys = []
+    for key in {**old, **new}:
+        full, a, b = f"{table}.{key}".lstrip("."), old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differences(a, b, full)
+        elif a != b:
+            keys.append(full)
+    return keys

@@ -42,10 +42,11 @@ from nextlat.training.checkpoints import (
     rotate_checkpoints,
 )
 from nextlat.training.held_out import collate
-from nextlat.training.recipe import Recipe, differences
+from nextlat.training.recipe import Recipe
 from nextlat.training.run_directory import (
     FORMAT,
     RECORD,
+    differences,
     provenance,
     read_record,
     refuse_foreign_directory,
@@ -59,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"wsd": "warmup_stable_decay", "cosine": "cosine", "linear": "linear"}
 STATES = "states"
-FIXED = ("run.precision", "run.compile")  # the settings of a run that its result depends on
+FIXED = ("run.precision", "run.compile", "run.keep")  # of a run, they change its result
 
 
 class Interrupted(KeyboardInterrupt):
@@ -96,11 +97,12 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
             'accelerate is configured for FSDP, and the recipe for run.parallel = "ddp": set '
             "run.parallel=fsdp, or leave out accelerate's."
         )
+    decay = {"num_decay_steps": schedule.decay_steps, "decay_type": "linear"}
     scheduler = SCHEDULERS.get(
         schedule.name, "constant_with_warmup" if schedule.warmup_steps else "constant"
     )
-    decay = {"num_decay_steps": schedule.decay_steps, "decay_type": "linear"}
-    on_cpu = not torch.cuda.is_available()
+    on_cpu, best = not torch.cuda.is_available(), run.keep == "best"
+    criterion = "loss" if recipe.backbone.frozen else "next_token"
     for tool in run.report_to:
         if find_spec(tool) is None:
             raise NextLatError(
@@ -128,7 +130,10 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=run.eval_every or recipe.steps,
         save_strategy="steps",
-        save_steps=run.save_every or recipe.steps,
+        save_steps=(run.eval_every if best else run.save_every) or recipe.steps,
+        load_best_model_at_end=best,
+        metric_for_best_model=criterion if best else None,
+        greater_is_better=False,
         save_total_limit=max(run.keep_checkpoints, 1),
         report_to=list(run.report_to) or "none",
         run_name=recipe.run_name,
@@ -158,8 +163,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
 
 
 class FirstRows(Dataset[Item]):
-    """The first `count` rows of a dataset, begun again where it ends: exactly the rows of one run,
-    in order.
+    """The first `count` rows of a dataset, begun again where it ends: those of one run, in order.
 
     Rows are independent draws (see `tasks`), so there is nothing to shuffle, and a resumed run
     finds its position by counting.
@@ -326,14 +330,16 @@ def _train(
             raise Interrupted(out, done, stop.received or signal.SIGINT)
     else:  # killed during the export: only that is left to do
         assert checkpoint is not None
-        trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = load_trainer_state(checkpoint)
+        kept = trainer.state.best_global_step or step
+        trainer._load_from_checkpoint(str(checkpoint.with_name(f"checkpoint-{kept}")))
     with ranks.together():
         _export(trainer, out, first=first)
         if first:
             finished = {
                 "status": "finished",
                 "steps": recipe.steps,
+                "kept": trainer.state.best_global_step or recipe.steps,
                 "tokens": trainer.state.num_input_tokens_seen,
                 "seconds": log.seconds,
                 "finished": _now(),

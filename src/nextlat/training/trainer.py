@@ -315,8 +315,9 @@ class NextLatTrainer(Trainer):
             self._sound_step = load_trainer_state(checkpoint).global_step
 
     def _load_best_model(self) -> None:
-        with self._whole(changed=True):
-            self.objective_model.load_weights(str(self.state.best_model_checkpoint))
+        best = Path(self.args.output_dir or "") / f"checkpoint-{self.state.best_global_step}"
+        with no_library_bars(), self._whole(changed=True):
+            self.objective_model.load_weights(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
