@@ -37,6 +37,7 @@ def rows(kind: str) -> list[dict[str, torch.Tensor]]:
 def model(training: dict[str, Any]) -> nextlat.ObjectiveModel:
     family, objective = training.get("family", "llama"), training.get("objective", "nextlat")
     llama = family == "llama"
+    torch.manual_seed(int(os.environ.get("RANK", 0)))  # the first process's weights must hold
     lm: Any = nextlat.llama(50, layers=2, width=32) if llama else tiny_lm(family)
     lm.requires_grad_(not training.get("frozen"))
     if "base" in training:
@@ -44,7 +45,6 @@ def model(training: dict[str, Any]) -> nextlat.ObjectiveModel:
 
         lm = AutoModelForCausalLM.from_pretrained(training["base"])
         lm = get_peft_model(lm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    torch.manual_seed(0)
     config = OBJECTIVES[objective][0](**CONFIGS.get(objective, {}))
     return nextlat.attach(lm, config)
 

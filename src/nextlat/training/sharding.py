@@ -114,7 +114,7 @@ class Shards:
     """An objective model whose weights lie in shards, made so in place.
 
     Args:
-        model: the same on all processes.
+        model: the weights of the first process hold, as in DDP.
         plugin: see `plugin_of`.
         device: of this process.
         bf16: compute in it under autocast, as without shards: the weights that are gathered are
@@ -128,6 +128,9 @@ class Shards:
         self, model: ObjectiveModel, plugin: Any, device: torch.device, *, bf16: bool
     ) -> None:
         self._model = model
+        with torch.no_grad():  # those of the first process hold, as in DDP
+            for x in (*model.parameters(), *model.buffers()):
+                x.copy_(_of_first(x, device))
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         layers = units(model, plugin)
         self._scalars = {name for name, p in model.named_parameters() if p.ndim == 0}
@@ -176,6 +179,12 @@ class Shards:
         with torch.no_grad():
             for p in self._model.parameters() if changed else ():
                 p.copy_(_like(p, pieces[id(p)]))
+
+
+def _of_first(x: Tensor, device: torch.device) -> Tensor:
+    sent = x.detach().to(device).contiguous()
+    torch.distributed.broadcast(sent, 0)
+    return sent.to(x.device)
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
