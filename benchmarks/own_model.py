@@ -17,7 +17,8 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class Bench(Texts):
             self.train_lora()
         for settings in () if self.measure_now else STUDIES:
             name = "-".join(f"{key}{value}" for key, value in settings.items())
-            self.train(f"study-{name}", self.study_steps, settings)
+            study = self.train(f"study-{name}", self.study_steps, settings)
+            self.once(f"study-{name}, acceptance", partial(self.greedily, study))
 
     def train_lora(self) -> None:
         """An adapter trained together with the dynamics, measured like the frozen model."""
@@ -204,14 +206,23 @@ class Bench(Texts):
             found[kind] = {"before": first, "after": after}
         return found
 
-    def acceptance(self, model: ObjectiveModel) -> dict[str, Any]:
+    def greedily(self, run: Path) -> dict[str, Any]:
+        """`acceptance` in short."""
+        return self.acceptance(load(run), (0.0,), prompts=4)
+
+    def acceptance(
+        self,
+        model: ObjectiveModel,
+        temperatures: Sequence[float] = (0.0, TEMPERATURE),
+        prompts: int = 8,
+    ) -> dict[str, Any]:
         """1 + s_1 + ... + s_k tokens a cycle, s_j = share of cycles that keep the j-th token."""
         found: dict[str, Any] = {}
         for kind in KINDS:
-            for temperature in (0.0, TEMPERATURE):
+            for temperature in temperatures:
                 options = sampling(temperature)
                 total = GenerationStats()
-                for n, prompt in enumerate(self.prompts(kind, 8)):
+                for n, prompt in enumerate(self.prompts(kind, prompts)):
                     generator = torch.Generator().manual_seed(n)
                     stats = model.generate(
                         prompt[None],
