@@ -13,6 +13,7 @@ than LONG steps and the others, and judged on those below.
 """
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def chosen_limit(runs: Sequence[dict[str, Any]]) -> tuple[float, int]:
     """The KL that divides those that wait from the others with the fewest errors, and how many;
     between two runs, at the geometric mean."""
     kls = sorted(run["kl"] for run in runs)
-    limits = [math.sqrt(a * b) for a, b in zip(kls, kls[1:], strict=False)]
+    limits = [math.sqrt(a * b) for a, b in itertools.pairwise(kls)]
     errors = [sum((run["kl"] < x) != waits(run) for run in runs) for x in limits]
     best = int(np.argmin(errors))
     return limits[best], errors[best]
@@ -123,13 +124,13 @@ def picture(
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=Path, help="STUDY.json of studies.py path-star-basins")
     parser.add_argument("--out", type=Path, required=True, help="JSON; the picture lies beside it")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     runs, curves = list[dict[str, Any]](), dict[Any, Any]()
     for row in json.loads(args.study.read_text())["variants"]:
         for seed, one in row["seeds"].items():

@@ -113,3 +113,32 @@ def test_from_the_command_to_table_file_and_picture(
         assert f"| no KL | {found['next_token_loss']:.3f} |" in capsys.readouterr().out
         (tmp_path / "city-tiny.png").unlink()
     assert read_runs([tmp_path / "city-tiny" / "no-KL" / "s4"])[0].result.seed == 4
+
+
+def test_basins_are_told_by_the_kl_where_the_branch_is_guessed(tmp_path: Path) -> None:
+    basins = load_benchmark("basins")
+    steps = list(range(20, 1020, 20))
+
+    def run(kl: float, escape: int, found: int | None) -> dict[str, object]:
+        """Comes down to the loss of guessing, 0.231, by step 200, and leaves it at `escape`."""
+        loss = [max(0.24, 3 - 0.0138 * s) if s < escape else 0.01 for s in steps]
+        curves = {"next_token": [steps, loss], "kl": [steps, [kl] * len(steps)]}
+        return {"curves": curves, "found_at": found, "exact_path_accuracy": float(bool(found))}
+
+    seeds = {
+        "10": run(0.10, 220, 400), "11": run(0.09, 240, 400), "12": run(0.05, 800, 900),
+        "13": run(0.04, 5000, None), "0": run(0.08, 220, 400), "1": run(0.03, 5000, None),
+        "2": run(0.08, 5000, None),
+    }  # fmt: skip
+    row = {"variant": "v", "recipe": "path-star-small", "objective": "nextlat", "settings": []}
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps({"variants": [{**row, "seeds": seeds}]}))
+    basins.main([str(study), "--out", str(tmp_path / "basins.json")])
+    told = json.loads((tmp_path / "basins.json").read_text())
+    assert 0.05 < told["limit"] < 0.09
+    assert told["chosen_on"] == {"runs": 4, "wrong": 0}
+    assert told["judged_on"] == {"runs": 3, "wrong": 1}  # seed 2 stays, though its KL is high
+    assert told["shares"]["chosen"]["v"]["found"] == 3 and told["shares"]["chosen"]["v"]["of"] == 4
+    low, high = told["shares"]["chosen"]["v"]["interval"]
+    assert 0.25 < low < 0.35 and 0.9 < high < 1
+    assert (tmp_path / "basins.png").stat().st_size > 10_000
