@@ -107,7 +107,7 @@ def train(
         return terminal.print_cost(loaded)
     directory = out or named_directory(f"runs/{loaded.run_name}")
     was_finished = is_finished(directory)
-    with terminal.bars(progress) as update:
+    with terminal.bars(progress) as update, ranks.survivors():
         run_training(loaded, directory, progress=lambda *state: update("training", *state))
     if not ranks.is_first():
         return

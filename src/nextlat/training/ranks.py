@@ -158,6 +158,24 @@ def _sentence(error: Exception) -> str:
     return f"another process ended with {type(error).__name__}: {first_line(error)}."
 
 
+@contextmanager
+def survivors() -> Iterator[None]:
+    """What the others are told when a process is gone without a word.
+
+    Raises:
+        NextLatError: one is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not several() or not re.search("gloo|nccl", f"{type(error).__name__} {error}", re.I):
+            raise
+        raise NextLatError(
+            "another of the processes is gone (killed, or out of memory): the same command goes on "
+            "from the last checkpoint."
+        ) from error
+
+
 class Agreement:
     """Whether any process has asked for something, known to all of them at the same step: the
     answer to the question of the step before, so that nobody waits for it."""

@@ -6,6 +6,7 @@ the embeddings from there, apart from the transformer and several times.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from nextlat.errors import NextLatError, first_line
 from nextlat.model import ObjectiveModel
 from nextlat.training import ranks
 from nextlat.training.checkpoints import OF_PARAMETER_SHAPE, SHARDS, load_state
+from nextlat.weights import FSDP
 
 # Methods that compute with weights, besides `forward`; all processes call them together.
 METHODS = ("acceptance", "generate", "hidden", "next_token_logits", "next_token_loss", "step")
@@ -152,9 +154,11 @@ class Shards:
         kept = changed or ranks.is_first()
         hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         for module in self._model.modules():
+            tables: list[dict[int, Any]] = [module._load_state_dict_post_hooks]
             if isinstance(module, FSDPModule):
                 module.reshard()
-                hooks += [(h, {**h}) for h in (module._forward_pre_hooks, module._forward_hooks)]
+                tables += [module._forward_pre_hooks, module._forward_hooks]
+            hooks += [(table, {**table}) for table in tables if table]
         shards = dict(self._model.named_parameters(remove_duplicate=False))
         pieces = dict[int, nn.Parameter]()
         for name, p in self._model.named_parameters():
@@ -167,7 +171,7 @@ class Shards:
                 _set(self._model, name, pieces[id(p)])
             for table, before in hooks:  # a save may run the model, on this process alone
                 for number, hook in before.items():
-                    if "fsdp" in type(getattr(hook, "__self__", None)).__module__:
+                    if getattr(hook, "__module__", "").startswith(FSDP):
                         del table[number]
             yield
         finally:
@@ -275,7 +279,9 @@ def load_optimizer(directory: Path, parameters: Sequence[Tensor], names: Sequenc
             # What no file holds stays NaN.
             read[full_name] = torch.full_like(like, torch.nan, dtype=of_tensor.properties.dtype)
             state["state"].setdefault(known[name], {})[key] = read[full_name]
-        checkpoint.load(read, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it reads alone, which is what it is to do
+            checkpoint.load(read, storage_reader=reader, no_dist=True)
         for full_name, x in read.items():
             if not torch.isfinite(x.to_local() if isinstance(x, DTensor) else x).all():
                 raise ValueError(f"{full_name} is not whole")
