@@ -92,10 +92,11 @@ def train(training: dict[str, Any]) -> Any:
         eval_dataset=data[:5],
         callbacks=[Stop(*training["stop"])] if "stop" in training else [],
     )
+    before = trainer.evaluate()  # which is of one model, too
     trainer.train(resume_from_checkpoint=training.get("resume"))
     trainer.save_model(str(out / "final"))
     if trainer.args.process_index == 0:
-        (out / "log.json").write_text(json.dumps(trainer.state.log_history))
+        (out / "log.json").write_text(json.dumps([before, *trainer.state.log_history]))
     return trainer
 
 

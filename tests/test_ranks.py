@@ -206,6 +206,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "by size": ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "by their size"),
     "offload": ({"fsdp_config": {"cpu_offload": True}}, "cpu_offload"),
     "checkpointing": ({"fsdp_config": {"activation_checkpointing": True}}, "gradient_checkpoint"),
+    "not asked for": ({"fsdp": False, "config": {"version": 2}}, "without fsdp=True"),
+    "unknown": ({"fsdp": True, "world": 2, "config": {"wrap": "Linear"}}, "has wrap, which FSDP2"),
+    "of FSDP1": ({"fsdp": True, "world": 2, "config": {"limit_all_gathers": True}}, "leave it out"),
+    "each node": ({"fsdp": True, "world": 2, "each_node": True}, "one directory"),
 }
 
 
@@ -232,9 +236,15 @@ class Arguments:
         mixed_precision: str = "no",
         torch_compile: bool = False,
         fsdp_plugin_args: Any = None,
+        config: Any = None,
+        each_node: bool = False,
     ) -> None:
         self.fsdp, self.world_size, self.mixed_precision = fsdp, world, mixed_precision
-        self.torch_compile, self.fsdp_plugin_args = torch_compile, fsdp_plugin_args
+        self.torch_compile, self.fsdp_plugin_args = (
+            torch_compile,
+            fsdp_plugin_args or {"fsdp_version": 2},
+        )
+        self.fsdp_config, self.save_on_each_node = config, each_node
 
 
 ENVIRONMENT = {

@@ -109,6 +109,7 @@ def train(
     was_finished = is_finished(directory)
     with terminal.bars(progress) as update, ranks.survivors():
         run_training(loaded, directory, progress=lambda *state: update("training", *state))
+    ranks.leave()
     if not ranks.is_first():
         return
     if was_finished:

@@ -116,6 +116,15 @@ def join() -> None:
         distributed.init_process_group("gloo", timeout=NO_TIME_OUT)
 
 
+def leave() -> None:
+    """Part from the other processes when the work in common is done: what the first one does from
+    here on, it does alone."""
+    if several():
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
 def several() -> bool:
     """Whether this process has met others."""
     from torch import distributed
@@ -125,6 +134,22 @@ def several() -> bool:
         and distributed.is_initialized()
         and (distributed.get_world_size() > 1)
     )
+
+
+def share_weights(model: Any, device: Any) -> None:
+    """Let the weights of the first process be those of all, as DDP does when training begins; what
+    is evaluated before would be several models.
+
+    Args:
+        model: of the same architecture on all processes.
+        device: on which they talk to each other.
+    """
+    from torch import distributed
+
+    for x in (*model.parameters(), *model.buffers()):
+        sent = x.detach().to(device).contiguous()
+        distributed.broadcast(sent, 0)
+        x.detach().copy_(sent)
 
 
 @contextmanager

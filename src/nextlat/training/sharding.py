@@ -37,6 +37,17 @@ REFUSED = {
     "of FSDP's activation_checkpointing",
     "ignored_modules": "every weight is sharded: leave ignored_modules out",
 }
+# Of the Trainer's `fsdp_config`, which takes and forgets whatever else is in it.
+HEEDED = {
+    "version",
+    "auto_wrap_policy",
+    "transformer_layer_cls_to_wrap",
+    "cpu_offload",
+    "cpu_ram_efficient_loading",
+    "activation_checkpointing",
+    "reshard_after_forward",
+    "state_dict_type",  # of either type, weights are saved in one piece and the optimiser in shards
+}
 
 
 def plugin_of(args: TrainingArguments) -> Any:
@@ -46,6 +57,9 @@ def plugin_of(args: TrainingArguments) -> Any:
     Raises:
         NextLatError: a setting that would be ignored, or cannot work.
     """
+    config: Any = args.fsdp_config or {}
+    if config and not args.fsdp:
+        raise NextLatError("fsdp_config does nothing without fsdp=True: set that, or leave it out.")
     if not (args.fsdp or ranks.asked("ACCELERATE_USE_FSDP")):
         return None
     if args.world_size == 1:
@@ -65,6 +79,13 @@ def plugin_of(args: TrainingArguments) -> Any:
         raise NextLatError(
             "FSDP1 cannot train an objective model, whose parts are called apart: set "
             "fsdp_config['version'] to 2 (fsdp_version in a configuration of accelerate)."
+        )
+    if unheeded := sorted(name for name, value in config.items() if value and name not in HEEDED):
+        raise NextLatError(f"fsdp_config has {unheeded[0]}, which FSDP2 has not: leave it out.")
+    if args.save_on_each_node:
+        raise NextLatError(
+            "with FSDP all processes write into one directory: leave save_on_each_node out, and let "
+            "output_dir be one that all machines see."
         )
     for name, way_out in REFUSED.items():
         value = getattr(plugin, name)
@@ -116,7 +137,7 @@ class Shards:
     """An objective model whose weights lie in shards, made so in place.
 
     Args:
-        model: the weights of the first process hold, as in DDP.
+        model: the same on all processes.
         plugin: see `plugin_of`.
         device: of this process.
         bf16: compute in it under autocast, as without shards: the weights that are gathered are
@@ -130,9 +151,6 @@ class Shards:
         self, model: ObjectiveModel, plugin: Any, device: torch.device, *, bf16: bool
     ) -> None:
         self._model = model
-        with torch.no_grad():  # those of the first process hold, as in DDP
-            for x in (*model.parameters(), *model.buffers()):
-                x.copy_(_of_first(x, device))
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         layers = units(model, plugin)
         self._scalars = {name for name, p in model.named_parameters() if p.ndim == 0}
@@ -183,12 +201,6 @@ class Shards:
         with torch.no_grad():
             for p in self._model.parameters() if changed else ():
                 p.copy_(_like(p, pieces[id(p)]))
-
-
-def _of_first(x: Tensor, device: torch.device) -> Tensor:
-    sent = x.detach().to(device).contiguous()
-    torch.distributed.broadcast(sent, 0)
-    return sent.to(x.device)
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

@@ -121,6 +121,8 @@ class NextLatTrainer(Trainer):
         self._accepted: Tensor | int = 0
         self._sound_step = 0
         super().create_accelerator_and_postprocess()
+        if ranks.several():
+            ranks.share_weights(self.model, args.device)
         if plugin is not None:
             # accelerate has FSDP on no CPU, and tells of it whoever comes later in this process.
             state = self.accelerator.state
