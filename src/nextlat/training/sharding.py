@@ -84,8 +84,8 @@ def plugin_of(args: TrainingArguments) -> Any:
         raise NextLatError(f"fsdp_config has {unheeded[0]}, which FSDP2 has not: leave it out.")
     if args.save_on_each_node:
         raise NextLatError(
-            "with FSDP all processes write into one directory: leave save_on_each_node out, and let "
-            "output_dir be one that all machines see."
+            "with FSDP all processes write into one directory: leave save_on_each_node out, and "
+            "let output_dir be one that all machines see."
         )
     for name, way_out in REFUSED.items():
         value = getattr(plugin, name)
