@@ -106,9 +106,9 @@ def picture(
         right.plot(run["kl"], max(waited, 10), mark, color=colour, ms=5)
     guessing = runs[0]["guessing"]
     left.axvline(NEAR * guessing, color="0.6", lw=0.8)
-    left.text(NEAR * guessing * 0.97, 2.2e-3, "the verdict", rotation=90, fontsize=8, color="0.4")
+    left.text(NEAR * guessing * 1.03, 2.2e-3, "the verdict", rotation=90, fontsize=8, color="0.4")
     left.axvline(guessing, color="0.6", lw=0.8, ls=":")
-    left.text(guessing * 0.97, 2.2e-3, "branch guessed", rotation=90, fontsize=8, color="0.4")
+    left.text(guessing * 0.86, 2.2e-3, "branch guessed", rotation=90, fontsize=8, color="0.4")
     left.plot([NEAR * guessing], [limit], "k_", ms=14)
     left.set(xscale="log", yscale="log", xlim=(0.8, 4e-3), ylim=(2e-3, 0.6))
     left.set(xlabel="next-token loss, nats", ylabel="KL, nats", title="From right to left in time")
@@ -116,6 +116,10 @@ def picture(
     left.set_xlim(4e-3, 0.8)
     right.axvline(limit, color="k", lw=0.8)
     right.set(xscale="log", yscale="log", xlabel="KL at the verdict, nats")
+    right.set_xticks(
+        [0.03, 0.05, 0.1, 0.2, 0.3], ["0.03", "0.05", "0.1", "0.2", "0.3"], minor=False
+    )
+    right.set_xticks([], minor=True)
     right.set(ylabel="steps waited on the plateau", title="x: not found within the run")
     for name, colour in colours.items():
         right.plot([], [], "o", color=colour, label=name)

@@ -30,14 +30,14 @@ from nextlat.decoding.stats import GenerationStats
 from nextlat.model import ObjectiveModel, attach, load
 from nextlat.scores import exp_score
 from nextlat.tasks.task import held_out_cross_entropy
-from nextlat.tasks.text.tokens import PackedDocuments, Tokens
+from nextlat.tasks.text.packed import PackedDocuments
 from nextlat.training.checkpoints import checkpoint_step, last_complete_checkpoint
 from nextlat.training.recipe import load_recipe
 from nextlat.training.run_directory import is_finished, read_metrics
 from nextlat.training.train import Interrupted, train
 from own_model_lora import curve as lora_curve
 from own_model_lora import train_lora
-from own_model_text import KINDS, NEW, TEMPERATURE, OutOfTime, Texts, padded
+from own_model_text import KINDS, NEW, TEMPERATURE, Listed, OutOfTime, Texts, padded
 
 LONGEST = 6  # tokens of a draft
 # Costs in units of a plain pass: c of a draft step, v of a verification (docs/log.md).
@@ -197,7 +197,8 @@ class Bench(Texts):
         found: dict[str, Any] = {"weights equal to the bit": equal}
         for kind in KINDS:
             documents = self.held_out(kind)
-            tokens = Tokens(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+            starts = np.cumsum([0, *map(len, documents)])
+            tokens = Listed(np.concatenate(documents), starts, self.out)
             rows = PackedDocuments(tokens, 256, seed=None, rows=8)
             first, after = (
                 round(exp_score(held_out_cross_entropy(m, rows, batch_size=8)).value, 3)

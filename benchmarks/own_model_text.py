@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nextlat.tasks import TASKS
 from nextlat.tasks.task import TaskConfig
+from nextlat.tasks.text.shards import Sums, Tokens
 from nextlat.tasks.text.text import Text, TextConfig
-from nextlat.tasks.text.tokens import Tokens
 
 KINDS = ("chat", "stories", "wikitext")
 HELD_OUT = 16  # documents of each kind
@@ -22,6 +22,31 @@ PROMPT, NEW = 32, 64  # tokens of a prompt (of text), of its continuation
 TEMPERATURE = 0.7
 CHAT_TRAIN, CHAT_TOKENS, CHAT_BATCH = 192, 128, 16
 CHAT_COPIES = 4  # of each chat in the corpus, whose other parts are much longer
+
+
+class Listed(Tokens):
+    """Documents that are few enough for the memory.
+
+    Args:
+        ids: (N,) tokens.
+        starts: (C + 1,) where documents begin, from 0 to N.
+        directory: of the file that they are from.
+    """
+
+    directory = Path()
+    scored = False
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, directory: Path) -> None:
+        self._ids, self._first, self.directory = ids, starts, directory
+        self.sizes = np.diff(starts).astype(np.uint32)
+        self._starts, self.total = Sums(self.sizes), len(ids)
+        self._open = {}
+
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._ids[self._first[index] : self._first[index + 1]][start:stop]
+
+    def parts(self) -> Iterator[np.ndarray]:
+        yield from (self._first, self._ids)
 
 
 class OwnTextConfig(TaskConfig):
@@ -48,7 +73,7 @@ class OwnText(Text):
         self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
         self.max_length = 256
         self.train, self.held_out = (
-            Tokens(stored[f"{part}_ids"], stored[f"{part}_starts"])
+            Listed(stored[f"{part}_ids"], stored[f"{part}_starts"], Path(config.directory))
             for part in ("train", "held_out")
         )
 
@@ -152,7 +177,7 @@ class Texts:
 
     def held_out(self, kind: str) -> list[np.ndarray]:
         stored = np.load(self.out / "corpus.npz")
-        tokens = Tokens(stored["held_out_ids"], stored["held_out_starts"])
+        tokens = Listed(stored["held_out_ids"], stored["held_out_starts"], self.out)
         first = KINDS.index(kind) * HELD_OUT
         return [tokens.document(i).astype(np.int64) for i in range(first, first + HELD_OUT)]
 

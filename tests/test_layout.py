@@ -1,6 +1,7 @@
 """The house: what the README says of it is so, and imports go one way through it."""
 
 import ast
+import importlib
 import re
 from collections import Counter
 from graphlib import TopologicalSorter
@@ -96,3 +97,12 @@ def test_lines_are_at_most_a_hundred_characters() -> None:
         if len(line) > 100
     ]
     assert wide == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_what_benchmarks_import_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nextlat"):
+            module = importlib.import_module(node.module or "")
+            missing = [x.name for x in node.names if not hasattr(module, x.name)]
+            assert not missing, f"{node.module} has no {', '.join(missing)}"
