@@ -163,9 +163,9 @@ class AdaptiveLength:
         return length
 
     def rests(self, tokens: int) -> bool:
-        """Whether a row can have so many tokens without anybody asking for a plan: drafts have long
-        not paid, and no probe is due. The tokens count as idle cycles."""
-        if self._rest < self.RAREST or self._idle >= self._rest:
+        """Whether a row can have so many tokens without anybody asking for a plan: a probe was in
+        vain, and none is due. The tokens count as idle cycles."""
+        if self._rest <= self.PROBE or self._idle >= self._rest:
             return False
         self._idle += tokens
         return True
