@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nextlat.errors import NextLatError
 from nextlat.objectives import NextLatConfig, NextTokenConfig
-from nextlat.training.recipe import Recipe, built_in_recipes, differences, load_recipe
+from nextlat.training.recipe import Recipe, built_in_recipes, load_recipe
+from nextlat.training.run_directory import differences
 
 MINIMAL = """
 task.name = "streets"
