@@ -110,8 +110,6 @@ def main() -> None:
             train(training)
         except NextLatError as error:
             Path(training["out"] + f".{os.environ['RANK']}.error").write_text(str(error))
-    if torch.distributed.is_initialized():  # gloo may abort a process whose peer is gone first
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -278,3 +278,26 @@ def test_a_trainer_with_fsdp_but_one_process_says_so(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), fsdp=True, use_cpu=True, report_to="none")
     with pytest.raises(NextLatError, match="this one is alone"):
         nextlat.NextLatTrainer(attach(tiny_lm("llama"), NextLatConfig()), args)
+
+
+ENDS_EARLY = """
+import sys, time
+import torch
+from torch import distributed
+from nextlat.training import ranks
+
+ranks.join()
+sys.setswitchinterval(100)
+for _ in range(9):  # nobody but gloo holds these tensors
+    distributed.all_reduce(torch.ones(9), async_op=True)
+until = time.monotonic() + 0.5
+while time.monotonic() < until:  # the interpreter is busy when the messages arrive, and then ends
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_script_may_end_while_gloo_still_holds_tensors(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(ENDS_EARLY)
+    done = run(tmp_path / "ends.py", processes=2)
+    assert done.returncode == 0, done.stderr

@@ -4,8 +4,10 @@ and which of them speaks.
 The first one (rank 0) writes, evaluates and times. Nothing here needs torch before it is called.
 """
 
+import atexit
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,6 +19,7 @@ OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Under torchrun a process that dies ends the others: none is ever waited for in vain.
 NO_TIME_OUT = timedelta(days=365)
 PATIENCE = timedelta(seconds=10)  # of a process that keeps silent, until another has spoken
+SETTLING = 0.5  # seconds for the threads of gloo, which need microseconds
 NOT_OURS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -114,6 +117,19 @@ def join() -> None:
     # As accelerate would, which gives gloo a time-out that nobody can set.
     if count() > 1 and not torch.cuda.is_available() and not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=NO_TIME_OUT)
+        settle_at_exit()
+
+
+def settle_at_exit() -> None:
+    """Let the threads of gloo finish before the interpreter ends. They may still hold tensors when
+    the last message has long arrived, and a thread that has to wait for a dying interpreter to give
+    them back aborts the process (SIGABRT, PyTorch issue 190489)."""
+    atexit.unregister(_settle)
+    atexit.register(_settle)
+
+
+def _settle() -> None:
+    time.sleep(SETTLING)
 
 
 def leave() -> None:
@@ -241,8 +257,6 @@ def one_voice() -> Iterator[bool]:
     if store is None:  # nobody can be asked: what is wrong so early is so for all
         speaks = is_first()
         if not speaks:
-            import time
-
             time.sleep(PATIENCE.total_seconds() / 2)
         yield speaks
         return

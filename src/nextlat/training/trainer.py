@@ -123,6 +123,7 @@ class NextLatTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if ranks.several():
             ranks.share_weights(self.model, args.device)
+            ranks.settle_at_exit()
         if plugin is not None:
             # accelerate has FSDP on no CPU, and tells of it whoever comes later in this process.
             state = self.accelerator.state
