@@ -7,12 +7,14 @@ was run. A built-in recipe in a study's place asks what one change of it does to
     python benchmarks/studies.py path-star run.precision=bf16 --seeds 0 1 2 3 4 --jobs 1  # a GPU
 
 Every variant is trained with every seed, all variants of one seed before the next. Stopped
-anywhere, the same command goes on where it was; what is finished is not trained again, and
-`--collect` trains nothing. Prints a Markdown table, one line for every variant with the value of
-every seed, and writes STUDY.json (metrics, learning curves, seconds) and STUDY.png into --results.
+anywhere, the same command goes on where it was, and `--collect` trains nothing. Prints a Markdown
+table, one line for every variant with the value of every seed, and writes STUDY.json (metrics,
+learning curves) and STUDY.png into --results after every seed. What is in that file already is not
+trained again, so that a study can be divided among machines and its runs be deleted.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,17 +60,60 @@ def job(study: Study, name: str, one: Variant, seed: int, out: Path) -> Job:
     return Job(one.recipe, one.objective, seed, steps, folder / f"s{seed}", one.settings, label)
 
 
-def collect(study: Study, planned: Mapping[str, Mapping[int, Job]]) -> list[dict[str, Any]]:
-    """A row for each variant: its settings, and of each finished seed the metrics and curves."""
+def about(name: str, one: Variant) -> dict[str, Any]:
+    """What a row says of its variant: seeds of rows that say the same belong together."""
+    return {
+        "variant": name,
+        "recipe": one.recipe,
+        "objective": one.objective,
+        "settings": [*one.settings],
+    }
+
+
+def known(path: Path) -> dict[str, dict[str, Any]]:
+    """Variant -> its row in STUDY.json; empty where there is no such file yet."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["variants"]
+    return {
+        row["variant"]: {**row, "seeds": {int(s): one for s, one in row["seeds"].items()}}
+        for row in rows
+    }
+
+
+def seeds_known(study: Study, name: str, path: Path) -> Seeds:
+    """What STUDY.json has of a variant as the study declares it now."""
+    row = known(path).get(name, {})
+    if any(row.get(key) != value for key, value in about(name, study.variants[name]).items()):
+        return {}
+    return row["seeds"]
+
+
+def collect(
+    study: Study, planned: Mapping[str, Mapping[int, Job]], path: Path
+) -> list[dict[str, Any]]:
+    """A row for each variant: its settings, and of each finished seed, here or in the STUDY.json at
+    `path`, the metrics and curves."""
     rows = []
     for name, by_seed in planned.items():
         done = {seed: job.directory for seed, job in by_seed.items() if job.done}
         runs = {seed: read_runs([directory])[0] for seed, directory in done.items()}
-        one = study.variants[name]
-        about = {"recipe": one.recipe, "objective": one.objective, "settings": [*one.settings]}
-        seeds = {seed: measured(run, study.metrics) for seed, run in runs.items()}
-        rows.append({"variant": name, **about, "seeds": seeds})
+        seeds = seeds_known(study, name, path)
+        new = {seed: measured(run, study.metrics) for seed, run in runs.items()}
+        seeds = {seed: seeds.get(seed, {}) | new.get(seed, {}) for seed in sorted({*seeds, *new})}
+        one = about(name, study.variants[name])
+        rows.append({**one, "seeds": seeds})
     return rows
+
+
+def keep(study: Study, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the rows, between those of other variants that the file has, and the picture."""
+    new = {row["variant"]: row for row in rows if row["seeds"]}
+    every = [*(known(path) | new).values()]
+    if every:
+        said = {key: getattr(study, key) for key in ("title", "question", "expected")}
+        write_json(path, {**said, "variants": every})
+        picture(every, study, path.with_suffix(".png"))
 
 
 def measured(run: Run, metrics: Sequence[str]) -> dict[str, Any]:
@@ -100,7 +145,7 @@ def table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     lines = ["| | " + " | ".join(key.replace("_", " ") for key in metrics) + " |"]
     lines.append("|---" * (1 + len(metrics)) + "|")
     for row in rows:
-        cells = [", ".join(text(one[key]) for one in row["seeds"].values()) for key in metrics]
+        cells = [", ".join(text(one.get(key)) for one in row["seeds"].values()) for key in metrics]
         lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -158,18 +203,22 @@ def main() -> None:
     study = study.with_settings(given.settings).of(given.variants, given.metrics)
     name = Path(given.study).stem
     planned = jobs(study, given.seeds or study.seeds, given.out / name)
-    todo = [by[seed] for seed in given.seeds or study.seeds for by in planned.values()]
-    try:
-        if not given.collect:
+    path = (given.results or given.out) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = {*study.metrics}
+    have = {
+        variant: {s for s, one in seeds_known(study, variant, path).items() if needed <= one.keys()}
+        for variant in planned
+    }
+    for seed in () if given.collect else given.seeds or study.seeds:
+        todo = [by[seed] for variant, by in planned.items() if seed not in have[variant]]
+        try:
             watch([job for job in todo if not job.done], given.jobs)
-    finally:
-        rows = collect(study, planned)
-        if any(row["seeds"] for row in rows):
-            print(table(rows, study.metrics))
-            results = given.results or given.out
-            about = {key: getattr(study, key) for key in ("title", "question", "expected")}
-            write_json(results / f"{name}.json", {**about, "variants": rows})
-            picture(rows, study, results / f"{name}.png")
+        finally:
+            keep(study, collect(study, planned, path), path)
+    rows = collect(study, planned, path)
+    keep(study, rows, path)
+    print(table(rows, study.metrics))
 
 
 if __name__ == "__main__":

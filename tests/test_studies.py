@@ -115,6 +115,41 @@ def test_from_the_command_to_table_file_and_picture(
     assert read_runs([tmp_path / "city-tiny" / "no-KL" / "s4"])[0].result.seed == 4
 
 
+def test_what_the_file_has_is_not_trained_again_and_never_lost(
+    benchmark: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From another machine came two variants; one of them has other settings by now."""
+    [*_, none], path = (
+        benchmark.one_change("city-tiny").variants.items(),
+        tmp_path / "city-tiny.json",
+    )
+    curves = {"eval_next_token": [[1, 3], [2.0, 1.0]]}
+    row = {**benchmark.about(*none), "seeds": {"5": {"next_token_loss": 9.5, "curves": curves}}}
+    stale = {**row, "variant": "no KL", "settings": ["steps=7"]}
+    path.write_text(json.dumps({"variants": [row, stale]}))
+    trained = []
+    monkeypatch.setattr(benchmark, "watch", lambda todo, _: trained.extend(j.name for j in todo))
+    words = ["studies.py", "city-tiny", "--variants", none[0], "no KL", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*words, "--seeds", "5", "6"])
+    benchmark.main()
+    assert trained == ["no KL s5", f"{none[0]} s6", "no KL s6"]
+    assert f"| {none[0]} | 9.500 |" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*words, "--metrics", "effective_latent_rank", "--seeds", "5"])
+    benchmark.main()
+    assert trained[3:] == [f"{none[0]} s5", "no KL s5"]  # the file does not have that metric
+    assert json.loads(path.read_text())["variants"] == [row, stale]  # nothing new was trained
+    row["seeds"]["6"] = {"effective_latent_rank": 2.0, "curves": curves}
+    monkeypatch.setattr(benchmark, "measured", lambda *_: row["seeds"]["6"])
+    monkeypatch.setattr(benchmark, "read_runs", lambda _: [None])
+    monkeypatch.setattr(benchmark.Job, "done", True)
+    benchmark.main()
+    kept = json.loads(path.read_text())["variants"][0]["seeds"]["5"]
+    assert kept == {"next_token_loss": 9.5, **row["seeds"]["6"]}
+
+
 def test_basins_are_told_by_the_kl_where_the_branch_is_guessed(tmp_path: Path) -> None:
     basins = load_benchmark("basins")
     steps = list(range(20, 1020, 20))
