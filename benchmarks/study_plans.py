@@ -291,8 +291,8 @@ STUDIES = {
         ("belief_r2", "next_token_kl", "next_token_kl[driver=dynamics, length=96]"),
         (1, 2, 4, 8),
         "The probe's share grows with the horizon and is level from d = 4 on; BST is near NextLat, "
-        "MTP between it and next-token prediction; the filter needs d of 2 or more. A KL of a tenth "
-        "takes a few points; twice the steps bring NextLat nearer to 1 and next-token no nearer.",
+        "MTP between it and next-token prediction; the filter needs d of 2 or more. A tenth of KL "
+        "costs a few points; twice the steps bring NextLat nearer to 1 and next-token no nearer.",
         {
             "NextLat d=4, KL weighs 0.1": Variant("rrxor", ("objectives.nextlat.lambda_kl=0.1",)),
             "NextLat d=4, 3,000 steps": Variant("rrxor", TWICE),
