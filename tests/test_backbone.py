@@ -10,14 +10,16 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    DynamicCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import nextlat
 from conftest import FAMILIES, tiny_lm
-from nextlat.backbone import Backbone, evaluation_mode
+from nextlat.backbone import CACHE, Backbone, evaluation_mode
 from nextlat.batch import Batch
+from nextlat.decoding.cache import drafting_obstacle
 from nextlat.paper_lm import llama
 
 SHIMMED = {"gemma2", "granite"}  # soft-capping; division of the logits by a constant
@@ -186,11 +188,24 @@ def test_a_model_without_a_key_value_cache_is_refused_where_it_would_decode() ->
     lm = tiny_lm("llama")
     backbone = Backbone(lm)
     forward = lm.model.forward
-    lm.model.forward = lambda past_key_values=None, use_cache=None, **rest: forward(
-        use_cache=False, **rest
+    lm.model.forward = lambda use_cache=None, **rest: forward(
+        use_cache=False, **{name: x for name, x in rest.items() if name != CACHE}
     )
     with pytest.raises(nextlat.NextLatError, match="keeps no key-value cache"):
         backbone.step(torch.randint(50, (1, 4)))
+
+
+def test_a_model_that_keeps_another_cache_than_it_is_given_is_refused() -> None:
+    """As all did whose argument a newer transformers had renamed: what a draft left behind stayed
+    in the cache that was really read."""
+    lm = tiny_lm("llama")
+    backbone = Backbone(lm)
+    backbone.step(torch.randint(50, (1, 4)), backbone.new_cache())
+    forward = lm.model.forward
+    lm.model.forward = lambda **given: forward(**given | {CACHE: DynamicCache()})
+    with pytest.raises(nextlat.NextLatError, match=f"as '{CACHE}'"):
+        backbone.step(torch.randint(50, (1, 4)), backbone.new_cache())
+    assert "cache" in drafting_obstacle(backbone, 0)
 
 
 # ---- models that change ----

@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import nextlat
 from conftest import tiny_lm
 from nextlat import NextLatError, NextTokenConfig, ObjectiveModel, attach
+from nextlat.backbone import CACHE
 from reference import VOCABULARY, Oracle, decoding_lm, letters
 
 NEW, LENGTHS, DRAFTS = 12, (9, 4, 6), (0, 1, 4, "auto")
@@ -179,7 +180,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "constraints": {"constraints": [object()]},
     "force_words_ids": {"force_words_ids": [[3]]},
     "assistant_model": {"assistant_model": tiny_lm("llama", VOCABULARY)},
-    "past_key_values": {"past_key_values": DynamicCache()},
+    CACHE: {CACHE: DynamicCache()},
     "synced_gpus": {"synced_gpus": True},
     "inputs_embeds": {"inputs_embeds": torch.zeros(3, 9, 32)},
     "custom_generate": {"custom_generate": lambda **_: None},
@@ -192,7 +193,7 @@ OF_PYTHON = {"self", "inputs", "streamer", "kwargs"}  # streamers: below
 def here(table: dict[str, dict[str, Any]]) -> list[str]:
     """Those that this version of transformers has."""
     names = dict(inspect.signature(GenerationMixin.generate).parameters) | vars(GenerationConfig())
-    of_models = {"position_ids", "past_key_values", "inputs_embeds"}
+    of_models = {"position_ids", CACHE, "inputs_embeds"}
     return [name for name in table if name in names.keys() | of_models]
 
 

@@ -19,13 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError, raise_if_out_of_memory
 from nextlat.head import Around, Head, Read, size
 
 LIBRARY = DynamicCache.__module__  # defines the kinds of layers that many models share
+
+_PREPARED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PREPARED else "past_key_values"
+"""What models call their cache, as an argument and in their output: the latter up to transformers
+5.23."""
 
 # Relative to the largest logit. A wrong head (a cap, a scale, a missing norm) is off by far more
 # than rounding.
@@ -257,22 +262,36 @@ class Backbone:
             h_BTD and the cache.
 
         Raises:
-            NextLatError: the model keeps no such cache (a purely recurrent one).
+            NextLatError: the model keeps no such cache (a purely recurrent one), or another one
+                than it was given.
         """
         if "position_ids" not in arguments and "position_ids" in self.step_arguments:
             # Some models count every call from 0 unless they are told.
             start, steps = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
             positions = torch.arange(start, start + steps, device=input_ids.device)
             arguments["position_ids"] = positions.expand_as(input_ids)
-        out = self.transformer(
-            input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments
-        )
-        kept = getattr(out, "past_key_values", None)
+        arguments |= {CACHE: cache, "use_cache": True}
+        out = self.transformer(input_ids=input_ids, **arguments)
+        return out[0], self.cache_of(out, cache)
+
+    def cache_of(self, output: Any, given: Any = None) -> Any:
+        """The cache in what the transformer returns, which must be the one that it was given: a
+        draft taken back in another one would still be read.
+
+        Raises:
+            NextLatError: see `step`.
+        """
+        kept = getattr(output, CACHE, None)
         if kept is None:
             raise NextLatError(
                 f"{type(self.lm).__name__} keeps no key-value cache, and cannot read step by step."
             )
-        return out[0], kept
+        if given is not None and kept is not given:
+            raise NextLatError(
+                f"{type(self.lm).__name__} does not keep the cache that it is given as '{CACHE}', "
+                "and cannot read step by step."
+            )
+        return kept
 
     def read(self, inputs: Mapping[str, Any]) -> Any:
         """What the transformer returns, h_BTD first, for arguments of the LM's own forward pass, as

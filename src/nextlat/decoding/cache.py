@@ -11,7 +11,7 @@ no padding inside.
 
 `GrowingCache`: the library's own, for one row that drafts, or for a batch that does not: its rows
 then advance together, padded on the left, and read as `transformers` reads them. Measured on 5.17
-and 5.23: `crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding
+to 5.24: `crop` takes the number of tokens to remove as a NEGATIVE number. Layers with a sliding
 window or a convolution throw their past away unless they were told beforehand to record it; those
 have to be cropped after every forward pass, by zero tokens too, because only `crop` brings them
 back to size.
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from nextlat.backbone import Backbone, evaluation_mode, probe_ids
+from nextlat.backbone import CACHE, Backbone, evaluation_mode, probe_ids
 from nextlat.errors import raise_if_out_of_memory
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class GrowingCache:
         self._last = 0
         if cache is not None:
             cache.activate_past_recording()
-            self._arguments |= {"past_key_values": cache, "use_cache": True}
+            self._arguments |= {CACHE: cache, "use_cache": True}
 
     def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The prompts (T,), of one length with their padding, as (B, T); their states (B, T, D);
@@ -98,6 +98,8 @@ class GrowingCache:
     def _step(self, tokens: int, **how: Any) -> Tensor:
         inputs = self._lm.prepare_inputs_for_generation(self._ids_BT, **how, **self._arguments)
         self._output, self._last = self._backbone.read(inputs), tokens
+        if self._cache is not None:
+            self._backbone.cache_of(self._output, self._cache)
         return self._output[0][:, -tokens:]
 
     def _read_directly(self, tokens_BK: Tensor) -> Tensor:
@@ -107,7 +109,10 @@ class GrowingCache:
         positions = self._arguments["position_ids"][:, -1:] + steps
         self._arguments |= {"attention_mask": mask, "position_ids": positions}
         h_BKD, _ = self._backbone.step(
-            tokens_BK, self._output.past_key_values, attention_mask=mask, position_ids=positions
+            tokens_BK,
+            self._backbone.cache_of(self._output),
+            attention_mask=mask,
+            position_ids=positions,
         )
         return h_BKD
 

@@ -39,13 +39,14 @@ REFUSED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "assistant_model": (None,),
     "assistant_tokenizer": (None,),
     "inputs_embeds": (None,),
-    "past_key_values": (None,),
+    "cache": (None,),
+    "past_key_values": (None,),  # its names up to transformers 5.23
     "cache_params": (None,),
     "synced_gpus": (None, False),
 }
 # What `generate` prepares for every model. Others are handed on with the library's own cache.
 MODEL_ARGUMENTS = {
-    "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache",
+    "attention_mask", "position_ids", "cache", "past_key_values", "cache_params", "use_cache",
     "logits_to_keep",
 }  # fmt: skip
 
