@@ -41,6 +41,7 @@ POINT: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1.1, "marker
 DOTS: dict[str, Any] = {"marker": "o", "markersize": 3.5, "markeredgewidth": 0}
 GUIDE: dict[str, Any] = {"color": QUIET, "linewidth": 0.9, "linestyle": (0, (4, 3))}
 NOTE: dict[str, Any] = {"color": QUIET, "size": TICK, "textcoords": "offset points"}
+ABOVE = TICK + 6  # points between the axes and a title that has a note below it
 
 
 def metric_panel(task: TaskComparison) -> Figure | None:
@@ -123,7 +124,8 @@ def chart(task: TaskComparison, name: str) -> Figure | None:
     if minus and task.baseline is not None:
         ax.axhline(0, color=colors[task.baseline], linewidth=1.4, zorder=1)
         title, shown = f"{title}, minus that of {task.baseline}", {*shown, task.baseline}
-    finish(ax, title + ", nats" * (first.unit == "nats"), TITLE_LINE)
+    above = ABOVE if any(mark.x is not None for mark in first.marks) else None
+    finish(ax, title + ", nats" * (first.unit == "nats"), TITLE_LINE, above)
     _set_axes(ax, first)
     named = [_handle(one, linewidth=1.1, linestyle=style) for one, style in styles.items() if one]
     legend(figure, [*model_handles(task, shown), *named])
@@ -145,7 +147,8 @@ def _draw_mark(ax: Axes, mark: Mark) -> None:
     text = wrapped(mark.text, TITLE_LINE, 1)
     if mark.x is not None:
         ax.axvline(mark.x, **{**GUIDE, "linestyle": (0, (1, 2))})
-        ax.annotate(text, (mark.x, 0.02), (4, 0), xycoords=("data", "axes fraction"), **NOTE)
+        at = ("data", "axes fraction")
+        ax.annotate(text, (mark.x, 1), (0, 3), xycoords=at, ha="center", **NOTE)
     if mark.y is None:
         return
     if mark.start is not None and mark.end is not None:
@@ -301,9 +304,9 @@ def wrapped(text: str, line: int, lines: int = 3) -> str:
     return "\n".join(textwrap.wrap(plain(text)[: lines * line], line, break_on_hyphens=False))
 
 
-def finish(ax: Axes, title: str, line: int) -> None:
-    """The frame and the title, broken into lines of so many characters."""
-    ax.set_title(wrapped(title, line), size=TITLE, color=INK, loc="left")
+def finish(ax: Axes, title: str, line: int, above: float | None = None) -> None:
+    """The frame and the title, broken into lines of so many characters, so many points above."""
+    ax.set_title(wrapped(title, line), size=TITLE, color=INK, loc="left", pad=above)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#b5b5b5")
     ax.tick_params(labelsize=TICK, colors=QUIET, labelcolor=QUIET, length=3)

@@ -24,10 +24,11 @@ from nextlat.tasks.streets.network import EARTH_RADIUS_MILES, StreetNetwork
 USED, UNUSED, INVENTED = "#1a1a1a", "#cfcfcf", "#d7191c"
 PAPER, INK, QUIET = "#ffffff", "#1a1a1a", "#6b6b6b"
 CURVE_POINTS = 24
-MARGIN = 0.06  # free border as a share of the larger side of a city
+MARGIN = 0.1  # free border as a share of the larger side of a city
 SMALLEST_PANEL, LARGEST_PANEL = 28.0, 64.0  # square inches of one map
 SMALL_PANEL = 15.0  # of one of many
-CAPTION, LEGEND = 1.05, 0.5  # inches above each map, and at the bottom
+CAPTION, LEGEND = 1.15, 0.5  # inches above each map, and at the bottom
+BEND = 0.17  # of an invented street at most, as a share of the larger side: it stays on the map
 TITLE_LINE = 0.2  # inches of another line of a title
 NARROWEST = 4.0  # inches, for the caption
 MAX_COLUMNS = 3  # maps in a row, for their words to be readable
@@ -61,7 +62,10 @@ def draw_map(ax: Axes, network: StreetNetwork, reconstructed: ReconstructedMap) 
             x, y = xy_N2[nodes].T
             ax.scatter(x, y, s=(2.3 * width) ** 2, color=color, linewidths=0, zorder=layer)
     is_used = np.isin(network.edges[:, :2] @ (8, 1), used[:, :2] @ (8, 1))
-    invented = [_curve(xy_N2[a], direction, xy_N2[b]) for a, direction, b in reconstructed.invented]
+    invented = [
+        _curve(xy_N2[a], direction, xy_N2[b], BEND * wide)
+        for a, direction, b in reconstructed.invented
+    ]
     for lines, color, thick, above in (
         (list(xy_N2[network.edges[~is_used][:, [0, 2]]]), UNUSED, width, 1.5),
         (list(xy_N2[used[:, [0, 2]]]), USED, width, 2),
@@ -189,9 +193,9 @@ def _panel_size(network: StreetNetwork, area: float | None) -> tuple[float, floa
     return max(math.sqrt(area * ratio), NARROWEST), math.sqrt(area / ratio)
 
 
-def _curve(start: np.ndarray, direction: int, end: np.ndarray) -> np.ndarray:
+def _curve(start: np.ndarray, direction: int, end: np.ndarray, most: float) -> np.ndarray:
     """(S, 2) cubic Bezier curve that leaves `start` in a compass direction (0 = north, clockwise)
-    and reaches `end`.
+    and reaches `end`, with handles of at most a length.
 
     It arrives from the side to which it left, so that one that has to turn back is seen as a loop
     and not as a spike.
@@ -201,8 +205,8 @@ def _curve(start: np.ndarray, direction: int, end: np.ndarray) -> np.ndarray:
     length = float(np.hypot(*chord)) or 1e-9
     left = np.array([-chord[1], chord[0]]) / length
     side = left if heading @ left >= 0 else -left
-    away = start + 0.45 * length * heading
-    toward = end - 0.2 * chord + 0.35 * length * side
+    away = start + min(0.45 * length, most) * heading
+    toward = end - 0.2 * chord + min(0.35 * length, most) * side
     t = np.linspace(0, 1, CURVE_POINTS)[:, None]
     inner = 3 * t * (1 - t) ** 2 * away + 3 * t**2 * (1 - t) * toward
     return (1 - t) ** 3 * start + inner + t**3 * end
