@@ -307,7 +307,8 @@ def test_maps_side_by_side_as_a_png(tmp_path):
     )
     assert ("matplotlib.pyplot" in sys.modules) == before  # no global figure, no window
     single, double = (matplotlib.image.imread(path)[..., :3] for path in (one, two))
-    assert double.shape == (single.shape[0], 2 * single.shape[1], 3)
+    assert double.shape[::2] == single.shape[::2]
+    assert abs(double.shape[1] - 2 * single.shape[1]) <= 1  # whole pixels
     reddish = (double[..., 0] > 0.7) & (double[..., 1:] < 0.3).all(axis=-1)
     panel = slice(int(0.3 * len(double)), int(0.9 * len(double)))
     assert not reddish[panel, : single.shape[1]].any()
